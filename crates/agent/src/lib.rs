@@ -1,0 +1,1 @@
+//! The host agent: jail, cgroups, network, storage, metadata.

@@ -1,0 +1,1 @@
+//! Usage log + price book + window -> charges. Pure.

@@ -1,0 +1,1 @@
+//! Lifecycles, API fronts, authentication and metering.

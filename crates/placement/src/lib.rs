@@ -1,0 +1,1 @@
+//! Instances x hosts -> where. Pure.

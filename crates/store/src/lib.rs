@@ -1,0 +1,1 @@
+//! The one Store trait and SQLite behind it.

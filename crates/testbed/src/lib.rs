@@ -1,0 +1,1 @@
+//! The virtual host and the simulated agents that tests run on.

@@ -1,0 +1,1 @@
+//! The monitor: one process per instance.
