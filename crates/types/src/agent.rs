@@ -1,0 +1,381 @@
+//! Controller ↔ agent, HTTP/JSON over mTLS. The agent always dials.
+//!
+//! ```text
+//! agent ── POST /agent/v1/hello     HelloRequest   ─→ HelloResponse      once per connection to a controller
+//!       ── GET  /agent/v1/desired?after=VERSION    ─→ Desired            long poll: the whole truth for this host
+//!       ── POST /agent/v1/observed  Report         ─→ ReportAck          at once on a change, and every few seconds
+//!       ── GET  /agent/v1/requests                 ─→ Vec<HostRequest>   long poll: open a stream
+//!       ── GET  /agent/v1/blobs/BLOB               ─→ bytes (zstd)       images
+//!       ── GET  /agent/v1/streams/STREAM (Upgrade) ─→ raw bytes          console, tunnels
+//! ```
+//! `Desired` is level-triggered: it says what the host must look like, over and over; the agent makes it so.
+//! Each instance carries a generation. An older generation than the agent has seen is refused, and so is another
+//! spec under the same generation; both come back as a refusal in the report.
+//! Times travel as ages: how long before the report was sent something happened, on CLOCK_BOOTTIME, beside the
+//! boot id, so that no two wall clocks are ever compared.
+
+use crate::ids::{AccountId, BlobId, HostId, ImageId, InstanceId, InterfaceId, ReservationId, VolumeId};
+use crate::state::{DesiredState, UnknownName, named_enum};
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::fmt;
+use std::net::Ipv4Addr;
+use std::str::FromStr;
+
+/// The version of this protocol; a controller refuses an agent of another one by name.
+pub const PROTOCOL: u32 = 1;
+
+/// What an agent says first.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloRequest {
+    /// [`PROTOCOL`].
+    pub protocol: u32,
+    /// The program's version.
+    pub version: String,
+    /// What the host can hold.
+    pub host: HostFacts,
+}
+
+/// What a host is and can hold.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostFacts {
+    /// The host's own id, made once and kept in its state folder; must match its certificate.
+    pub host_id: HostId,
+    /// The host's name, for people.
+    pub hostname: String,
+    /// Availability zone that the host stands in.
+    pub zone: String,
+    /// Logical CPUs.
+    pub cpus: u32,
+    /// CPU that instances may claim, in milli-CPUs (CPUs × 1000 × the owner's overcommit).
+    pub cpu_milli: u64,
+    /// Memory that instances may claim, in MiB: the host's memory less what it keeps for itself.
+    pub memory_mib: u64,
+    /// Disk that volumes may grow into, in GiB.
+    pub disk_gib: u64,
+    /// Most vCPUs that one instance can have here.
+    pub max_vcpus: u32,
+    /// Overhead in MiB that the monitor takes beside guest memory, as measured; counted in every claim.
+    pub overhead_mib: u64,
+    /// GPUs.
+    #[serde(default)]
+    pub gpus: u32,
+}
+
+/// The controller's welcome.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HelloResponse {
+    /// Longest time between two reports, in milliseconds.
+    pub report_every_ms: u64,
+}
+
+/// What a host must look like.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Desired {
+    /// Changes whenever anything below does; the next long poll passes it as `after`.
+    pub version: u64,
+    /// Every instance that the controller has placed on this host and that is not gone.
+    pub instances: Vec<Ensure>,
+}
+
+/// One `ensure(id, generation, spec)`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ensure {
+    /// The instance.
+    pub instance_id: InstanceId,
+    /// Grows with every accepted change.
+    pub generation: u64,
+    /// What to make of it.
+    pub spec: InstanceSpec,
+}
+
+/// Everything that a host needs to know about an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InstanceSpec {
+    /// The tenant.
+    pub account: AccountId,
+    /// What it must be: `running`, `stopped` (disk and addresses stay) or `terminated` (nothing stays).
+    pub desired: DesiredState,
+    /// Which start this is; 1 for the first. A new one takes a new monitor.
+    pub incarnation: u64,
+    /// Reboots asked for in this incarnation; the agent reboots when it grows past what it has done.
+    pub reboots: u64,
+    /// Stop without asking the guest first.
+    pub force: bool,
+    /// Its processor.
+    pub cpu: CpuSpec,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// What it boots.
+    pub image: ImageSpec,
+    /// Its root disk.
+    pub root_volume: VolumeSpec,
+    /// Its network interface.
+    pub interface: InterfaceSpec,
+    /// What the metadata service tells the guest.
+    pub metadata: MetadataSpec,
+}
+
+/// Processor of an instance.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuSpec {
+    /// The family, which names the cgroup above the instance's own.
+    pub family: String,
+    /// Virtual CPUs.
+    pub vcpus: u32,
+    /// `cpu.max` in milli-CPUs.
+    pub max_milli: u32,
+    /// `cpu.weight`, 1 to 10000.
+    pub weight: u32,
+    /// CPU credits earned per hour, in thousandths of a credit, for burstable types.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub credits_per_hour_milli: Option<u32>,
+}
+
+/// What an instance boots. Blobs are zstd-compressed files, fetched from the controller and kept.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ImageSpec {
+    /// The image.
+    pub image_id: ImageId,
+    /// Kernel: ELF vmlinux or bzImage.
+    pub kernel: BlobId,
+    /// Initial RAM disk.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd: Option<BlobId>,
+    /// Raw root disk, the read-only base of every volume made from it.
+    pub root: BlobId,
+    /// Kernel command line.
+    pub boot_args: String,
+}
+
+/// A volume: a qcow2 overlay on the image's root disk.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct VolumeSpec {
+    /// The volume.
+    pub volume_id: VolumeId,
+    /// Virtual size in GiB; at least the image's.
+    pub size_gib: u64,
+    /// Removed when the instance terminates.
+    pub delete_on_termination: bool,
+}
+
+/// A network interface and its addresses.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct InterfaceSpec {
+    /// The interface.
+    pub interface_id: InterfaceId,
+    /// Its hardware address, `06:…`.
+    pub mac: String,
+    /// Private address, in its subnet; tenants' addresses may overlap.
+    pub private_ip: Ipv4Addr,
+    /// Prefix length of the subnet.
+    pub prefix_len: u8,
+    /// The subnet's router, its first address.
+    pub gateway: Ipv4Addr,
+    /// Public address, unique, mapped 1:1.
+    pub public_ip: Ipv4Addr,
+    /// What may come in; replies and everything out may pass.
+    pub ingress: Vec<IngressRule>,
+}
+
+/// A rule of a security group.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct IngressRule {
+    /// `tcp`, `udp` or `icmp`.
+    pub protocol: Protocol,
+    /// First port; ignored for icmp.
+    pub from_port: u16,
+    /// Last port; ignored for icmp.
+    pub to_port: u16,
+    /// Sources.
+    pub source: ipnet::Ipv4Net,
+}
+
+named_enum! {
+    /// An IP protocol that rules name.
+    Protocol, "protocol" {
+        /// TCP.
+        Tcp = "tcp",
+        /// UDP.
+        Udp = "udp",
+        /// ICMP.
+        Icmp = "icmp",
+    }
+}
+
+/// What the metadata service at 169.254.169.254 tells the guest.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MetadataSpec {
+    /// The launch that it came from.
+    pub reservation_id: ReservationId,
+    /// Its number in that launch, from 0.
+    pub launch_index: u32,
+    /// Host name of the guest.
+    pub hostname: String,
+    /// Name of the instance type.
+    pub instance_type: String,
+    /// Region.
+    pub region: String,
+    /// Availability zone.
+    pub zone: String,
+    /// Public keys: name and OpenSSH line.
+    pub public_keys: Vec<(String, String)>,
+    /// User data as given, base64.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data: Option<String>,
+    /// Tags.
+    pub tags: BTreeMap<String, String>,
+}
+
+/// What an agent sees, all of it, at one moment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Report {
+    /// The host.
+    pub host: HostFacts,
+    /// `/proc/sys/kernel/random/boot_id`.
+    pub boot_id: String,
+    /// One run of the agent: random at its start.
+    pub agent_run: String,
+    /// Every instance that the agent knows of.
+    pub instances: Vec<Observation>,
+}
+
+named_enum! {
+    /// What an agent sees of an instance.
+    Observed, "observed state" {
+        /// Work towards `running` goes on.
+        Preparing = "preparing",
+        /// Its virtual CPUs run.
+        Running = "running",
+        /// The guest was asked to stop, or the host is clearing up.
+        Stopping = "stopping",
+        /// No monitor, no cgroup, no tap; disk and addresses stay.
+        Stopped = "stopped",
+        /// Nothing is left.
+        Absent = "absent",
+        /// It could not be made to run; `reason` says why. Nothing but its disk is left.
+        Failed = "failed",
+    }
+}
+
+/// One instance as its agent sees it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Observation {
+    /// The instance.
+    pub instance_id: InstanceId,
+    /// The newest generation that the agent has accepted.
+    pub generation: u64,
+    /// The incarnation that this is about.
+    pub incarnation: u64,
+    /// What it sees.
+    pub state: Observed,
+    /// Why, for `failed` and for a `stopped` that nobody asked for.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<StateReason>,
+    /// How long ago this state began, in microseconds.
+    pub age_us: u64,
+    /// How long ago this incarnation's virtual CPUs began to run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_began_age_us: Option<u64>,
+    /// How long ago they ended, where an agent saw it or has the monitor's own durable word for it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub run_ended_age_us: Option<u64>,
+    /// How long ago an agent last saw this incarnation alive (durably recorded), this boot of the host.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_seen_age_us: Option<u64>,
+    /// Refusal of the newest `ensure`: an older generation, or another spec under the same one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
+    /// A step that fails and is being tried again: what failed last.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub trouble: Option<String>,
+    /// The guest said that it is ready (a line on its console); a status check, not a state.
+    pub guest_ready: bool,
+    /// ed25519 host key line that the guest printed on its console.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssh_host_key: Option<String>,
+    /// CPU time that the instance has used in this incarnation, from `cpu.stat`, microseconds.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_usage_us: Option<u64>,
+    /// How long each part of the latest start took.
+    pub timing: Vec<TimedPart>,
+}
+
+/// Why a state was reached.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StateReason {
+    /// EC2-like code such as `Client.InstanceInitiatedShutdown` or `Server.InternalError`.
+    pub code: String,
+    /// A sentence.
+    pub message: String,
+}
+
+/// One part of a start and how long it took.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TimedPart {
+    /// Such as `agent.network` or `monitor.build`.
+    pub part: String,
+    /// Microseconds.
+    pub took_us: u64,
+}
+
+/// The controller's answer to a report.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ReportAck {
+    /// The version of `Desired` that is current.
+    pub version: u64,
+}
+
+/// Something that the controller wants of an agent now, on behalf of a waiting user.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HostRequest {
+    /// The stream to dial: `/agent/v1/streams/STREAM`, with `Upgrade: roost-stream`.
+    pub stream: String,
+    /// The instance.
+    pub instance_id: InstanceId,
+    /// What to connect it to.
+    pub target: StreamTarget,
+}
+
+/// What a stream is connected to on the host.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
+pub enum StreamTarget {
+    /// Console output from an absolute offset of the stream of all bytes ever written; follows until closed if
+    /// `follow`, else ends at what there is. With `input`, bytes sent the other way are typed into the console.
+    /// The agent first sends one JSON line, [`ConsoleHeader`], then raw bytes.
+    Console {
+        /// Where to begin; the ring holds the last 64 KiB.
+        offset: u64,
+        /// Go on with what comes.
+        follow: bool,
+        /// Type what is received.
+        input: bool,
+    },
+    /// A TCP connection to a port of the instance's private address, from inside its network namespace.
+    /// The agent first sends one JSON line, [`TunnelHeader`].
+    Tcp {
+        /// 1 to 65535.
+        port: u16,
+    },
+}
+
+/// First line of a console stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConsoleHeader {
+    /// Offset of the first byte that follows.
+    pub offset: u64,
+    /// Bytes between the wanted offset and that, already overwritten.
+    pub lost: u64,
+    /// Set when there is no console to show.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// First line of a TCP stream.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct TunnelHeader {
+    /// Why the connection could not be made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
