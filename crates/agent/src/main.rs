@@ -1,0 +1,2 @@
+//! The host agent.
+fn main() {}
