@@ -1,0 +1,25 @@
+# Sourced: builds the programs and says where they are.
+# shellcheck shell=bash
+
+# The folder that cargo builds into (absolute), for the workspace's one target.
+target_dir() {
+    local dir=${CARGO_TARGET_DIR:-$ROOST_ROOT/target}
+    echo "$dir/x86_64-unknown-linux-gnu"
+}
+
+# Builds every program that a host or a user runs, in release mode, and nothing else.
+build_programs() {
+    cargo build --release --locked -p roost-vmm -p roost-agent -p roost-controller -p roost-cli
+}
+
+programs_dir() { echo "$(target_dir)/release"; }
+
+# A loopback port that nobody listens on now.
+free_port() {
+    local port
+    for _ in $(seq 50); do
+        port=$((20000 + RANDOM % 20000))
+        if ! (exec 3<> "/dev/tcp/127.0.0.1/$port") 2>/dev/null; then echo "$port"; return; fi
+    done
+    die "no free port found on 127.0.0.1"
+}

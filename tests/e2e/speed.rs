@@ -1,0 +1,57 @@
+//! How long a launch takes, from the start of the CLI to the guest's own first word, on this host.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use roost_e2e::{Rig, median};
+use std::io::{BufRead, BufReader};
+use std::process::{Command, Stdio};
+use std::time::{Duration, Instant};
+
+/// From `roost launch` to the line that the guest's init prints, following the console.
+fn launch_to_ready(rig: &Rig, profile: &str, image: &str) -> (Duration, String) {
+    let began = Instant::now();
+    let launched =
+        rig.roost(profile, &["launch", "--image", image, "--type", "home1.micro", "--wait", "--output", "json"]).json();
+    let id = launched["instances"][0]["instance_id"].as_str().unwrap().to_owned();
+    let mut console = Command::new(rig.bin.join("roost"))
+        .env("ROOST_CONFIG", &rig.config)
+        .args(["--profile", profile, "console", &id, "--follow"])
+        .stdout(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let ready = BufReader::new(console.stdout.take().unwrap())
+        .lines()
+        .map_while(Result::ok)
+        .find(|line| line.contains("roost-guest: ready"));
+    let took = began.elapsed();
+    let _ = console.kill();
+    let _ = console.wait();
+    assert!(ready.is_some(), "the console of {id} ended before the guest was ready");
+    (took, id)
+}
+
+fn measure(image: &str, goal: Duration) {
+    let rig = Rig::get();
+    let tenant = rig.tenant("speed");
+    // Once to fetch the image; then five that count.
+    let (_, first) = launch_to_ready(&rig, &tenant.profile, image);
+    tenant.terminate_clean(&first);
+    let times: Vec<Duration> = (0..5)
+        .map(|_| {
+            let (took, id) = launch_to_ready(&rig, &tenant.profile, image);
+            tenant.terminate_clean(&id);
+            took
+        })
+        .collect();
+    println!("{image}: launch to guest ready, five runs {times:.2?}, median {:.2?}, goal {goal:?}", median(times.clone()));
+    assert!(median(times.clone()) < goal, "{image}: {times:?}, goal {goal:?}");
+}
+
+#[test]
+fn a_tiny_guest_on_the_fast_kernel_is_ready_within_five_seconds() {
+    measure("tiny-fast", Duration::from_secs(5));
+}
+
+#[test]
+fn a_tiny_guest_on_debians_kernel_is_ready_within_twenty_seconds() {
+    measure("tiny-debian", Duration::from_secs(20));
+}
