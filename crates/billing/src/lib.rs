@@ -1,1 +1,31 @@
-//! Usage log + price book + window -> charges. Pure.
+//! Usage log + price book + window → charges. Pure: no I/O, no clock; the same log gives the same bytes, in
+//! whatever order its events come.
+//!
+//! ```text
+//! usage log ──→ intervals (one per resource, meter and start)      interval.rs
+//!                  │ a second belongs to the moment at which it begins, and begun seconds count;
+//!                  │ a start's 60 s minimum belongs, whole, to the moment of the start
+//!                  ▼
+//!               pieces, cut at the window, at price changes and, for volumes, at month ends
+//!                  │
+//!                  ▼
+//!               lines (resource, meter, sku, price, month): exact sum × exact rate, rounded once, half to even
+//!                  │                                                bill.rs
+//!                  ▼
+//!               groups: sums of lines, so that every grouping has the same total
+//! ```
+//! Whatever is cut (a window in two, a month from the next) adds up again exactly in seconds, because each piece
+//! is the difference of one cumulative count at its two ends. What was charged up to a moment never changes
+//! afterwards: a closed month's bill stays as it is.
+
+#![forbid(unsafe_code)]
+
+mod bill;
+mod calendar;
+mod interval;
+mod prices;
+
+pub use bill::bill;
+pub use calendar::month_start;
+pub use interval::{MINIMUM_SECONDS, Seconds, seconds};
+pub use prices::{PriceBook, PriceError};
