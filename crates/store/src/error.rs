@@ -89,6 +89,10 @@ pub enum StoreError {
         /// Why.
         detail: String,
     },
+    /// What SQLite reported to a query; the store adds the path before anybody sees it.
+    #[doc(hidden)]
+    #[error(transparent)]
+    Raw(#[from] rusqlite::Error),
     /// Anything else that the database reports.
     #[error("database {path}: {detail}")]
     Database {

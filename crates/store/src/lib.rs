@@ -11,8 +11,10 @@
 
 mod error;
 mod rows;
+mod sqlite;
 mod traits;
 
 pub use error::StoreError;
 pub use rows::*;
+pub use sqlite::SqliteStore;
 pub use traits::Store;

@@ -1,0 +1,225 @@
+//! The schema, migration by migration. A migration that was released is never edited.
+//!
+//! Times are integer microseconds since 1970 UTC, ids text, structures JSON text. Money is never stored: a bill is
+//! computed from `usage_events`.
+
+use rusqlite_migration::{M, Migrations};
+
+/// How many migrations there are: the newest schema number.
+pub const VERSION: i64 = 1;
+
+/// Every migration, oldest first.
+pub fn migrations() -> Migrations<'static> {
+    Migrations::new(vec![M::up(FIRST)])
+}
+
+const FIRST: &str = "
+CREATE TABLE accounts (
+    account_id TEXT PRIMARY KEY,
+    name       TEXT NOT NULL UNIQUE,
+    admin      INTEGER NOT NULL CHECK (admin IN (0, 1)),
+    created_at INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE access_keys (
+    access_key_id TEXT PRIMARY KEY,
+    account_id    TEXT NOT NULL REFERENCES accounts,
+    sealed_secret BLOB NOT NULL,
+    created_at    INTEGER NOT NULL,
+    active        INTEGER NOT NULL CHECK (active IN (0, 1))
+) STRICT;
+
+CREATE TABLE key_pairs (
+    key_pair_id TEXT PRIMARY KEY,
+    account_id  TEXT NOT NULL REFERENCES accounts,
+    key_name    TEXT NOT NULL,
+    fingerprint TEXT NOT NULL,
+    public_key  TEXT NOT NULL,
+    created_at  INTEGER NOT NULL,
+    UNIQUE (account_id, key_name)
+) STRICT;
+
+CREATE TABLE blobs (
+    blob_id    TEXT PRIMARY KEY,
+    bytes      INTEGER NOT NULL CHECK (bytes >= 0),
+    account_id TEXT NOT NULL REFERENCES accounts,
+    created_at INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE images (
+    image_id        TEXT PRIMARY KEY,
+    account_id      TEXT NOT NULL REFERENCES accounts,
+    name            TEXT NOT NULL,
+    description     TEXT NOT NULL,
+    public          INTEGER NOT NULL CHECK (public IN (0, 1)),
+    min_volume_gib  INTEGER NOT NULL CHECK (min_volume_gib > 0),
+    boot_args       TEXT NOT NULL,
+    default_user    TEXT NOT NULL,
+    kernel          TEXT NOT NULL REFERENCES blobs,
+    initrd          TEXT REFERENCES blobs,
+    root            TEXT NOT NULL REFERENCES blobs,
+    root_bytes      INTEGER NOT NULL CHECK (root_bytes >= 0),
+    created_at      INTEGER NOT NULL,
+    deregistered_at INTEGER
+) STRICT;
+CREATE UNIQUE INDEX image_names ON images (account_id, name) WHERE deregistered_at IS NULL;
+
+CREATE TABLE hosts (
+    host_id        TEXT PRIMARY KEY,
+    hostname       TEXT NOT NULL,
+    zone           TEXT NOT NULL,
+    cpu_milli      INTEGER NOT NULL CHECK (cpu_milli >= 0),
+    memory_mib     INTEGER NOT NULL CHECK (memory_mib >= 0),
+    facts          TEXT NOT NULL,
+    registered_at  INTEGER NOT NULL,
+    last_report_at INTEGER NOT NULL,
+    boot_id        TEXT
+) STRICT;
+
+CREATE TABLE reservations (
+    reservation_id TEXT PRIMARY KEY,
+    account_id     TEXT NOT NULL REFERENCES accounts,
+    created_at     INTEGER NOT NULL
+) STRICT;
+
+CREATE TABLE client_tokens (
+    account_id     TEXT NOT NULL REFERENCES accounts,
+    token          TEXT NOT NULL,
+    parameter_hash TEXT NOT NULL,
+    reservation_id TEXT NOT NULL REFERENCES reservations,
+    created_at     INTEGER NOT NULL,
+    PRIMARY KEY (account_id, token)
+) STRICT;
+
+CREATE TABLE vpcs (
+    vpc_id     TEXT PRIMARY KEY,
+    account_id TEXT NOT NULL REFERENCES accounts,
+    region     TEXT NOT NULL,
+    cidr       TEXT NOT NULL,
+    is_default INTEGER NOT NULL CHECK (is_default IN (0, 1))
+) STRICT;
+CREATE UNIQUE INDEX one_default_vpc ON vpcs (account_id, region) WHERE is_default = 1;
+
+CREATE TABLE subnets (
+    subnet_id        TEXT PRIMARY KEY,
+    vpc_id           TEXT NOT NULL REFERENCES vpcs,
+    account_id       TEXT NOT NULL REFERENCES accounts,
+    zone             TEXT NOT NULL,
+    network          TEXT NOT NULL,
+    prefix_len       INTEGER NOT NULL CHECK (prefix_len BETWEEN 16 AND 28),
+    default_for_zone INTEGER NOT NULL CHECK (default_for_zone IN (0, 1)),
+    UNIQUE (vpc_id, network)
+) STRICT;
+CREATE UNIQUE INDEX one_default_subnet ON subnets (vpc_id, zone) WHERE default_for_zone = 1;
+
+CREATE TABLE instances (
+    instance_id    TEXT PRIMARY KEY,
+    account_id     TEXT NOT NULL REFERENCES accounts,
+    owner          TEXT NOT NULL,
+    region         TEXT NOT NULL,
+    zone           TEXT NOT NULL,
+    reservation_id TEXT NOT NULL REFERENCES reservations,
+    launch_index   INTEGER NOT NULL CHECK (launch_index >= 0),
+    launched_at    INTEGER NOT NULL,
+    desired        TEXT NOT NULL,
+    step           TEXT NOT NULL,
+    state          TEXT NOT NULL,
+    step_since     INTEGER NOT NULL,
+    observed       TEXT,
+    state_reason   TEXT,
+    trouble        TEXT,
+    generation     INTEGER NOT NULL CHECK (generation >= 1),
+    incarnation    INTEGER NOT NULL CHECK (incarnation >= 1),
+    incarnation_at INTEGER NOT NULL,
+    reboots        INTEGER NOT NULL CHECK (reboots >= 0),
+    force          INTEGER NOT NULL CHECK (force IN (0, 1)),
+    host_id        TEXT REFERENCES hosts,
+    boot_id        TEXT,
+    open_since     INTEGER,
+    running_since  INTEGER,
+    bill_until     INTEGER,
+    tries          INTEGER NOT NULL CHECK (tries >= 0),
+    not_before     INTEGER NOT NULL,
+    deadline       INTEGER,
+    type_name      TEXT NOT NULL,
+    type_spec      TEXT NOT NULL,
+    image_id       TEXT NOT NULL REFERENCES images,
+    image_name     TEXT NOT NULL,
+    default_user   TEXT NOT NULL,
+    key_name       TEXT,
+    public_keys    TEXT NOT NULL,
+    user_data      TEXT,
+    tags           TEXT NOT NULL,
+    client_token   TEXT,
+    timing         TEXT NOT NULL,
+    terminated_at  INTEGER,
+    revision       INTEGER NOT NULL CHECK (revision >= 1),
+    lease          INTEGER NOT NULL DEFAULT 0,
+    lease_owner    TEXT,
+    UNIQUE (reservation_id, launch_index)
+) STRICT;
+CREATE INDEX instances_by_account ON instances (account_id, launched_at);
+CREATE INDEX instances_by_host ON instances (host_id) WHERE terminated_at IS NULL;
+CREATE INDEX instances_due ON instances (not_before) WHERE terminated_at IS NULL;
+
+CREATE TABLE claims (
+    instance_id TEXT PRIMARY KEY REFERENCES instances,
+    host_id     TEXT NOT NULL REFERENCES hosts,
+    cpu_milli   INTEGER NOT NULL CHECK (cpu_milli > 0),
+    memory_mib  INTEGER NOT NULL CHECK (memory_mib > 0)
+) STRICT;
+CREATE INDEX claims_by_host ON claims (host_id);
+
+CREATE TABLE interfaces (
+    interface_id TEXT PRIMARY KEY,
+    account_id   TEXT NOT NULL REFERENCES accounts,
+    vpc_id       TEXT NOT NULL REFERENCES vpcs,
+    subnet_id    TEXT NOT NULL REFERENCES subnets,
+    instance_id  TEXT NOT NULL UNIQUE REFERENCES instances,
+    mac          TEXT NOT NULL,
+    private_ip   TEXT NOT NULL,
+    prefix_len   INTEGER NOT NULL,
+    gateway      TEXT NOT NULL,
+    public_ip    TEXT NOT NULL,
+    ingress      TEXT NOT NULL,
+    released_at  INTEGER
+) STRICT;
+CREATE UNIQUE INDEX private_addresses ON interfaces (subnet_id, private_ip) WHERE released_at IS NULL;
+CREATE UNIQUE INDEX public_addresses ON interfaces (public_ip) WHERE released_at IS NULL;
+
+CREATE TABLE volumes (
+    volume_id             TEXT PRIMARY KEY,
+    account_id            TEXT NOT NULL REFERENCES accounts,
+    zone                  TEXT NOT NULL,
+    host_id               TEXT REFERENCES hosts,
+    instance_id           TEXT UNIQUE REFERENCES instances,
+    state                 TEXT NOT NULL,
+    volume_type           TEXT NOT NULL,
+    size_gib              INTEGER NOT NULL CHECK (size_gib > 0),
+    delete_on_termination INTEGER NOT NULL CHECK (delete_on_termination IN (0, 1)),
+    created_at            INTEGER NOT NULL
+) STRICT;
+CREATE INDEX volumes_by_account ON volumes (account_id, created_at);
+
+CREATE TABLE usage_events (
+    number      INTEGER PRIMARY KEY,
+    account_id  TEXT NOT NULL REFERENCES accounts,
+    resource    TEXT NOT NULL,
+    meter       TEXT NOT NULL,
+    incarnation INTEGER NOT NULL CHECK (incarnation >= 1),
+    sequence    INTEGER NOT NULL CHECK (sequence >= 0),
+    kind        TEXT NOT NULL CHECK (kind IN ('open', 'close')),
+    at          INTEGER NOT NULL,
+    sku         TEXT NOT NULL,
+    quantity    INTEGER NOT NULL CHECK (quantity >= 0),
+    is_open     INTEGER NOT NULL CHECK (is_open IN (0, 1)),
+    UNIQUE (resource, meter, incarnation, sequence)
+) STRICT;
+CREATE UNIQUE INDEX one_open_interval ON usage_events (resource, meter) WHERE is_open = 1;
+CREATE INDEX usage_by_account ON usage_events (account_id);
+
+CREATE TABLE proofs (
+    resource TEXT PRIMARY KEY,
+    seen_at  INTEGER NOT NULL
+) STRICT;
+";
