@@ -1,1 +1,43 @@
 //! The monitor: one process per instance.
+//!
+//! A walk through the room, from the outside in:
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`config`], [`console`], [`status`], [`exit`], [`client`] | what the agent shares with the monitor |
+//! | [`descriptors`] | names → open descriptors; the only place that opens a path |
+//! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
+//! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
+//! | [`vm`], [`vcpu`], [`memory`], [`layout`], [`cpu`] | KVM: the machine |
+//! | [`boot`], [`acpi`], [`smbios`] | what the guest finds in its memory when it starts |
+//! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
+//! | [`seccomp`], [`threads`] | the lock-down |
+//! | [`probe`] | the probe guest behind `roost doctor` |
+
+pub mod acpi;
+pub mod api;
+pub mod boot;
+pub mod bus;
+pub mod client;
+pub mod config;
+pub mod console;
+pub mod cpu;
+pub mod descriptors;
+pub mod devices;
+mod error;
+pub mod event_loop;
+pub mod exit;
+pub mod layout;
+pub mod log;
+pub mod memory;
+pub mod preboot;
+//pub mod probe;
+pub mod running;
+pub mod seccomp;
+pub mod smbios;
+pub mod status;
+pub mod threads;
+pub mod vcpu;
+pub mod vm;
+
+pub use error::{Error, Result};

@@ -1,0 +1,237 @@
+//! The API: HTTP/1.1 on a unix socket, in the shape of Firecracker's published one. The same thread steers the
+//! machine: it waits for requests, for vCPUs that stopped, and for signals.
+//!
+//! | request | when | does |
+//! |---|---|---|
+//! | `GET /` | always | id, state (`Not started`, `Running`, `Paused`), version |
+//! | `GET /version` | always | version |
+//! | `GET /machine-config`, `GET /vm/config` | always | the configuration |
+//! | `GET /metrics` | built | counters of all devices |
+//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/serial`, `/smbios` | before the build | configures |
+//! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; once running `SendPowerButton` (or `SendCtrlAltDel`), `ForceStop` |
+//! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
+//! | `PUT /serial/input` | running | the body's bytes become console input |
+//!
+//! Success is 200 with a body or 204; what fails is 400 with `{"fault_message": …}`.
+
+pub mod http;
+mod routes;
+pub mod terminal;
+
+use std::collections::HashMap;
+use std::io::{ErrorKind, Read, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+
+use crate::error::{Error, Result};
+use crate::exit::ExitCode;
+use crate::preboot::Preboot;
+use crate::running::{End, Held, Running};
+use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
+use http::{Parsed, Response};
+
+/// The machine in its phase.
+pub enum Machine {
+    /// Being configured.
+    Preboot(Preboot),
+    /// Built, waiting for its start.
+    Held(Held),
+    /// Started.
+    Running(Running),
+}
+
+/// Connections at a time.
+const MAX_CONNECTIONS: usize = 16;
+/// What a connection may send at most before its request is complete.
+const MAX_BUFFERED: usize = 512 * 1024;
+
+/// The main thread's loop.
+pub struct Server {
+    epoll: Epoll,
+    listener: Option<UnixListener>,
+    signals: OwnedFd,
+    connections: HashMap<RawFd, Connection>,
+    id: String,
+    machine: Option<Machine>,
+}
+
+struct Connection {
+    stream: UnixStream,
+    buffer: Vec<u8>,
+}
+
+impl Server {
+    /// Prepares everything that a locked-down thread may not make any more.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn new(listener: Option<UnixListener>, id: String) -> Result<Self> {
+        let epoll = Epoll::new().map_err(Error::io("epoll"))?;
+        let signals = block_signals().map_err(Error::io("signalfd"))?;
+        let server = Self { epoll, listener, signals, connections: HashMap::new(), id, machine: None };
+        if let Some(listener) = &server.listener {
+            listener.set_nonblocking(true).map_err(Error::io("API socket"))?;
+            server.watch(listener.as_raw_fd())?;
+        }
+        server.watch(server.signals.as_raw_fd())?;
+        Ok(server)
+    }
+
+    /// With its machine.
+    #[must_use]
+    pub fn with(mut self, machine: Machine) -> Self {
+        self.machine = Some(machine);
+        self
+    }
+
+    fn watch(&self, descriptor: RawFd) -> Result<()> {
+        let event = EpollEvent::new(EventSet::IN, u64::try_from(descriptor).unwrap_or(0));
+        self.epoll.ctl(ControlOperation::Add, descriptor, event).map_err(Error::io("epoll_ctl"))
+    }
+
+    /// Builds the machine, locks this thread down, and says so in the status file.
+    ///
+    /// # Errors
+    /// Any of the build.
+    pub fn build(&self, preboot: &Preboot, status: &mut StatusWriter) -> Result<Held> {
+        let held = preboot.build()?;
+        self.watch(held.stop_bell().as_raw_fd())?;
+        if preboot.config().serial.is_none() {
+            terminal::make_raw();
+        }
+        held.lock_down()?;
+        status.append(&Event::Built {
+            boottime_ns: boottime_ns(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+        });
+        Ok(held)
+    }
+
+    /// Serves until the machine ends.
+    ///
+    /// # Errors
+    /// [`Error::Io`] when events cannot be waited for.
+    pub fn serve(&mut self, status: &mut StatusWriter) -> Result<End> {
+        let mut events = [EpollEvent::default(); 16];
+        loop {
+            let count = match self.epoll.wait(-1, &mut events) {
+                Ok(count) => count,
+                Err(error) if error.kind() == ErrorKind::Interrupted => continue,
+                Err(error) => return Err(Error::io("waiting for events")(error)),
+            };
+            let descriptors: Vec<u64> = events[..count].iter().map(EpollEvent::data).collect();
+            for descriptor in descriptors {
+                let Ok(descriptor) = RawFd::try_from(descriptor) else { continue };
+                if let Some(end) = self.event(descriptor, status) {
+                    return Ok(end);
+                }
+            }
+        }
+    }
+
+    fn event(&mut self, descriptor: RawFd, status: &mut StatusWriter) -> Option<End> {
+        if self.listener.as_ref().is_some_and(|listener| listener.as_raw_fd() == descriptor) {
+            self.accept();
+            None
+        } else if descriptor == self.signals.as_raw_fd() {
+            Some(self.end_by_signal())
+        } else if self.connections.contains_key(&descriptor) {
+            self.connection(descriptor, status)
+        } else if let Some(Machine::Running(running)) = &mut self.machine {
+            running.take_stop(status)
+        } else {
+            None
+        }
+    }
+
+    fn end_by_signal(&mut self) -> End {
+        let message = "ended by a signal".to_owned();
+        match &mut self.machine {
+            Some(Machine::Running(running)) => running.kill(&message),
+            _ => End { code: ExitCode::Killed, reason: ExitReason::KilledByApi, message },
+        }
+    }
+
+    fn accept(&mut self) {
+        let Some(listener) = &self.listener else { return };
+        let Ok((stream, _)) = listener.accept() else { return };
+        if self.connections.len() >= MAX_CONNECTIONS || stream.set_nonblocking(true).is_err() {
+            return;
+        }
+        let descriptor = stream.as_raw_fd();
+        if self.watch(descriptor).is_ok() {
+            self.connections.insert(descriptor, Connection { stream, buffer: Vec::new() });
+        }
+    }
+
+    /// Reads what there is, answers each complete request, closes on any trouble.
+    fn connection(&mut self, descriptor: RawFd, status: &mut StatusWriter) -> Option<End> {
+        let mut connection = self.connections.remove(&descriptor)?;
+        let mut end = None;
+        let mut open = connection.fill();
+        while open && end.is_none() {
+            let (response, used) = match http::parse(&connection.buffer) {
+                Parsed::Incomplete if connection.buffer.len() < MAX_BUFFERED => break,
+                Parsed::Incomplete => (Response::fault("the request is too long"), None),
+                Parsed::Bad(why) => (Response::fault(why), None),
+                Parsed::Request(request, used) => {
+                    let (response, ended) = self.handle(&request, status);
+                    end = ended;
+                    (response, Some(used))
+                }
+            };
+            open = connection.stream.write_all(&response.to_bytes()).is_ok();
+            match used {
+                Some(used) => drop(connection.buffer.drain(..used)),
+                None => open = false,
+            }
+        }
+        if open {
+            self.connections.insert(descriptor, connection);
+        }
+        end
+    }
+}
+
+impl Connection {
+    /// Reads what there is; false when the other side has closed.
+    fn fill(&mut self) -> bool {
+        let mut chunk = [0; 16 * 1024];
+        loop {
+            match self.stream.read(&mut chunk) {
+                Ok(0) => return false,
+                Ok(count) => self.buffer.extend_from_slice(&chunk[..count]),
+                Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
+                Err(error) if error.kind() == ErrorKind::Interrupted => {}
+                Err(_) => return false,
+            }
+            if self.buffer.len() >= MAX_BUFFERED {
+                return true;
+            }
+        }
+    }
+}
+
+/// SIGTERM and SIGINT arrive at a descriptor; all threads that are started later inherit the mask.
+fn block_signals() -> std::io::Result<OwnedFd> {
+    // SAFETY: a zeroed sigset is valid, and is filled by the calls below.
+    let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
+    // SAFETY: the set is valid.
+    unsafe { libc::sigemptyset(&raw mut set) };
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: the set and the number are valid.
+        unsafe { libc::sigaddset(&raw mut set, signal) };
+    }
+    // SAFETY: the set is valid; only this thread's mask changes.
+    unsafe { libc::pthread_sigmask(libc::SIG_BLOCK, &raw const set, std::ptr::null_mut()) };
+    // SAFETY: the set is valid; the result is checked.
+    let descriptor = unsafe { libc::signalfd(-1, &raw const set, libc::SFD_CLOEXEC | libc::SFD_NONBLOCK) };
+    if descriptor < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: signalfd just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
+}

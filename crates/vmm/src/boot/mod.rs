@@ -1,0 +1,318 @@
+//! Puts a kernel, its initrd, its command line and the tables into guest memory, and says how to enter it.
+//!
+//! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
+
+pub mod linux;
+pub mod pvh;
+
+use std::fs::File;
+use std::io::{Read, Seek, SeekFrom};
+
+use linux_loader::bootparam::setup_header;
+use linux_loader::loader::bzimage::BzImage;
+use linux_loader::loader::elf::{Elf, PvhBootCapability};
+use linux_loader::loader::{KernelLoader, KernelLoaderResult};
+use vm_memory::{Address, Bytes, GuestAddress};
+
+use crate::acpi::{self, VirtioWindow};
+use crate::config::{BootProtocol, SmbiosConfig};
+use crate::cpu::registers::{self, Entry};
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::memory::{Memory, low_end};
+use crate::smbios;
+
+/// What is loaded.
+#[derive(Debug)]
+pub struct Payload {
+    /// The kernel image.
+    pub kernel: File,
+    /// The initramfs.
+    pub initrd: Option<File>,
+    /// The whole command line.
+    pub cmdline: String,
+    /// How an ELF kernel is entered.
+    pub protocol: BootProtocol,
+}
+
+/// What the tables describe.
+#[derive(Debug)]
+pub struct Description {
+    /// vCPUs.
+    pub vcpus: u8,
+    /// virtio-mmio windows, in order.
+    pub windows: Vec<VirtioWindow>,
+    /// Whether there are ACPI tables.
+    pub acpi: bool,
+    /// DMI strings.
+    pub smbios: Option<SmbiosConfig>,
+    /// VM generation id.
+    pub generation_id: [u8; 16],
+}
+
+/// A range of guest memory that something was loaded to.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Loaded {
+    /// First address.
+    pub start: u64,
+    /// Bytes.
+    pub size: u64,
+}
+
+/// Kind of address range in the memory map (ACPI 6.5, 15: address range types).
+const RAM: u32 = 1;
+const RESERVED: u32 = 2;
+
+/// Fills cleared guest memory and says where the first vCPU starts.
+///
+/// # Errors
+/// [`Error::Kernel`] for an image that is no kernel or does not fit, [`Error::Memory`], [`Error::Io`].
+pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -> Result<Entry> {
+    let rsdp = if description.acpi {
+        Some(acpi::write(memory, description.vcpus, &description.windows)?)
+    } else {
+        None
+    };
+    memory
+        .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
+        .map_err(Error::memory("VM generation id"))?;
+    if let Some(smbios) = &description.smbios {
+        smbios::write(memory, smbios)?;
+    }
+    write_cmdline(memory, &payload.cmdline)?;
+
+    let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol)?;
+    let initrd = match &mut payload.initrd {
+        Some(file) => Some(load_initrd(memory, file, &kernel)?),
+        None => None,
+    };
+    let entry = match kernel.start {
+        Start::Linux { rip, header } => {
+            linux::write_zero_page(memory, header, &payload.cmdline, initrd, rsdp)?;
+            Entry::Long { rip, rsi: layout::ZERO_PAGE_START }
+        }
+        Start::Pvh { rip } => {
+            pvh::write_start_info(memory, initrd, rsdp)?;
+            Entry::Protected { rip, rbx: layout::PVH_INFO_START }
+        }
+    };
+    registers::write_tables(memory, entry)?;
+    Ok(entry)
+}
+
+/// RAM as the guest is told about it: the map of both boot protocols.
+fn memory_map(memory: &Memory) -> Vec<(u64, u64, u32)> {
+    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+    let end = low_end(memory);
+    let mut map = vec![
+        (0, layout::EBDA_START, RAM),
+        (layout::EBDA_START, 0xa_0000 - layout::EBDA_START, RESERVED),
+        (layout::ACPI_START, layout::HIMEM_START - layout::ACPI_START, RESERVED),
+    ];
+    if end > layout::HIMEM_START {
+        map.push((layout::HIMEM_START, end - layout::HIMEM_START, RAM));
+    }
+    for region in memory.iter().skip(1) {
+        map.push((region.start_addr().raw_value(), region.len(), RAM));
+    }
+    map
+}
+
+fn write_cmdline(memory: &Memory, cmdline: &str) -> Result<()> {
+    if cmdline.len() >= layout::CMDLINE_MAX {
+        return Err(Error::Config(format!(
+            "the kernel command line has {} bytes, at most {} are allowed",
+            cmdline.len(),
+            layout::CMDLINE_MAX - 1
+        )));
+    }
+    let mut bytes = cmdline.as_bytes().to_vec();
+    bytes.push(0);
+    memory.write_slice(&bytes, GuestAddress(layout::CMDLINE_START)).map_err(Error::memory("command line"))
+}
+
+enum Start {
+    Linux { rip: u64, header: Option<setup_header> },
+    Pvh { rip: u64 },
+}
+
+struct Kernel {
+    start: Start,
+    /// First address above everything that the kernel needs while it starts.
+    end: u64,
+    /// Highest address that the initrd may reach.
+    initrd_limit: u64,
+}
+
+const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+/// `initrd_addr_max` of kernels that do not say (boot protocol below 2.03 and ELF images).
+const DEFAULT_INITRD_LIMIT: u64 = 0x7fff_ffff;
+
+fn load_kernel(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
+    let mut magic = [0; 4];
+    let start = image.seek(SeekFrom::Start(0)).and_then(|_| image.read_exact(&mut magic));
+    start.map_err(|error| Error::Kernel(format!("cannot be read: {error}")))?;
+    if magic == ELF_MAGIC {
+        load_elf(memory, image, protocol)
+    } else {
+        load_bzimage(memory, image)
+    }
+}
+
+fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
+    let loaded = Elf::load(memory, None, image, None)
+        .map_err(|error| Error::Kernel(format!("{error} (has the guest enough memory?)")))?;
+    let end = loaded.kernel_end;
+    let pvh = match loaded.pvh_boot_cap {
+        PvhBootCapability::PvhEntryPresent(address) => Some(address.raw_value()),
+        _ => None,
+    };
+    let entry = loaded.kernel_load.raw_value();
+    let entry_is_physical = entry < end.min(low_end(memory));
+    let start = match (protocol, pvh) {
+        (BootProtocol::Pvh, Some(rip)) => Start::Pvh { rip },
+        (BootProtocol::Auto, Some(rip)) if !entry_is_physical => Start::Pvh { rip },
+        (BootProtocol::Pvh, None) => {
+            return Err(Error::Kernel("boot_protocol is pvh, but the ELF image has no PVH note".into()));
+        }
+        _ if entry_is_physical => Start::Linux { rip: entry, header: None },
+        _ => {
+            return Err(Error::Kernel(format!(
+                "the ELF entry {entry:#x} is no physical address inside the image, and there is no PVH note"
+            )));
+        }
+    };
+    Ok(Kernel { start, end, initrd_limit: DEFAULT_INITRD_LIMIT })
+}
+
+fn load_bzimage(memory: &Memory, image: &mut File) -> Result<Kernel> {
+    let header = linux::read_setup_header(image)?;
+    let address = if header.relocatable_kernel != 0 && header.pref_address >= layout::HIMEM_START {
+        header.pref_address
+    } else {
+        u64::from(header.code32_start)
+    };
+    let end = address + u64::from(header.init_size);
+    if end > low_end(memory) {
+        return Err(Error::Kernel(format!(
+            "needs memory up to {} MiB to start, the guest's ends at {} MiB",
+            end.div_ceil(1 << 20),
+            low_end(memory) >> 20
+        )));
+    }
+    let KernelLoaderResult { kernel_load, setup_header, .. } =
+        BzImage::load(memory, Some(GuestAddress(address)), image, Some(GuestAddress(layout::HIMEM_START)))
+            .map_err(|error| Error::Kernel(error.to_string()))?;
+    Ok(Kernel {
+        // Linux boot protocol, "64-bit boot protocol": the entry is at 0x200 of the loaded image.
+        start: Start::Linux { rip: kernel_load.raw_value() + 0x200, header: setup_header },
+        end,
+        initrd_limit: u64::from(header.initrd_addr_max),
+    })
+}
+
+/// Loads the initrd as high as the kernel can take it, below the hole.
+fn load_initrd(memory: &Memory, file: &mut File, kernel: &Kernel) -> Result<Loaded> {
+    let size = file.seek(SeekFrom::End(0)).map_err(Error::io("initrd: finding its size"))?;
+    file.seek(SeekFrom::Start(0)).map_err(Error::io("initrd: going to its start"))?;
+    if size == 0 {
+        return Err(Error::Kernel("the initrd is empty".into()));
+    }
+    let limit = low_end(memory).min(kernel.initrd_limit.saturating_add(1));
+    let start = limit.checked_sub(size).map(|start| start & !0xfff).filter(|start| *start >= kernel.end);
+    let Some(start) = start else {
+        return Err(Error::Kernel(format!(
+            "the initrd of {} KiB does not fit between the kernel's end at {} MiB and {} MiB; give the guest more memory",
+            size.div_ceil(1024),
+            kernel.end.div_ceil(1 << 20),
+            limit >> 20
+        )));
+    };
+    let count = usize::try_from(size).map_err(|_| Error::Kernel("the initrd is too large".into()))?;
+    memory
+        .read_exact_volatile_from(GuestAddress(start), file, count)
+        .map_err(|error| Error::Kernel(format!("the initrd cannot be read: {error}")))?;
+    Ok(Loaded { start, size })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Write;
+
+    fn payload(image: &[u8]) -> Payload {
+        let mut kernel = tempfile::tempfile().unwrap();
+        kernel.write_all(image).unwrap();
+        Payload { kernel, initrd: None, cmdline: "quiet".into(), protocol: BootProtocol::Auto }
+    }
+
+    fn description() -> Description {
+        Description { vcpus: 1, windows: Vec::new(), acpi: true, smbios: None, generation_id: [7; 16] }
+    }
+
+    #[test]
+    fn what_is_no_kernel_is_refused_with_a_reason() {
+        let memory = crate::memory::create(16, false).unwrap();
+        for image in [&b""[..], b"abc", b"\x7fELF", &[0; 4096], b"\x7fELF\x02\x01\x01 and then rubbish to fill a header of sixty-four bytes"] {
+            let error = load(&memory, &mut payload(image), &description()).unwrap_err();
+            assert!(matches!(error, Error::Kernel(_)), "{image:?} gave {error}");
+        }
+    }
+
+    #[test]
+    fn an_elf_beyond_the_memory_is_refused() {
+        let image = crate::boot::tests_support::elf(0x20_0000, 64 << 20, &[0xf4]);
+        let memory = crate::memory::create(16, false).unwrap();
+        let error = load(&memory, &mut payload(&image), &description()).unwrap_err();
+        assert!(error.to_string().contains("memory"), "{error}");
+    }
+
+    #[test]
+    fn an_elf_is_entered_in_long_mode_with_its_zero_page() {
+        let image = crate::boot::tests_support::elf(0x10_0000, 0x10_0000, &[0xf4]);
+        let memory = crate::memory::create(16, false).unwrap();
+        let entry = load(&memory, &mut payload(&image), &description()).unwrap();
+        assert_eq!(entry, Entry::Long { rip: 0x10_0000, rsi: layout::ZERO_PAGE_START });
+        assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000)).unwrap(), 0xf4);
+        let pointer: u32 = memory.read_obj(GuestAddress(layout::ZERO_PAGE_START + 0x228)).unwrap();
+        assert_eq!(u64::from(pointer), layout::CMDLINE_START);
+        let rsdp: u64 = memory.read_obj(GuestAddress(layout::ZERO_PAGE_START + 0x70)).unwrap();
+        assert_eq!(rsdp, layout::ACPI_START);
+    }
+
+    #[test]
+    fn the_memory_map_leaves_out_the_hole() {
+        let memory = crate::memory::create(3 * 1024 + 512, false).unwrap();
+        let map = memory_map(&memory);
+        assert!(map.contains(&(1 << 32, 512 << 20, RAM)));
+        assert!(map.contains(&(1 << 20, (3 << 30) - (1 << 20), RAM)));
+        let ram: u64 = map.iter().filter(|m| m.2 == RAM).map(|m| m.1).sum();
+        assert!((3584 << 20) - ram < 1 << 20);
+    }
+}
+
+/// Test images.
+#[cfg(test)]
+pub(crate) mod tests_support {
+    /// An ELF image with one segment of code at physical address `address`.
+    pub fn elf(entry: u64, address: u64, code: &[u8]) -> Vec<u8> {
+        let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
+        image.extend(2_u16.to_le_bytes()); // executable
+        image.extend(62_u16.to_le_bytes()); // x86_64
+        image.extend(1_u32.to_le_bytes());
+        image.extend(entry.to_le_bytes());
+        image.extend(64_u64.to_le_bytes()); // program headers
+        image.extend(0_u64.to_le_bytes());
+        image.extend(0_u32.to_le_bytes());
+        for half in [64_u16, 56, 1, 0, 0, 0] {
+            image.extend(half.to_le_bytes());
+        }
+        image.extend(1_u32.to_le_bytes()); // PT_LOAD
+        image.extend(7_u32.to_le_bytes());
+        for word in [120, address, address, code.len() as u64, code.len() as u64, 1] {
+            image.extend(word.to_le_bytes());
+        }
+        image.extend(code);
+        image
+    }
+}

@@ -1,0 +1,450 @@
+//! The one configuration of a machine: the shape of Firecracker's configuration file, for the file, the API and the agent.
+//!
+//! Names of files (`kernel_image_path`, `path_on_host`, `host_dev_name`, …) are looked up among the handed
+//! descriptors first and are paths otherwise; see [`crate::descriptors`].
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::{Error, Result};
+use crate::layout;
+
+/// Everything about one machine.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case", deny_unknown_fields)]
+pub struct VmConfig {
+    /// What to boot.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_source: Option<BootSource>,
+    /// CPUs and memory.
+    #[serde(default)]
+    pub machine_config: MachineConfig,
+    /// Disks; the root device comes first on the bus.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub drives: Vec<Drive>,
+    /// Network interfaces, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub network_interfaces: Vec<NetworkInterface>,
+    /// An entropy device, if present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub entropy: Option<Entropy>,
+    /// COM1.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<SerialConfig>,
+    /// The DMI strings that the guest sees.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub smbios: Option<SmbiosConfig>,
+    /// Where to append status events (see [`crate::status`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub status: Option<String>,
+}
+
+/// What to boot.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct BootSource {
+    /// An x86_64 ELF `vmlinux` or a bzImage (`vmlinuz`).
+    pub kernel_image_path: String,
+    /// An initramfs.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub initrd_path: Option<String>,
+    /// The kernel command line, at most 2047 bytes; [`DEFAULT_BOOT_ARGS`] when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub boot_args: Option<String>,
+    /// How an ELF kernel is entered.
+    #[serde(default)]
+    pub boot_protocol: BootProtocol,
+}
+
+/// The command line of a guest whose configuration names none.
+pub const DEFAULT_BOOT_ARGS: &str = "console=ttyS0 panic=1 pci=off";
+
+/// How an ELF kernel is entered.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum BootProtocol {
+    /// Linux's 64-bit entry, or PVH for a kernel whose ELF entry is no physical address and that has a PVH note.
+    #[default]
+    Auto,
+    /// Linux's 64-bit entry.
+    Linux64,
+    /// PVH; the kernel must have the note.
+    Pvh,
+}
+
+/// CPUs and memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfig {
+    /// vCPUs, 1–32.
+    pub vcpu_count: u8,
+    /// Memory, MiB.
+    pub mem_size_mib: u64,
+    /// ACPI tables for the guest. Without them virtio devices are announced on the command line.
+    #[serde(default = "yes")]
+    pub acpi: bool,
+    /// Ask the host for transparent huge pages behind guest memory.
+    #[serde(default = "yes")]
+    pub huge_pages: bool,
+    /// What a guest's reset does.
+    #[serde(default)]
+    pub on_reset: OnReset,
+}
+
+const fn yes() -> bool {
+    true
+}
+
+impl Default for MachineConfig {
+    fn default() -> Self {
+        Self { vcpu_count: 1, mem_size_mib: 128, acpi: true, huge_pages: true, on_reset: OnReset::Restart }
+    }
+}
+
+/// What a guest's reset does.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// Start it again in this process, from the kernel and disks that are open.
+    #[default]
+    Restart,
+    /// End the process with [`crate::exit::ExitCode::GuestReset`].
+    Exit,
+}
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Its name: 1–20 characters; also the serial number that the guest reads.
+    pub drive_id: String,
+    /// The image.
+    pub path_on_host: String,
+    /// The image's format; it is never guessed, as a guest could write another format's header into a raw disk.
+    #[serde(default)]
+    pub format: DriveFormat,
+    /// The read-only raw base below a qcow2 overlay. Names inside the image open nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<String>,
+    /// First disk of the machine; `root=/dev/vda` is added to a command line that has no `root=`.
+    #[serde(default)]
+    pub is_root_device: bool,
+    /// The guest may not write.
+    #[serde(default)]
+    pub is_read_only: bool,
+}
+
+/// A disk image's format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveFormat {
+    /// The file is the disk.
+    #[default]
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Its name.
+    pub iface_id: String,
+    /// The guest's MAC address, `06:00:ac:1f:00:05`; one is made from the interface's number when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<String>,
+    /// A handed tap descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached), or a tap's name.
+    pub host_dev_name: String,
+    /// The largest packet that the guest should send, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+}
+
+/// The entropy device has no settings yet.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Entropy {}
+
+/// COM1.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SerialConfig {
+    /// A console ring file (see [`crate::console`]); `"stdout"` for the process's own. Nothing: output is dropped.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub output: Option<String>,
+    /// A pipe or socket that input is read from; `"stdin"` for the process's own.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub input: Option<String>,
+}
+
+/// The DMI strings that the guest sees, each at most 64 printable ASCII characters.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct SmbiosConfig {
+    /// System manufacturer (type 1). Cloud-init knows EC2 by its UUID and serial number instead.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub manufacturer: Option<String>,
+    /// System product name, on EC2 the instance type.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub product: Option<String>,
+    /// System version.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub version: Option<String>,
+    /// System serial number; on EC2 equal to the UUID.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// System UUID, `ec2xxxxx-xxxx-xxxx-xxxx-xxxxxxxxxxxx` on EC2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub uuid: Option<String>,
+    /// System family.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub family: Option<String>,
+    /// Chassis asset tag (type 3); EC2 has `Amazon EC2` or the instance id here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub asset_tag: Option<String>,
+}
+
+impl VmConfig {
+    /// Parses and checks a configuration file.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the field.
+    pub fn from_json(text: &str) -> Result<Self> {
+        let config: Self = serde_json::from_str(text).map_err(|error| Error::Config(error.to_string()))?;
+        config.check()?;
+        Ok(config)
+    }
+
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the field, its value and what is allowed.
+    pub fn check(&self) -> Result<()> {
+        self.machine_config.check()?;
+        if let Some(boot) = &self.boot_source {
+            boot.check()?;
+        }
+        for drive in &self.drives {
+            drive.check()?;
+        }
+        for interface in &self.network_interfaces {
+            interface.check()?;
+        }
+        if let Some(smbios) = &self.smbios {
+            smbios.check()?;
+        }
+        unique("drives: drive_id", self.drives.iter().map(|d| &d.drive_id))?;
+        unique("network-interfaces: iface_id", self.network_interfaces.iter().map(|n| &n.iface_id))?;
+        if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
+            return Err(Error::Config("drives: more than one has is_root_device".into()));
+        }
+        let devices = self.drives.len() + self.network_interfaces.len() + usize::from(self.entropy.is_some());
+        if devices > layout::MAX_VIRTIO_DEVICES {
+            return Err(Error::Config(format!(
+                "{devices} devices, at most {} fit one machine",
+                layout::MAX_VIRTIO_DEVICES
+            )));
+        }
+        Ok(())
+    }
+}
+
+fn unique<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let mut seen = std::collections::BTreeSet::new();
+    for name in names {
+        if !seen.insert(name) {
+            return Err(Error::Config(format!("{what} {name:?} is there twice")));
+        }
+    }
+    Ok(())
+}
+
+impl MachineConfig {
+    /// Checks the numbers.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        if self.vcpu_count == 0 || self.vcpu_count > layout::MAX_VCPUS {
+            return Err(Error::Config(format!(
+                "machine-config: vcpu_count {} is outside 1–{}",
+                self.vcpu_count,
+                layout::MAX_VCPUS
+            )));
+        }
+        if self.mem_size_mib < layout::MIN_MEMORY_MIB || self.mem_size_mib > layout::MAX_MEMORY_MIB {
+            return Err(Error::Config(format!(
+                "machine-config: mem_size_mib {} is outside {}–{}",
+                self.mem_size_mib,
+                layout::MIN_MEMORY_MIB,
+                layout::MAX_MEMORY_MIB
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl BootSource {
+    fn check(&self) -> Result<()> {
+        let args = self.boot_args.as_deref().unwrap_or_default();
+        if let Some(bad) = args.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
+            return Err(Error::Config(format!("boot-source: boot_args holds {bad:?}; printable ASCII is allowed")));
+        }
+        if args.len() >= layout::CMDLINE_MAX {
+            return Err(Error::Config(format!(
+                "boot-source: boot_args has {} bytes, at most {} are allowed",
+                args.len(),
+                layout::CMDLINE_MAX - 1
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl Drive {
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        if self.drive_id.is_empty() || self.drive_id.len() > 20 || !self.drive_id.is_ascii() {
+            return Err(Error::Config(format!("drives: drive_id {:?} is not 1–20 ASCII characters", self.drive_id)));
+        }
+        if self.backing.is_some() && self.format == DriveFormat::Raw {
+            return Err(Error::Config(format!(
+                "drives: {:?} has a backing image, which only format qcow2 can have",
+                self.drive_id
+            )));
+        }
+        Ok(())
+    }
+}
+
+impl NetworkInterface {
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        if let Some(mac) = &self.guest_mac {
+            parse_mac(mac)?;
+        }
+        if self.mtu.is_some_and(|mtu| mtu < 68) {
+            return Err(Error::Config(format!("network-interfaces: {:?}: mtu is below 68", self.iface_id)));
+        }
+        Ok(())
+    }
+}
+
+impl SmbiosConfig {
+    fn check(&self) -> Result<()> {
+        let strings = [
+            ("manufacturer", &self.manufacturer),
+            ("product", &self.product),
+            ("version", &self.version),
+            ("serial", &self.serial),
+            ("family", &self.family),
+            ("asset_tag", &self.asset_tag),
+        ];
+        for (field, value) in strings {
+            let Some(value) = value else { continue };
+            if value.is_empty() || value.len() > 64 || value.bytes().any(|b| !(0x20..0x7f).contains(&b)) {
+                return Err(Error::Config(format!(
+                    "smbios: {field} {value:?} is not 1–64 printable ASCII characters"
+                )));
+            }
+        }
+        if let Some(uuid) = &self.uuid {
+            parse_uuid(uuid)?;
+        }
+        Ok(())
+    }
+}
+
+/// Parses `06:00:ac:1f:00:05`.
+///
+/// # Errors
+/// [`Error::Config`] for anything else, and for multicast addresses.
+pub fn parse_mac(text: &str) -> Result<[u8; 6]> {
+    let mut mac = [0; 6];
+    let mut parts = text.split(':');
+    let parsed = mac.iter_mut().all(|byte| {
+        let part = parts.next().filter(|p| p.len() == 2 && p.bytes().all(|b| b.is_ascii_hexdigit()));
+        part.and_then(|p| u8::from_str_radix(p, 16).ok()).map(|b| *byte = b).is_some()
+    });
+    if !parsed || parts.next().is_some() || mac[0] & 1 == 1 {
+        return Err(Error::Config(format!(
+            "network-interfaces: guest_mac {text:?} is not a unicast address of the form 06:00:ac:1f:00:05"
+        )));
+    }
+    Ok(mac)
+}
+
+/// Parses the textual form of a UUID into its bytes as printed.
+///
+/// # Errors
+/// [`Error::Config`] for anything else.
+pub fn parse_uuid(text: &str) -> Result<[u8; 16]> {
+    let error = || Error::Config(format!("smbios: uuid {text:?} is not of the form 8-4-4-4-12 hex digits"));
+    let lengths: Vec<usize> = text.split('-').map(str::len).collect();
+    let digits: Vec<u8> = text.bytes().filter(|b| *b != b'-').collect();
+    if lengths != [8, 4, 4, 4, 12] || !digits.iter().all(u8::is_ascii_hexdigit) {
+        return Err(error());
+    }
+    let mut uuid = [0; 16];
+    for (byte, pair) in uuid.iter_mut().zip(digits.chunks(2)) {
+        let pair = std::str::from_utf8(pair).map_err(|_| error())?;
+        *byte = u8::from_str_radix(pair, 16).map_err(|_| error())?;
+    }
+    Ok(uuid)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const FULL: &str = r#"{"boot-source":{"kernel_image_path":"kernel","initrd_path":"initrd","boot_args":"console=ttyS0"},
+        "machine-config":{"vcpu_count":2,"mem_size_mib":1024},
+        "drives":[{"drive_id":"root","path_on_host":"root","format":"qcow2","backing":"base","is_root_device":true,"is_read_only":false}],
+        "network-interfaces":[{"iface_id":"eth0","guest_mac":"06:00:ac:1f:00:05","host_dev_name":"tap0"}],
+        "entropy":{},"serial":{"output":"console"},
+        "smbios":{"manufacturer":"Amazon EC2","uuid":"ec2a0001-0002-0003-0004-000000000005"},"status":"status"}"#;
+
+    #[test]
+    fn the_documented_file_parses_and_survives_a_round_trip() {
+        let config = VmConfig::from_json(FULL).unwrap();
+        assert_eq!(config.machine_config.vcpu_count, 2);
+        assert_eq!(config.drives[0].format, DriveFormat::Qcow2);
+        let text = serde_json::to_string(&config).unwrap();
+        assert_eq!(VmConfig::from_json(&text).unwrap(), config);
+    }
+
+    #[test]
+    fn bad_configurations_are_refused_with_the_field_named() {
+        let cases = [
+            (r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":64,"cpu_flavour":1}}"#, "cpu_flavour"),
+            (r#"{"machine-config":{"vcpu_count":0,"mem_size_mib":64}}"#, "vcpu_count 0"),
+            (r#"{"machine-config":{"vcpu_count":33,"mem_size_mib":64}}"#, "vcpu_count 33"),
+            (r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":0}}"#, "mem_size_mib 0"),
+            (r#"{"drives":[{"drive_id":"a","path_on_host":"a"},{"drive_id":"a","path_on_host":"b"}]}"#, "twice"),
+            (r#"{"drives":[{"drive_id":"a","path_on_host":"a","backing":"b"}]}"#, "backing"),
+            (r#"{"drives":[{"drive_id":"a","path_on_host":"a","format":"vmdk"}]}"#, "vmdk"),
+            (r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"01:00:00:00:00:00"}]}"#, "guest_mac"),
+            (r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"6:0:0:0:0:0"}]}"#, "guest_mac"),
+            (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
+            (r#"{"smbios":{"serial":"ä"}}"#, "serial"),
+            (r#"{"boot-source":{"kernel_image_path":"k","boot_args":"a\nb"}}"#, "boot_args"),
+        ];
+        for (text, word) in cases {
+            let error = VmConfig::from_json(text).unwrap_err().to_string();
+            assert!(error.contains(word), "{text} gave {error:?}");
+        }
+    }
+
+    #[test]
+    fn uuid_bytes_are_in_print_order() {
+        let uuid = parse_uuid("00112233-4455-6677-8899-aabbccddeeff").unwrap();
+        assert_eq!(uuid[..4], [0x00, 0x11, 0x22, 0x33]);
+        assert_eq!(uuid[15], 0xff);
+    }
+}

@@ -1,0 +1,145 @@
+//! Names → open descriptors. This is the only place of the monitor that opens a path, and it refuses to once the
+//! process is locked down (the system-call filters refuse it too).
+
+use std::collections::BTreeMap;
+use std::fs::{File, OpenOptions};
+use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::path::PathBuf;
+
+use crate::error::{Error, Result};
+
+/// The descriptors handed over at start, by name.
+#[derive(Debug, Default)]
+pub struct Descriptors {
+    handed: BTreeMap<String, OwnedFd>,
+}
+
+impl Descriptors {
+    /// Takes over the descriptors of `--fd NAME=N` options.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when the text has another form, a name or a number is there twice, or the number is not an
+    /// open descriptor.
+    pub fn from_options(options: &[String]) -> Result<Self> {
+        let mut this = Self::default();
+        let mut numbers = std::collections::BTreeSet::new();
+        for option in options {
+            let parsed = option.split_once('=').and_then(|(name, n)| Some((name, n.parse::<RawFd>().ok()?)));
+            let Some((name, number)) = parsed.filter(|(name, number)| !name.is_empty() && *number > 2) else {
+                return Err(Error::Config(format!("--fd {option:?} is not of the form NAME=N with N above 2")));
+            };
+            if !numbers.insert(number) || this.handed.contains_key(name) {
+                return Err(Error::Config(format!("--fd {option:?}: that name or number is there twice")));
+            }
+            this.handed.insert(name.to_owned(), take(number, "--fd")?);
+        }
+        Ok(this)
+    }
+
+    /// Adds one descriptor under a name.
+    pub fn insert(&mut self, name: impl Into<String>, descriptor: impl Into<OwnedFd>) {
+        self.handed.insert(name.into(), descriptor.into());
+    }
+
+    /// Whether the name was handed over.
+    #[must_use]
+    pub fn has(&self, name: &str) -> bool {
+        self.handed.contains_key(name)
+    }
+
+    /// A duplicate of a handed descriptor, so that the same file may serve twice (a base below two overlays).
+    ///
+    /// # Errors
+    /// [`Error::NotHanded`], [`Error::Io`].
+    pub fn handed(&self, name: &str, what: &'static str) -> Result<OwnedFd> {
+        let descriptor = self.handed.get(name).ok_or_else(|| Error::NotHanded { what, name: name.to_owned() })?;
+        descriptor.try_clone().map_err(Error::io(format!("duplicating the descriptor {name:?}")))
+    }
+
+    /// The file of this name: a handed descriptor, or the path of that name opened as asked.
+    ///
+    /// # Errors
+    /// [`Error::Open`] with what was tried.
+    pub fn file(&self, name: &str, what: &'static str, access: Access) -> Result<File> {
+        if self.has(name) {
+            return Ok(File::from(self.handed(name, what)?));
+        }
+        let mut options = OpenOptions::new();
+        match access {
+            Access::Read => options.read(true),
+            Access::ReadWrite => options.read(true).write(true),
+            Access::CreateReadWrite => options.read(true).write(true).create(true),
+            Access::Append => options.append(true).create(true),
+        };
+        let path = PathBuf::from(name);
+        options.open(&path).map_err(|source| Error::Open { what, path, source })
+    }
+}
+
+/// How a path is opened.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Access {
+    /// Read only.
+    Read,
+    /// Read and write an existing file.
+    ReadWrite,
+    /// Read and write, made if missing.
+    CreateReadWrite,
+    /// Append, made if missing.
+    Append,
+}
+
+/// Takes over an inherited descriptor by its number.
+///
+/// # Errors
+/// [`Error::Config`] if nothing is open there.
+pub fn take(number: RawFd, what: &str) -> Result<OwnedFd> {
+    // SAFETY: fcntl on any number is harmless; it says whether a descriptor is open there.
+    let flags = unsafe { libc::fcntl(number, libc::F_GETFD) };
+    if number < 0 || flags < 0 {
+        return Err(Error::Config(format!("{what}: descriptor {number} is not open")));
+    }
+    // SAFETY: the descriptor is open, and the command line gives it to us; each number is taken once.
+    let descriptor = unsafe { OwnedFd::from_raw_fd(number) };
+    // SAFETY: as above; keeps it from programs that we never start.
+    unsafe { libc::fcntl(number, libc::F_SETFD, flags | libc::FD_CLOEXEC) };
+    Ok(descriptor)
+}
+
+/// A duplicate of stdin (0) or stdout (1).
+///
+/// # Errors
+/// It is closed.
+pub fn take_standard(number: RawFd) -> std::io::Result<OwnedFd> {
+    // SAFETY: fcntl on any number is harmless.
+    let duplicate = unsafe { libc::fcntl(number, libc::F_DUPFD_CLOEXEC, 3) };
+    if duplicate < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: fcntl just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(duplicate) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::fd::IntoRawFd;
+
+    #[test]
+    fn options_are_checked() {
+        for bad in ["", "a", "a=", "=7", "a=x", "a=1", "a=987654"] {
+            assert!(Descriptors::from_options(&[bad.to_owned()]).is_err(), "{bad:?}");
+        }
+        let number = File::open("/dev/null").unwrap().into_raw_fd();
+        let descriptors = Descriptors::from_options(&[format!("kernel={number}")]).unwrap();
+        assert!(descriptors.has("kernel"));
+        assert!(descriptors.handed("kernel", "kernel").is_ok());
+        assert!(descriptors.handed("initrd", "initrd").is_err());
+    }
+
+    #[test]
+    fn a_missing_path_is_named() {
+        let error = Descriptors::default().file("/no/such/kernel", "kernel", Access::Read).unwrap_err();
+        assert!(error.chain().contains("kernel \"/no/such/kernel\""), "{}", error.chain());
+    }
+}

@@ -1,0 +1,219 @@
+//! COM1: a 16550 whose output goes to a console ring (or stdout) and whose input comes from the API or a descriptor.
+
+use std::collections::VecDeque;
+use std::fs::File;
+use std::io::{self, Write};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use vm_superio::serial::NoEvents;
+use vm_superio::{Serial, Trigger};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::bus::{BusDevice, Outcome};
+use crate::console::ConsoleWriter;
+
+/// Input that waits for the guest, at most; what exceeds it is refused.
+pub const MAX_PENDING_INPUT: usize = 64 * 1024;
+
+/// Where output goes.
+#[derive(Debug)]
+pub enum Sink {
+    /// A console ring.
+    Ring(ConsoleWriter),
+    /// A terminal or pipe; what it does not take is dropped, a guest never waits for a reader.
+    File(File),
+    /// Nowhere.
+    Null,
+}
+
+impl Write for Sink {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Self::Ring(ring) => ConsoleWriter::write(ring, bytes),
+            Self::File(file) => drop(file.write_all(bytes)),
+            Self::Null => {}
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[derive(Debug)]
+struct Line(EventFd);
+
+impl Trigger for Line {
+    type E = io::Error;
+    fn trigger(&self) -> io::Result<()> {
+        self.0.write(1)
+    }
+}
+
+struct Port {
+    uart: Serial<Line, NoEvents, Sink>,
+    pending: VecDeque<u8>,
+    bytes_out: u64,
+    bytes_in: u64,
+}
+
+impl Port {
+    fn refill(&mut self) {
+        let count = self.uart.fifo_capacity().min(self.pending.len());
+        if count > 0 {
+            let bytes: Vec<u8> = self.pending.drain(..count).collect();
+            self.bytes_in += count as u64;
+            // The FIFO has room for them; a lost interrupt shows at the guest's next read.
+            let _ = self.uart.enqueue_raw_bytes(&bytes);
+        }
+    }
+}
+
+/// The port.
+pub struct SerialPort {
+    port: Mutex<Port>,
+    line: EventFd,
+}
+
+/// What the port has carried.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, serde::Serialize)]
+pub struct SerialMetrics {
+    /// Bytes that the guest wrote.
+    pub bytes_out: u64,
+    /// Bytes that the guest was given.
+    pub bytes_in: u64,
+    /// Bytes of input that wait.
+    pub bytes_pending: u64,
+}
+
+impl SerialPort {
+    /// `line` raises COM1's interrupt.
+    ///
+    /// # Errors
+    /// The descriptor cannot be duplicated.
+    pub fn new(line: EventFd, sink: Sink) -> io::Result<Self> {
+        let port = Port { uart: Serial::new(Line(line.try_clone()?), sink), pending: VecDeque::new(), bytes_out: 0, bytes_in: 0 };
+        Ok(Self { port: Mutex::new(port), line })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Port> {
+        self.port.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Gives the guest input, all or nothing.
+    ///
+    /// # Errors
+    /// How many bytes there is room for, when these are more.
+    pub fn input(&self, bytes: &[u8]) -> Result<(), usize> {
+        let mut port = self.lock();
+        let room = MAX_PENDING_INPUT - port.pending.len();
+        if bytes.len() > room {
+            return Err(room);
+        }
+        port.pending.extend(bytes);
+        port.refill();
+        Ok(())
+    }
+
+    /// Room for input.
+    #[must_use]
+    pub fn input_room(&self) -> usize {
+        MAX_PENDING_INPUT - self.lock().pending.len()
+    }
+
+    /// What the port has carried.
+    #[must_use]
+    pub fn metrics(&self) -> SerialMetrics {
+        let port = self.lock();
+        SerialMetrics { bytes_out: port.bytes_out, bytes_in: port.bytes_in, bytes_pending: port.pending.len() as u64 }
+    }
+
+    /// As after power-on; the output stream goes on.
+    ///
+    /// # Errors
+    /// The descriptor cannot be duplicated.
+    pub fn reset(&self) -> io::Result<()> {
+        let line = Line(self.line.try_clone()?);
+        let mut port = self.lock();
+        let sink = std::mem::replace(port.uart.writer_mut(), Sink::Null);
+        port.uart = Serial::new(line, sink);
+        Ok(())
+    }
+}
+
+impl BusDevice for SerialPort {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        data.fill(0);
+        let mut port = self.lock();
+        for byte in data {
+            *byte = port.uart.read(u8::try_from(offset).unwrap_or(u8::MAX));
+        }
+        if offset == 0 {
+            port.refill();
+        }
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) -> Outcome {
+        let offset = u8::try_from(offset).unwrap_or(u8::MAX);
+        let mut port = self.lock();
+        // `rep outsb` arrives as one write of many bytes to the same register.
+        for byte in data {
+            let _ = port.uart.write(offset, *byte);
+        }
+        if offset == 0 {
+            port.bytes_out += data.len() as u64;
+        }
+        Outcome::Done
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn port() -> (SerialPort, tempfile::NamedTempFile) {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let ring = ConsoleWriter::new(file.as_file()).unwrap();
+        let port = SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), Sink::Ring(ring)).unwrap();
+        (port, file)
+    }
+
+    #[test]
+    fn output_reaches_the_ring_also_after_a_reset() {
+        let (port, file) = port();
+        port.write(0, b"hello ");
+        port.reset().unwrap();
+        port.write(0, b"again");
+        let reader = crate::console::ConsoleReader::new(file.reopen().unwrap()).unwrap();
+        assert_eq!(reader.read_from(0).unwrap().bytes, b"hello again");
+    }
+
+    #[test]
+    fn input_beyond_the_fifo_waits_and_arrives_in_order() {
+        let (port, _file) = port();
+        let input: Vec<u8> = (0..=255).collect();
+        port.input(&input).unwrap();
+        let mut seen = Vec::new();
+        loop {
+            let mut status = [0];
+            port.read(5, &mut status);
+            if status[0] & 1 == 0 {
+                break;
+            }
+            let mut byte = [0];
+            port.read(0, &mut byte);
+            seen.push(byte[0]);
+        }
+        assert_eq!(seen, input);
+    }
+
+    #[test]
+    fn too_much_input_is_refused_with_the_room_there_is() {
+        let (port, _file) = port();
+        let room = port.input(&vec![0; MAX_PENDING_INPUT + 1]).unwrap_err();
+        assert_eq!(room, MAX_PENDING_INPUT);
+        port.input(&[b'x'; 100]).unwrap();
+        assert_eq!(port.input_room(), MAX_PENDING_INPUT - 36);
+    }
+}

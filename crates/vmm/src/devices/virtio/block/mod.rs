@@ -1,0 +1,113 @@
+//! virtio-block: one disk, one queue.
+
+pub mod backend;
+pub mod metrics;
+pub mod queue;
+
+#[cfg(test)]
+mod tests;
+
+use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
+
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use backend::Backend;
+use metrics::Metrics;
+
+/// virtio device id of a disk.
+pub const KIND: u32 = 2;
+const QUEUE_SIZE: u16 = 256;
+/// Data segments per request: the queue less header and status.
+const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
+
+/// A disk.
+pub struct Block {
+    id: String,
+    read_only: bool,
+    backend: Box<dyn Backend>,
+    active: Option<Active>,
+    metrics: Metrics,
+}
+
+impl Block {
+    /// A disk of this image.
+    #[must_use]
+    pub fn new(id: String, read_only: bool, backend: Box<dyn Backend>) -> Self {
+        Self { id, read_only, backend, active: None, metrics: Metrics::default() }
+    }
+}
+
+impl VirtioDevice for Block {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+
+    fn name(&self) -> &str {
+        &self.id
+    }
+
+    fn features(&self) -> u64 {
+        let read_only = if self.read_only { 1 << VIRTIO_BLK_F_RO } else { 0 };
+        read_only
+            | 1 << VIRTIO_BLK_F_FLUSH
+            | 1 << VIRTIO_BLK_F_SEG_MAX
+            | 1 << VIRTIO_BLK_F_BLK_SIZE
+            | F_EVENT_IDX
+            | F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    /// virtio 1.2, 5.2.4: capacity, size_max, seg_max, geometry, blk_size.
+    fn config(&self) -> Vec<u8> {
+        let mut config = (self.backend.size() / queue::SECTOR).to_le_bytes().to_vec();
+        config.extend(0_u32.to_le_bytes());
+        config.extend(SEG_MAX.to_le_bytes());
+        config.extend([0; 4]);
+        config.extend(512_u32.to_le_bytes());
+        config
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), String> {
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn queue_event(&mut self, index: usize) -> bool {
+        let Some(active) = &mut self.active else { return false };
+        let Some(queue) = active.queues.get_mut(index) else { return false };
+        let disk = queue::Disk {
+            backend: self.backend.as_ref(),
+            read_only: self.read_only,
+            write_through: active.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            id: &self.id,
+        };
+        match queue::process(queue, &active.memory, &disk, &mut self.metrics) {
+            Ok(turn) => {
+                if turn.interrupt {
+                    active.interrupt.used();
+                }
+                turn.more
+            }
+            Err(broken) => {
+                crate::log::line(&format!("disk {:?}: {broken}", self.id));
+                active.interrupt.needs_reset();
+                self.active = None;
+                false
+            }
+        }
+    }
+
+    fn flush(&mut self) -> std::io::Result<()> {
+        if self.read_only { Ok(()) } else { self.backend.flush() }
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::json!(self.metrics)
+    }
+}

@@ -1,0 +1,78 @@
+//! virtio-entropy: random bytes of the host (virtio 1.2, 5.4).
+
+pub mod queue;
+
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use queue::Metrics;
+
+/// virtio device id of an entropy source.
+pub const KIND: u32 = 4;
+const QUEUE_SIZE: u16 = 64;
+
+/// The entropy device.
+#[derive(Debug, Default)]
+pub struct Entropy {
+    active: Option<Active>,
+    metrics: Metrics,
+}
+
+impl VirtioDevice for Entropy {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+
+    fn name(&self) -> &str {
+        "entropy"
+    }
+
+    fn features(&self) -> u64 {
+        F_EVENT_IDX | F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &[QUEUE_SIZE]
+    }
+
+    fn config(&self) -> Vec<u8> {
+        Vec::new()
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), String> {
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+    }
+
+    fn queue_event(&mut self, index: usize) -> bool {
+        let Some(active) = &mut self.active else { return false };
+        let Some(queue) = active.queues.get_mut(index) else { return false };
+        match queue::process(queue, &active.memory, host_random, &mut self.metrics) {
+            Ok(turn) => {
+                if turn.interrupt {
+                    active.interrupt.used();
+                }
+                turn.more
+            }
+            Err(broken) => {
+                crate::log::line(&format!("entropy: {broken}"));
+                active.interrupt.needs_reset();
+                self.active = None;
+                false
+            }
+        }
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::json!(self.metrics)
+    }
+}
+
+/// Fills a buffer with the host's random bytes; says how many there were.
+pub fn host_random(buffer: &mut [u8]) -> usize {
+    // SAFETY: the buffer is valid for its length.
+    let count = unsafe { libc::getrandom(buffer.as_mut_ptr().cast(), buffer.len(), 0) };
+    usize::try_from(count).unwrap_or(0)
+}

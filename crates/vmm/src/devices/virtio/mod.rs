@@ -1,0 +1,134 @@
+//! virtio devices behind virtio-mmio (virtio 1.2, modern only).
+//!
+//! A device is a folder: `queue.rs` (pure: memory + queue in, completions out), `mod.rs` (the device: configuration
+//! space, activation, event glue), `metrics.rs`, and for the disk its backend. [`mmio`] is the transport that all share.
+//!
+//! Who runs what: vCPU threads read and write the transport's registers; activation and reset happen there too. The
+//! device thread runs [`VirtioDevice::queue_event`] and [`VirtioDevice::backend_event`]. A device's own lock is what
+//! orders the two; the interrupt status is outside of it, so that a guest acknowledges interrupts while I/O runs.
+
+pub mod block;
+pub mod entropy;
+pub mod mmio;
+pub mod net;
+pub mod queue;
+
+use std::os::fd::RawFd;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+
+use virtio_queue::Queue;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::memory::Memory;
+
+/// `VIRTIO_F_VERSION_1`.
+pub const F_VERSION_1: u64 = 1 << 32;
+/// `VIRTIO_F_RING_EVENT_IDX`.
+pub const F_EVENT_IDX: u64 = 1 << 29;
+/// `VIRTIO_F_RING_INDIRECT_DESC`.
+pub const F_INDIRECT_DESC: u64 = 1 << 28;
+
+/// Interrupt status bit: a used buffer.
+const STATUS_USED: u32 = 1;
+/// Interrupt status bit: the configuration changed.
+const STATUS_CONFIG: u32 = 2;
+
+/// A device's interrupt, and what the guest reads about it.
+#[derive(Debug)]
+pub struct Interrupt {
+    status: AtomicU32,
+    needs_reset: AtomicBool,
+    line: EventFd,
+}
+
+impl Interrupt {
+    /// `line` is an irqfd.
+    #[must_use]
+    pub const fn new(line: EventFd) -> Self {
+        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+    }
+
+    /// Tells the guest that there are used buffers.
+    pub fn used(&self) {
+        self.raise(STATUS_USED);
+    }
+
+    /// Tells the guest that the device is broken until it resets it (virtio 1.2, 2.1.2: `DEVICE_NEEDS_RESET`).
+    pub fn needs_reset(&self) {
+        self.needs_reset.store(true, Ordering::SeqCst);
+        self.raise(STATUS_CONFIG);
+    }
+
+    fn raise(&self, bit: u32) {
+        self.status.fetch_or(bit, Ordering::SeqCst);
+        // An eventfd write fails only when its counter is full, and then the interrupt is pending anyway.
+        let _ = self.line.write(1);
+    }
+
+    fn status(&self) -> u32 {
+        self.status.load(Ordering::SeqCst)
+    }
+
+    fn acknowledge(&self, bits: u32) {
+        self.status.fetch_and(!bits, Ordering::SeqCst);
+    }
+
+    fn reset(&self) {
+        self.status.store(0, Ordering::SeqCst);
+        self.needs_reset.store(false, Ordering::SeqCst);
+    }
+}
+
+/// What a device gets when the driver says that it is ready.
+#[derive(Debug)]
+pub struct Active {
+    /// Guest memory.
+    pub memory: Memory,
+    /// The queues, each ready and inside memory, or not ready at all.
+    pub queues: Vec<Queue>,
+    /// Features that both sides have.
+    pub features: u64,
+    /// How to interrupt the guest.
+    pub interrupt: Arc<Interrupt>,
+}
+
+/// What the transport and the device thread need of every device.
+pub trait VirtioDevice: Send {
+    /// Device id (virtio 1.2, 5).
+    fn kind(&self) -> u32;
+    /// Name for messages and metrics.
+    fn name(&self) -> &str;
+    /// Features that the device offers.
+    fn features(&self) -> u64;
+    /// Largest size of each queue.
+    fn queue_sizes(&self) -> &[u16];
+    /// Configuration space.
+    fn config(&self) -> Vec<u8>;
+    /// Starts the device.
+    ///
+    /// # Errors
+    /// A sentence; the guest sees `DEVICE_NEEDS_RESET`.
+    fn activate(&mut self, active: Active) -> Result<(), String>;
+    /// Stops the device and forgets the guest's settings.
+    fn reset(&mut self);
+    /// The guest rang a queue's bell. Returns true if there is more to do that must wait its turn.
+    fn queue_event(&mut self, queue: usize) -> bool;
+    /// A descriptor that wakes [`VirtioDevice::backend_event`] when it becomes readable (edge-triggered).
+    fn backend_fd(&self) -> Option<RawFd> {
+        None
+    }
+    /// The backend became readable. Returns true if there is more to do that must wait its turn.
+    fn backend_event(&mut self) -> bool {
+        false
+    }
+    /// Puts everything on stable storage (the machine is about to end).
+    ///
+    /// # Errors
+    /// Why that failed.
+    fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// Counters.
+    fn metrics(&self) -> serde_json::Value;
+}

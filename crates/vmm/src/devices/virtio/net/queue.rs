@@ -1,0 +1,180 @@
+//! Packets between a queue and a tap (virtio 1.2, 5.1.6): memory, queues and a packet source or sink in.
+//!
+//! Packets carry the 12-byte virtio header on both sides: the tap speaks the same one (`IFF_VNET_HDR`).
+
+use std::io;
+
+use virtio_queue::{Queue, QueueOwnedT, QueueT};
+
+use super::metrics::Metrics;
+use crate::devices::virtio::queue::{BUDGET, Broken, Buffers, Turn, copy_in, copy_out, drain, length, next};
+use crate::memory::Memory;
+
+/// Bytes of the virtio header.
+pub const HEADER: usize = 12;
+/// The longest packet: 64 KiB of IP with its Ethernet and virtio headers.
+pub const MAX_PACKET: usize = 65_536 + 18 + HEADER;
+/// Where the header's count of buffers is.
+const NUM_BUFFERS: usize = 10;
+
+/// The host's side.
+pub trait Tap {
+    /// Takes one packet with its header; `None` when there is none now.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn receive(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>>;
+    /// Sends one packet with its header.
+    ///
+    /// # Errors
+    /// The host's error: the packet is lost, as packets may be.
+    fn send(&mut self, packet: &[u8]) -> io::Result<()>;
+}
+
+/// A packet that was taken from the tap and waits for buffers.
+pub struct Waiting {
+    packet: Box<[u8]>,
+    length: usize,
+}
+
+impl Default for Waiting {
+    fn default() -> Self {
+        Self { packet: vec![0; MAX_PACKET].into_boxed_slice(), length: 0 }
+    }
+}
+
+impl Waiting {
+    /// Forgets the packet.
+    pub fn clear(&mut self) {
+        self.length = 0;
+    }
+}
+
+impl std::fmt::Debug for Waiting {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(formatter, "Waiting({} bytes)", self.length)
+    }
+}
+
+/// Sends every packet that is in the queue.
+///
+/// # Errors
+/// [`Broken`]: the guest broke the queue.
+pub fn transmit(
+    queue: &mut Queue,
+    memory: &Memory,
+    tap: &mut dyn Tap,
+    scratch: &mut [u8],
+    metrics: &mut Metrics,
+) -> Result<Turn, Broken> {
+    drain(queue, memory, |chain| {
+        let packet = Buffers::new(memory, chain, MAX_PACKET as u64)
+            .ok()
+            .map(|buffers| copy_out(&buffers.readable, scratch))
+            .filter(|count| *count > HEADER);
+        // Copied once and only then looked at: the guest cannot change a packet under the host.
+        match packet.map(|count| (count, tap.send(&scratch[..count]))) {
+            Some((count, Ok(()))) => {
+                metrics.tx_packets += 1;
+                metrics.tx_bytes += (count - HEADER) as u64;
+            }
+            _ => metrics.tx_dropped += 1,
+        }
+        0
+    })
+}
+
+/// Gives the guest packets until it has no more buffers or the tap no more packets.
+///
+/// # Errors
+/// [`Broken`]: the guest broke the queue.
+pub fn receive(
+    queue: &mut Queue,
+    memory: &Memory,
+    tap: &mut dyn Tap,
+    waiting: &mut Waiting,
+    mergeable: bool,
+    metrics: &mut Metrics,
+) -> Result<Turn, Broken> {
+    let mut any = false;
+    for _ in 0..BUDGET {
+        if waiting.length == 0 {
+            match tap.receive(&mut waiting.packet) {
+                Ok(Some(length)) if length >= HEADER => waiting.length = length,
+                Ok(Some(_)) => continue,
+                Ok(None) | Err(_) => return finish(queue, memory, any, false),
+            }
+        }
+        match deliver(queue, memory, &mut waiting.packet[..waiting.length], mergeable)? {
+            Delivery::Done => {
+                metrics.rx_packets += 1;
+                metrics.rx_bytes += (waiting.length - HEADER) as u64;
+                waiting.length = 0;
+                any = true;
+            }
+            Delivery::TooLong => {
+                metrics.rx_dropped += 1;
+                waiting.length = 0;
+                any = true;
+            }
+            Delivery::NoBuffers => {
+                // Ask for a bell, then look once more: buffers may have come in between.
+                if !queue.enable_notification(memory)? {
+                    return finish(queue, memory, any, false);
+                }
+            }
+        }
+    }
+    finish(queue, memory, any, true)
+}
+
+fn finish(queue: &mut Queue, memory: &Memory, any: bool, more: bool) -> Result<Turn, Broken> {
+    Ok(Turn { interrupt: any && queue.needs_notification(memory)?, more })
+}
+
+enum Delivery {
+    Done,
+    NoBuffers,
+    TooLong,
+}
+
+fn deliver(queue: &mut Queue, memory: &Memory, packet: &mut [u8], mergeable: bool) -> Result<Delivery, Broken> {
+    let mut used: Vec<(u16, u32)> = Vec::new();
+    let mut lists = Vec::new();
+    let mut room = 0;
+    while room < packet.len() {
+        // Without mergeable buffers one chain must do (virtio 1.2, 5.1.6.3.1).
+        if !used.is_empty() && !mergeable {
+            let head = used[0].0;
+            queue.add_used(memory, head, 0)?;
+            return Ok(Delivery::TooLong);
+        }
+        let Some(chain) = next(queue, memory)? else {
+            // Some buffers, but too few: waiting for more could wait for ever, as the guest rings no bell for what it
+            // added before. The packet is lost, as packets may be, and the buffers stay.
+            for _ in &used {
+                queue.go_to_previous_position();
+            }
+            return Ok(if used.is_empty() { Delivery::NoBuffers } else { Delivery::TooLong });
+        };
+        let head = chain.head_index();
+        let buffers = Buffers::new(memory, chain, u64::from(u32::MAX)).unwrap_or_default();
+        let here = usize::try_from(length(&buffers.writable)).unwrap_or(usize::MAX).min(packet.len() - room);
+        used.push((head, u32::try_from(here).unwrap_or(0)));
+        lists.push(buffers.writable);
+        room += here;
+        if here == 0 && used.len() > usize::from(queue.size()) {
+            return Err(Broken("a queue full of empty receive buffers".into()));
+        }
+    }
+    let count = u16::try_from(used.len()).unwrap_or(u16::MAX);
+    packet[NUM_BUFFERS..HEADER].copy_from_slice(&count.to_le_bytes());
+    let mut at = 0;
+    for (list, (head, here)) in lists.iter().zip(&used) {
+        let end = at + *here as usize;
+        let _ = copy_in(list, &packet[at..end]);
+        at = end;
+        queue.add_used(memory, *head, *here)?;
+    }
+    Ok(Delivery::Done)
+}

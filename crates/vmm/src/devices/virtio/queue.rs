@@ -1,0 +1,194 @@
+//! What all devices do with a queue: take chains, hand them to the device, return them, say whether to interrupt.
+
+use std::ops::Deref;
+
+use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
+use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+
+use crate::memory::Memory;
+
+/// Chains that one turn takes from one queue: a guest that keeps refilling it must not starve the other devices.
+pub const BUDGET: usize = 1024;
+
+/// A queue that the guest has broken. The device stops until it is reset.
+#[derive(Debug, thiserror::Error, PartialEq, Eq)]
+#[error("the guest broke a queue: {0}")]
+pub struct Broken(pub String);
+
+impl From<virtio_queue::Error> for Broken {
+    fn from(error: virtio_queue::Error) -> Self {
+        Self(error.to_string())
+    }
+}
+
+/// What a turn left behind.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Turn {
+    /// The guest wants an interrupt.
+    pub interrupt: bool,
+    /// There is more, but the budget is used up.
+    pub more: bool,
+}
+
+/// Takes every available chain, lets `handle` say how many bytes it wrote into it, and returns it as used.
+///
+/// # Errors
+/// [`Broken`].
+pub fn drain<F>(queue: &mut Queue, memory: &Memory, mut handle: F) -> Result<Turn, Broken>
+where
+    F: FnMut(DescriptorChain<&Memory>) -> u32,
+{
+    let mut left = BUDGET;
+    let mut any = false;
+    loop {
+        queue.disable_notification(memory)?;
+        let mut found = false;
+        while left > 0 {
+            let Some(chain) = next(queue, memory)? else { break };
+            let head = chain.head_index();
+            let written = handle(chain);
+            queue.add_used(memory, head, written)?;
+            (found, any) = (true, true);
+            left -= 1;
+        }
+        let more = queue.enable_notification(memory)?;
+        if !more || left == 0 {
+            let interrupt = any && queue.needs_notification(memory)?;
+            return Ok(Turn { interrupt, more });
+        }
+        if !found {
+            return Err(Broken("available chains that cannot be taken".into()));
+        }
+    }
+}
+
+/// Takes the next available chain, if any.
+///
+/// # Errors
+/// [`Broken`] for an available index that is out of bounds.
+pub fn next<'m>(queue: &mut Queue, memory: &'m Memory) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
+    Ok(queue.iter(memory)?.next())
+}
+
+/// A chain as two lists of memory: what the guest gives (readable), then what it wants filled (writable).
+#[derive(Debug, Default)]
+pub struct Buffers<'m> {
+    /// The readable part, in order.
+    pub readable: Vec<VolatileSlice<'m>>,
+    /// The writable part, in order.
+    pub writable: Vec<VolatileSlice<'m>>,
+}
+
+impl<'m> Buffers<'m> {
+    /// Resolves a chain. Refuses one that leaves guest memory, is longer than `max_bytes`, loops, or has a readable
+    /// descriptor behind a writable one (virtio 1.2, 2.7.4.2).
+    ///
+    /// # Errors
+    /// What is wrong.
+    pub fn new<M>(memory: &'m Memory, chain: DescriptorChain<M>, max_bytes: u64) -> Result<Self, &'static str>
+    where
+        M: Deref,
+        M::Target: GuestMemory,
+    {
+        let mut buffers = Self::default();
+        let mut total = 0_u64;
+        for descriptor in chain {
+            let length = descriptor.len();
+            total += u64::from(length);
+            if total > max_bytes {
+                return Err("longer than allowed");
+            }
+            if length == 0 {
+                continue;
+            }
+            let list = if descriptor.is_write_only() {
+                &mut buffers.writable
+            } else if buffers.writable.is_empty() {
+                &mut buffers.readable
+            } else {
+                return Err("a readable descriptor behind a writable one");
+            };
+            let count = usize::try_from(length).map_err(|_| "too long")?;
+            append(memory, descriptor.addr(), count, list)?;
+        }
+        Ok(buffers)
+    }
+}
+
+/// A buffer may lie across the border of two regions of memory.
+fn append<'m>(
+    memory: &'m Memory,
+    mut address: vm_memory::GuestAddress,
+    mut count: usize,
+    list: &mut Vec<VolatileSlice<'m>>,
+) -> Result<(), &'static str> {
+    use vm_memory::Address;
+    while count > 0 {
+        let region = memory.find_region(address).ok_or("outside of guest memory")?;
+        let offset = region.to_region_addr(address).ok_or("outside of guest memory")?;
+        let here = usize::try_from(region.len() - offset.raw_value()).unwrap_or(usize::MAX).min(count);
+        list.push(region.get_slice(offset, here).map_err(|_| "outside of guest memory")?);
+        count -= here;
+        address = address.checked_add(here as u64).ok_or("outside of guest memory")?;
+    }
+    Ok(())
+}
+
+/// Bytes of a list.
+#[must_use]
+pub fn length(list: &[VolatileSlice<'_>]) -> u64 {
+    list.iter().map(|slice| slice.len() as u64).sum()
+}
+
+/// Splits a list after `at` bytes.
+///
+/// # Errors
+/// The list is shorter.
+pub fn split_at<'m>(
+    list: &[VolatileSlice<'m>],
+    mut at: usize,
+) -> Result<(Vec<VolatileSlice<'m>>, Vec<VolatileSlice<'m>>), &'static str> {
+    let (mut head, mut tail) = (Vec::new(), Vec::with_capacity(list.len()));
+    for slice in list {
+        if at >= slice.len() {
+            head.push(*slice);
+            at -= slice.len();
+        } else if at == 0 {
+            tail.push(*slice);
+        } else {
+            let (first, second) = slice.split_at(at).map_err(|_| "too short")?;
+            head.push(first);
+            tail.push(second);
+            at = 0;
+        }
+    }
+    if at == 0 { Ok((head, tail)) } else { Err("too short") }
+}
+
+/// Copies bytes out of a list; returns how many there were.
+#[must_use]
+pub fn copy_out(list: &[VolatileSlice<'_>], target: &mut [u8]) -> usize {
+    let mut done = 0;
+    for slice in list {
+        if done == target.len() {
+            break;
+        }
+        done += slice.copy_to(&mut target[done..]);
+    }
+    done
+}
+
+/// Copies bytes into a list; returns how many found room.
+#[must_use]
+pub fn copy_in(list: &[VolatileSlice<'_>], source: &[u8]) -> usize {
+    let mut done = 0;
+    for slice in list {
+        let count = slice.len().min(source.len() - done);
+        if count == 0 {
+            break;
+        }
+        slice.copy_from(&source[done..done + count]);
+        done += count;
+    }
+    done
+}

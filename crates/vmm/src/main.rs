@@ -1,0 +1,145 @@
+//! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
+
+use std::fs::File;
+use std::os::unix::net::UnixListener;
+use std::path::PathBuf;
+use std::process::exit;
+
+use clap::{Args, Parser, Subcommand};
+
+use roost_vmm::api::{Machine, Server};
+use roost_vmm::config::VmConfig;
+use roost_vmm::descriptors::{Descriptors, take};
+use roost_vmm::exit::ExitCode;
+use roost_vmm::preboot::Preboot;
+use roost_vmm::running::End;
+use roost_vmm::status::StatusWriter;
+use roost_vmm::{Error, Result, log, seccomp, threads};
+
+#[derive(Parser)]
+#[command(name = "roost-vmm", version, about = "Runs one virtual machine with KVM.", max_term_width = 100)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Runs one virtual machine until its guest ends.
+    #[command(after_help = EXIT_CODES)]
+    Run(Run),
+}
+
+const EXIT_CODES: &str = "Exit codes:
+  0  the guest powered itself off
+  1  a fault in the monitor itself
+  2  wrong command line or configuration; nothing was started
+  3  KVM is missing, forbidden, or refused a call
+  4  the guest crashed (registers and instruction bytes are on stderr)
+  5  a file, tap, socket or other host object failed
+  6  a thread made a forbidden system call
+  7  ended by ForceStop, SIGTERM or SIGINT
+  8  the guest reset itself and \"on_reset\" is \"exit\"";
+
+#[derive(Args)]
+struct Run {
+    /// The configuration, a JSON file in the shape of Firecracker's.
+    #[arg(long, value_name = "PATH", conflicts_with = "config_fd")]
+    config: Option<PathBuf>,
+    /// The configuration, from an open descriptor.
+    #[arg(long, value_name = "N")]
+    config_fd: Option<i32>,
+    /// Hands over an open descriptor under a name that the configuration uses. `kvm` is /dev/kvm.
+    #[arg(long = "fd", value_name = "NAME=N")]
+    fds: Vec<String>,
+    /// Serves the API on a unix socket made at this path.
+    #[arg(long, value_name = "PATH", conflicts_with = "api_fd")]
+    api_sock: Option<PathBuf>,
+    /// Serves the API on an open, listening unix socket.
+    #[arg(long, value_name = "N")]
+    api_fd: Option<i32>,
+    /// Builds everything and locks down, then waits for InstanceStart instead of starting at once.
+    #[arg(long)]
+    hold: bool,
+    /// Names the instance in messages and in `GET /`.
+    #[arg(long, value_name = "TEXT", default_value = "anonymous")]
+    id: String,
+}
+
+fn main() {
+    let code = match Cli::parse().command {
+        Command::Run(run) => run_machine(&run),
+    };
+    exit(code.code());
+}
+
+fn run_machine(run: &Run) -> ExitCode {
+    log::set_id(&run.id);
+    threads::name_this(threads::API);
+    end_process_on_panic();
+    let mut status = StatusWriter::default();
+    let mut server = prepare(run, &mut status);
+    let end = match &mut server {
+        Ok(server) => server.serve(&mut status).unwrap_or_else(|error| End::error(&error)),
+        Err(error) => End::error(error),
+    };
+    end.announce(&mut status);
+    roost_vmm::api::terminal::restore();
+    // No destructor runs: parked threads and open devices go with the process.
+    exit(end.code.code());
+}
+
+/// Parses, opens, builds: everything before the guest.
+fn prepare(run: &Run, status: &mut StatusWriter) -> Result<Server> {
+    let descriptors = Descriptors::from_options(&run.fds)?;
+    let config = read_config(run)?;
+    let listener = match (&run.api_sock, run.api_fd) {
+        (Some(path), _) => {
+            Some(UnixListener::bind(path).map_err(|source| Error::Open { what: "API socket", path: path.clone(), source })?)
+        }
+        (None, Some(number)) => Some(UnixListener::from(take(number, "--api-fd")?)),
+        (None, None) => None,
+    };
+    if listener.is_none() && (config.is_none() || run.hold) {
+        let what = if run.hold { "--hold" } else { "a machine without --config" };
+        return Err(Error::Config(format!("{what} needs --api-sock or --api-fd to be started with")));
+    }
+    let server = Server::new(listener, run.id.clone())?;
+    let configured = config.is_some();
+    let preboot = Preboot::new(config.unwrap_or_default(), descriptors);
+    *status = preboot.open_status()?;
+    seccomp::sigsys::install(status.raw_fd())?;
+    let machine = match (configured, run.hold) {
+        (false, _) => Machine::Preboot(preboot),
+        (true, true) => Machine::Held(server.build(&preboot, status)?),
+        (true, false) => {
+            let held = server.build(&preboot, status)?;
+            Machine::Running(held.start(status)?)
+        }
+    };
+    Ok(server.with(machine))
+}
+
+fn read_config(run: &Run) -> Result<Option<VmConfig>> {
+    let text = if let Some(path) = &run.config {
+        std::fs::read_to_string(path)
+            .map_err(|source| Error::Open { what: "configuration", path: path.clone(), source })?
+    } else if let Some(number) = run.config_fd {
+        let file = File::from(take(number, "--config-fd")?);
+        std::io::read_to_string(file).map_err(Error::io("reading the configuration"))?
+    } else {
+        return Ok(None);
+    };
+    VmConfig::from_json(&text).map(Some)
+}
+
+/// A thread that panics must not leave a machine behind that hangs.
+fn end_process_on_panic() {
+    std::panic::set_hook(Box::new(|info| {
+        log::line(&format!("internal fault: {info}"));
+        roost_vmm::api::terminal::restore();
+        // SAFETY: ends the process at once; nothing else needs to run.
+        unsafe { libc::_exit(ExitCode::Internal.code()) };
+    }));
+}
+

@@ -1,0 +1,357 @@
+//! Before the start: the configuration may be changed, files may be opened, nothing of a guest exists.
+//!
+//! ```text
+//!   Preboot ──build──▶ Held ──start──▶ Running
+//!            (files opened, VM made,   (vCPUs run)
+//!             threads parked behind
+//!             their filters)
+//! ```
+//! What is illegal in a phase is no method of its type.
+
+use std::io::IsTerminal;
+use std::sync::Arc;
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::acpi::VirtioWindow;
+use crate::boot::{self, Description, Payload};
+use crate::config::{
+    BootSource, DEFAULT_BOOT_ARGS, Drive, Entropy, MachineConfig, NetworkInterface, SerialConfig, SmbiosConfig,
+    VmConfig, parse_mac,
+};
+use crate::console::ConsoleWriter;
+use crate::cpu::registers::Entry;
+use crate::descriptors::{Access, Descriptors};
+use crate::devices::power::{self, KeyboardReset, Power};
+use crate::devices::serial::{SerialPort, Sink};
+use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::block::Block;
+use crate::devices::virtio::block::backend::Image;
+use crate::devices::virtio::entropy::host_random;
+use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
+use crate::devices::virtio::net::Net;
+use crate::devices::virtio::net::tap::TapDevice;
+use crate::error::{Error, Result};
+use crate::event_loop::{EventLoop, Notifier};
+use crate::running::{Held, Parts};
+use crate::seccomp::Filters;
+use crate::status::StatusWriter;
+use crate::vcpu::{Buses, VcpuHandle};
+use crate::vm::{CpuModel, Vm, open_kvm};
+use crate::{layout, memory};
+
+/// Name of the handed `/dev/kvm`.
+pub const KVM_NAME: &str = "kvm";
+
+/// The controller before the start.
+#[derive(Debug)]
+pub struct Preboot {
+    config: VmConfig,
+    descriptors: Descriptors,
+}
+
+impl Preboot {
+    /// Starts from a configuration, which may be empty.
+    #[must_use]
+    pub const fn new(config: VmConfig, descriptors: Descriptors) -> Self {
+        Self { config, descriptors }
+    }
+
+    /// The configuration as it is.
+    #[must_use]
+    pub const fn config(&self) -> &VmConfig {
+        &self.config
+    }
+
+    /// Changes the configuration, if the result makes sense; otherwise it stays as it was.
+    fn change(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<()> {
+        let mut config = self.config.clone();
+        change(&mut config);
+        config.check()?;
+        self.config = config;
+        Ok(())
+    }
+
+    /// Sets what is booted.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_boot_source(&mut self, boot: BootSource) -> Result<()> {
+        self.change(|config| config.boot_source = Some(boot))
+    }
+
+    /// Sets CPUs and memory.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<()> {
+        self.change(|config| config.machine_config = machine)
+    }
+
+    /// Adds a disk, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_drive(&mut self, drive: Drive) -> Result<()> {
+        self.change(|config| put(&mut config.drives, drive, |d| d.drive_id.clone()))
+    }
+
+    /// Adds an interface, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_network_interface(&mut self, interface: NetworkInterface) -> Result<()> {
+        self.change(|config| put(&mut config.network_interfaces, interface, |i| i.iface_id.clone()))
+    }
+
+    /// Adds the entropy device.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_entropy(&mut self, entropy: Entropy) -> Result<()> {
+        self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// Sets where the console goes.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_serial(&mut self, serial: SerialConfig) -> Result<()> {
+        self.change(|config| config.serial = Some(serial))
+    }
+
+    /// Sets the DMI strings.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_smbios(&mut self, smbios: SmbiosConfig) -> Result<()> {
+        self.change(|config| config.smbios = Some(smbios))
+    }
+
+    /// The status file that the configuration names.
+    ///
+    /// # Errors
+    /// [`Error::Open`].
+    pub fn open_status(&self) -> Result<StatusWriter> {
+        let file = match &self.config.status {
+            Some(name) => Some(self.descriptors.file(name, "status file", Access::Append)?),
+            None => None,
+        };
+        Ok(StatusWriter::new(file))
+    }
+
+    /// Opens every file, makes the machine, loads the kernel, starts all threads (parked, behind their filters).
+    /// The calling thread is not locked down yet: [`Held::lock_down`] does that.
+    ///
+    /// # Errors
+    /// Any; nothing is left behind then.
+    pub fn build(&self) -> Result<Held> {
+        let config = &self.config;
+        config.check()?;
+        let machine = &config.machine_config;
+        let filters = Filters::new()?;
+        let mut payload = self.payload()?;
+
+        let memory = memory::create(machine.mem_size_mib, machine.huge_pages)?;
+        let handed = self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
+        let kvm = open_kvm(handed)?;
+        let vm = Vm::new(&kvm, &memory)?;
+
+        let mut buses = Buses::default();
+        let mut event_loop = EventLoop::new()?;
+        let serial = self.serial(&vm, &mut event_loop)?;
+        let power = Arc::new(Power::new(vm.interrupt_line(layout::GED_GSI)?));
+        buses.ports.insert(u64::from(layout::SERIAL_PORT), 8, Arc::clone(&serial) as _);
+        buses.ports.insert(u64::from(layout::POWER_PORT), u64::from(power::SIZE), Arc::clone(&power) as _);
+        buses.ports.insert(u64::from(layout::I8042_COMMAND_PORT), 1, Arc::new(KeyboardReset));
+
+        let mut transports = Vec::new();
+        let mut windows = Vec::new();
+        for (index, device) in self.virtio_devices()?.into_iter().enumerate() {
+            let window = VirtioWindow {
+                address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
+                gsi: layout::VIRTIO_GSIS[index],
+            };
+            let interrupt = Arc::new(Interrupt::new(vm.interrupt_line(window.gsi)?));
+            let queues = crate::devices::virtio::mmio::lock(&device).queue_sizes().len();
+            let bells: Vec<EventFd> = (0..queues)
+                .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))
+                .collect::<Result<_>>()?;
+            event_loop.add_device(&device, &bells)?;
+            let transport = Arc::new(Transport::new(device, memory.clone(), interrupt, bells));
+            buses.mmio.insert(window.address, layout::VIRTIO_MMIO_SIZE, Arc::clone(&transport) as _);
+            transports.push(transport);
+            windows.push(window);
+        }
+
+        payload.cmdline = self.cmdline(&windows);
+        let mut generation_id = [0; 16];
+        host_random(&mut generation_id);
+        let description = Description {
+            vcpus: machine.vcpu_count,
+            windows,
+            acpi: machine.acpi,
+            smbios: config.smbios.clone(),
+            generation_id,
+        };
+        let entry = boot::load(&memory, &mut payload, &description)?;
+
+        let model = CpuModel::new(&kvm, machine.vcpu_count)?;
+        let (notifier, stops, stop_bell) = Notifier::new()?;
+        let buses = Arc::new(buses);
+        let vcpus = (0..machine.vcpu_count)
+            .map(|id| {
+                let notifier = notifier.try_clone()?;
+                VcpuHandle::start(&vm, &model, id, &buses, &memory, notifier, Arc::clone(&filters.vcpu))
+            })
+            .collect::<Result<Vec<_>>>()?;
+        reset_vcpus(&vcpus, entry)?;
+        let devices = event_loop.start(Arc::clone(&filters.devices))?;
+        Ok(Held::new(Parts {
+            vcpus,
+            devices,
+            vm,
+            memory,
+            payload,
+            description,
+            transports,
+            serial,
+            power,
+            stops,
+            stop_bell,
+            on_reset: machine.on_reset,
+            config: config.clone(),
+            api_filter: filters.api,
+        }))
+    }
+
+    fn payload(&self) -> Result<Payload> {
+        let boot = self.config.boot_source.as_ref();
+        let boot = boot.ok_or_else(|| Error::Config("boot-source is missing: what should be booted?".into()))?;
+        let initrd = match &boot.initrd_path {
+            Some(name) => Some(self.descriptors.file(name, "initrd", Access::Read)?),
+            None => None,
+        };
+        Ok(Payload {
+            kernel: self.descriptors.file(&boot.kernel_image_path, "kernel", Access::Read)?,
+            initrd,
+            cmdline: String::new(),
+            protocol: boot.boot_protocol,
+        })
+    }
+
+    fn cmdline(&self, windows: &[VirtioWindow]) -> String {
+        let boot_args = self.config.boot_source.as_ref().and_then(|boot| boot.boot_args.as_deref());
+        let mut cmdline = boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
+        if let Some(root) = self.config.drives.iter().find(|drive| drive.is_root_device)
+            && !cmdline.split(' ').any(|word| word.starts_with("root="))
+        {
+            cmdline.push_str(" root=/dev/vda ");
+            cmdline.push_str(if root.is_read_only { "ro" } else { "rw" });
+        }
+        if !self.config.machine_config.acpi {
+            for window in windows {
+                let size = layout::VIRTIO_MMIO_SIZE >> 10;
+                cmdline.push_str(&format!(" virtio_mmio.device={size}K@{:#x}:{}", window.address, window.gsi));
+            }
+        }
+        cmdline.trim_start().to_owned()
+    }
+
+    fn serial(&self, vm: &Vm, event_loop: &mut EventLoop) -> Result<Arc<SerialPort>> {
+        let stand_alone = SerialConfig {
+            output: Some("stdout".into()),
+            input: std::io::stdin().is_terminal().then(|| "stdin".into()),
+        };
+        let config = self.config.serial.as_ref().unwrap_or(&stand_alone);
+        let stream = |number, what| {
+            let borrowed = crate::descriptors::take_standard(number);
+            borrowed.map(std::fs::File::from).map_err(Error::io(what))
+        };
+        let sink = match config.output.as_deref() {
+            None => Sink::Null,
+            Some("stdout") if !self.descriptors.has("stdout") => Sink::File(stream(1, "duplicating stdout")?),
+            Some(name) => {
+                let file = self.descriptors.file(name, "console", Access::CreateReadWrite)?;
+                let ring = ConsoleWriter::new(&file).map_err(Error::io(format!("console {name:?}")))?;
+                Sink::Ring(ring)
+            }
+        };
+        let line = vm.interrupt_line(layout::SERIAL_GSI)?;
+        let serial = Arc::new(SerialPort::new(line, sink).map_err(Error::io("serial port"))?);
+        let input = match config.input.as_deref() {
+            None => None,
+            Some("stdin") if !self.descriptors.has("stdin") => Some(stream(0, "duplicating stdin")?),
+            Some(name) => Some(self.descriptors.file(name, "console input", Access::Read)?),
+        };
+        if let Some(file) = input {
+            event_loop.add_input(&serial, file)?;
+        }
+        Ok(serial)
+    }
+
+    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy.
+    fn virtio_devices(&self) -> Result<Vec<Shared>> {
+        let mut devices: Vec<Shared> = Vec::new();
+        let mut drives: Vec<&Drive> = self.config.drives.iter().collect();
+        drives.sort_by_key(|drive| !drive.is_root_device);
+        for drive in drives {
+            devices.push(Arc::new(std::sync::Mutex::new(self.block(drive)?)));
+        }
+        for (index, interface) in self.config.network_interfaces.iter().enumerate() {
+            devices.push(Arc::new(std::sync::Mutex::new(self.net(interface, index)?)));
+        }
+        if self.config.entropy.is_some() {
+            devices.push(Arc::new(std::sync::Mutex::new(crate::devices::virtio::entropy::Entropy::default())));
+        }
+        Ok(devices)
+    }
+
+    fn block(&self, drive: &Drive) -> Result<Block> {
+        let access = if drive.is_read_only { Access::Read } else { Access::ReadWrite };
+        let file = self.descriptors.file(&drive.path_on_host, "disk image", access)?;
+        let backing = match &drive.backing {
+            Some(name) => Some(self.descriptors.file(name, "base image", Access::Read)?),
+            None => None,
+        };
+        let image = Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
+            id: drive.drive_id.clone(),
+            what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
+            source,
+        })?;
+        Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image)))
+    }
+
+    fn net(&self, interface: &NetworkInterface, index: usize) -> Result<Net> {
+        let name = &interface.host_dev_name;
+        let tap = if self.descriptors.has(name) {
+            TapDevice::from_fd(self.descriptors.handed(name, "tap")?)
+        } else {
+            TapDevice::open(name)
+        };
+        let tap = tap.map_err(Error::io(format!("tap {name:?}")))?;
+        let mac = match &interface.guest_mac {
+            Some(mac) => parse_mac(mac)?,
+            None => [0x06, 0, 0, 0, 0, u8::try_from(index + 1).unwrap_or(u8::MAX)],
+        };
+        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, tap))
+    }
+}
+
+/// Puts all vCPUs into the state after power-on, the first one at the kernel's entry.
+///
+/// # Errors
+/// [`Error::Kvm`].
+pub(crate) fn reset_vcpus(vcpus: &[VcpuHandle], entry: Entry) -> Result<()> {
+    for (index, vcpu) in vcpus.iter().enumerate() {
+        vcpu.reset((index == 0).then_some(entry))?;
+    }
+    Ok(())
+}
+
+fn put<T>(list: &mut Vec<T>, item: T, key: impl Fn(&T) -> String) {
+    match list.iter().position(|other| key(other) == key(&item)) {
+        Some(index) => list[index] = item,
+        None => list.push(item),
+    }
+}

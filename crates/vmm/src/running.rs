@@ -1,0 +1,283 @@
+//! From the start on: the guest runs or is paused, and only what is open already is used.
+
+use std::sync::Arc;
+use std::sync::mpsc::Receiver;
+
+use serde::Serialize;
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::boot::{self, Description, Payload};
+use crate::config::{OnReset, VmConfig};
+use crate::devices::power::Power;
+use crate::devices::serial::SerialPort;
+use crate::devices::virtio::mmio::{Transport, lock};
+use crate::error::{Error, Result};
+use crate::event_loop::DeviceThread;
+use crate::exit::ExitCode;
+use crate::memory::{self, Memory};
+use crate::preboot::reset_vcpus;
+use crate::seccomp;
+use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
+use crate::vcpu::{Stop, VcpuHandle};
+use crate::vm::Vm;
+
+/// Everything that a machine is made of. Threads come first: they end before what they use.
+pub(crate) struct Parts {
+    pub vcpus: Vec<VcpuHandle>,
+    #[allow(dead_code)] // owned for its end
+    pub devices: DeviceThread,
+    pub vm: Vm,
+    pub memory: Memory,
+    pub payload: Payload,
+    pub description: Description,
+    pub transports: Vec<Arc<Transport>>,
+    pub serial: Arc<SerialPort>,
+    pub power: Arc<Power>,
+    pub stops: Receiver<Stop>,
+    pub stop_bell: EventFd,
+    pub on_reset: OnReset,
+    pub config: VmConfig,
+    pub api_filter: seccomp::Filter,
+}
+
+/// A machine that is built but has not run yet.
+pub struct Held(Parts);
+
+/// A machine whose guest has been started.
+pub struct Running {
+    parts: Parts,
+    paused: bool,
+}
+
+/// How a machine ended.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct End {
+    /// The process exit code.
+    pub code: ExitCode,
+    /// The kind of end, for the status file.
+    pub reason: ExitReason,
+    /// For people.
+    pub message: String,
+}
+
+impl End {
+    /// An end by an error.
+    #[must_use]
+    pub fn error(error: &Error) -> Self {
+        Self { code: error.exit_code(), reason: ExitReason::Error, message: error.chain() }
+    }
+
+    /// Says it on stderr and in the status file.
+    pub fn announce(&self, status: &mut StatusWriter) {
+        crate::log::line(&self.message);
+        status.append(&Event::Exited {
+            boottime_ns: boottime_ns(),
+            reason: self.reason,
+            code: self.code.code(),
+            message: self.message.clone(),
+        });
+    }
+}
+
+/// Counters of all devices.
+#[derive(Debug, Serialize)]
+pub struct Metrics {
+    /// COM1.
+    pub serial: crate::devices::serial::SerialMetrics,
+    /// virtio devices by name.
+    pub devices: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Held {
+    pub(crate) const fn new(parts: Parts) -> Self {
+        Self(parts)
+    }
+
+    /// Locks the calling thread down (the main thread's filter).
+    ///
+    /// # Errors
+    /// [`Error::Seccomp`].
+    pub fn lock_down(&self) -> Result<()> {
+        seccomp::install(&self.0.api_filter)
+    }
+
+    /// The configuration that the machine was built from.
+    #[must_use]
+    pub const fn config(&self) -> &VmConfig {
+        &self.0.config
+    }
+
+    /// Rings when a vCPU has stopped by itself.
+    #[must_use]
+    pub const fn stop_bell(&self) -> &EventFd {
+        &self.0.stop_bell
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        metrics(&self.0)
+    }
+
+    /// Lets the vCPUs run.
+    ///
+    /// # Errors
+    /// A vCPU thread has ended.
+    pub fn start(self, status: &mut StatusWriter) -> Result<Running> {
+        let running = Running { parts: self.0, paused: false };
+        for vcpu in &running.parts.vcpus {
+            vcpu.run()?;
+        }
+        status.append(&Event::VcpusRunning { boottime_ns: boottime_ns() });
+        Ok(running)
+    }
+}
+
+impl Running {
+    /// The configuration that the machine was built from.
+    #[must_use]
+    pub const fn config(&self) -> &VmConfig {
+        &self.parts.config
+    }
+
+    /// Whether the guest is paused.
+    #[must_use]
+    pub const fn paused(&self) -> bool {
+        self.paused
+    }
+
+    /// Counters.
+    #[must_use]
+    pub fn metrics(&self) -> Metrics {
+        metrics(&self.parts)
+    }
+
+    /// Rings when a vCPU has stopped by itself: call [`Running::take_stop`] then.
+    #[must_use]
+    pub const fn stop_bell(&self) -> &EventFd {
+        &self.parts.stop_bell
+    }
+
+    /// Parks all vCPUs.
+    ///
+    /// # Errors
+    /// A vCPU thread has ended.
+    pub fn pause(&mut self) -> Result<()> {
+        if !self.paused {
+            self.park()?;
+            self.paused = true;
+        }
+        Ok(())
+    }
+
+    fn park(&self) -> Result<()> {
+        for vcpu in &self.parts.vcpus {
+            vcpu.pause()?;
+        }
+        self.parts.vcpus.iter().try_for_each(VcpuHandle::wait_paused)
+    }
+
+    /// Lets all vCPUs go on.
+    ///
+    /// # Errors
+    /// A vCPU thread has ended.
+    pub fn resume(&mut self) -> Result<()> {
+        if self.paused {
+            self.parts.vcpus.iter().try_for_each(VcpuHandle::run)?;
+            self.paused = false;
+        }
+        Ok(())
+    }
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// [`Error::State`] for a guest without ACPI, which has no button.
+    pub fn press_power_button(&self) -> Result<()> {
+        if !self.parts.description.acpi {
+            return Err(Error::State("the machine has no ACPI, so no power button".into()));
+        }
+        self.parts.power.press_button().map_err(Error::io("raising the power button's interrupt"))
+    }
+
+    /// Gives the guest console input.
+    ///
+    /// # Errors
+    /// [`Error::State`] when there is no room for it.
+    pub fn console_input(&self, bytes: &[u8]) -> Result<()> {
+        self.parts.serial.input(bytes).map_err(|room| {
+            Error::State(format!("{} bytes of console input, but there is room for {room}: the guest does not read", bytes.len()))
+        })
+    }
+
+    /// Handles what a vCPU reported. `Some`: the machine has ended.
+    pub fn take_stop(&mut self, status: &mut StatusWriter) -> Option<End> {
+        let _ = self.parts.stop_bell.read();
+        let stop = self.parts.stops.try_recv().ok()?;
+        if let Err(error) = self.park() {
+            return Some(End::error(&error));
+        }
+        // Once parked, nothing new can arrive; of several reports the first counts.
+        while self.parts.stops.try_recv().is_ok() {}
+        let end = |code, reason, message: String| Some(End { code, reason, message });
+        let ended = match stop {
+            Stop::Reset if self.parts.on_reset == OnReset::Restart => match self.restart() {
+                Ok(()) => {
+                    status.append(&Event::GuestReset { boottime_ns: boottime_ns() });
+                    None
+                }
+                Err(error) => Some(End::error(&error)),
+            },
+            Stop::Reset => end(ExitCode::GuestReset, ExitReason::Reset, "the guest reset itself".into()),
+            Stop::PowerOff => end(ExitCode::PowerOff, ExitReason::PowerOff, "the guest powered off".into()),
+            Stop::Crash(report) => end(ExitCode::GuestCrash, ExitReason::Crash, format!("the guest crashed: {report}")),
+            Stop::Kvm(error) => Some(End::error(&error)),
+        };
+        ended.map(|end| self.flush_for(end))
+    }
+
+    /// Ends the machine from outside, at once; the guest is not asked.
+    pub fn kill(&mut self, why: &str) -> End {
+        let _ = self.park();
+        self.flush_for(End { code: ExitCode::Killed, reason: ExitReason::KilledByApi, message: why.to_owned() })
+    }
+
+    /// Puts all disks on stable storage before the process ends.
+    fn flush_for(&self, mut end: End) -> End {
+        for transport in &self.parts.transports {
+            let mut device = lock(transport.device());
+            if let Err(error) = device.flush() {
+                end.message.push_str(&format!("; disk {:?} could not be flushed: {error}", device.name()));
+                if end.code == ExitCode::PowerOff {
+                    (end.code, end.reason) = (ExitCode::HostIo, ExitReason::Error);
+                }
+            }
+        }
+        end
+    }
+
+    /// What a reset line does: everything goes back to the state after power-on, and the kernel is loaded again from
+    /// the descriptors that are open. vCPUs are parked.
+    fn restart(&mut self) -> Result<()> {
+        let parts = &mut self.parts;
+        for transport in &parts.transports {
+            transport.reset();
+        }
+        parts.serial.reset().map_err(Error::io("resetting the serial port"))?;
+        parts.power.reset();
+        memory::clear(&parts.memory)?;
+        let entry = boot::load(&parts.memory, &mut parts.payload, &parts.description)?;
+        parts.vm.reset_chips()?;
+        reset_vcpus(&parts.vcpus, entry)?;
+        self.paused = false;
+        self.parts.vcpus.iter().try_for_each(VcpuHandle::run)
+    }
+}
+
+fn metrics(parts: &Parts) -> Metrics {
+    let devices = parts.transports.iter().map(|transport| {
+        let device = lock(transport.device());
+        (device.name().to_owned(), device.metrics())
+    });
+    Metrics { serial: parts.serial.metrics(), devices: devices.collect() }
+}

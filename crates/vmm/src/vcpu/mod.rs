@@ -1,0 +1,361 @@
+//! One thread per vCPU, steered by messages.
+//!
+//! ```text
+//!   start ──▶ parked ──Run──▶ running ──Finish──▶ finished
+//!              ▲ │ Reset        │ Pause, or the guest stopped
+//!              └─┴──────────────┘
+//! ```
+//! A running vCPU is deep inside KVM_RUN. To reach it: send the message, set `immediate_exit` in its shared page, send
+//! the signal. It leaves KVM_RUN (or does not enter it), clears the flag, and only then looks for messages, so no
+//! order of these steps loses one.
+
+pub mod crash;
+mod kick;
+
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_msr_entry};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+
+use crate::bus::{Bus, Outcome};
+use crate::cpu::cpuid;
+use crate::cpu::registers::{self, Entry};
+use crate::cpu::state::{VcpuState, write_msrs};
+use crate::error::{Error, Result};
+use crate::event_loop::Notifier;
+use crate::memory::Memory;
+use crate::vm::{CpuModel, Vm};
+use crate::{seccomp, threads};
+use kick::KickPage;
+
+/// What a vCPU is told.
+#[derive(Debug)]
+enum Command {
+    /// Run the guest.
+    Run,
+    /// Stop running.
+    Pause,
+    /// Go back to the state after power-on; the first vCPU then starts at the entry.
+    Reset(Option<Entry>),
+    /// End the thread.
+    Finish,
+}
+
+/// What a vCPU answers, once per command.
+#[derive(Debug)]
+enum Reply {
+    Ready,
+    Done,
+    Failed(Error),
+}
+
+/// Why the guest stopped by itself; sent to the main thread.
+#[derive(Debug)]
+pub enum Stop {
+    /// It powered off.
+    PowerOff,
+    /// It wants to be started again.
+    Reset,
+    /// It cannot go on; the text says why, with registers and instruction bytes.
+    Crash(String),
+    /// KVM failed.
+    Kvm(Error),
+}
+
+/// The spaces that a guest's accesses go to.
+#[derive(Clone, Debug, Default)]
+pub struct Buses {
+    /// Ports.
+    pub ports: Bus,
+    /// Memory-mapped registers.
+    pub mmio: Bus,
+}
+
+const MSR_MISC_ENABLE: u32 = 0x1a0;
+const MSR_MISC_ENABLE_FAST_STRING: u64 = 1;
+const MSR_MTRR_DEF_TYPE: u32 = 0x2ff;
+/// MTRRs on, default type write-back.
+const MTRR_WRITE_BACK: u64 = 1 << 11 | 6;
+
+/// The thread's side.
+struct Vcpu {
+    id: u8,
+    fd: VcpuFd,
+    buses: Arc<Buses>,
+    memory: Memory,
+    start: VcpuState,
+    commands: Receiver<Command>,
+    replies: Sender<Reply>,
+    notifier: Notifier,
+}
+
+/// The main thread's side.
+#[derive(Debug)]
+pub struct VcpuHandle {
+    id: u8,
+    thread: Option<JoinHandle<()>>,
+    commands: Sender<Command>,
+    replies: Receiver<Reply>,
+    kick: KickPage,
+}
+
+/// How long one wait for an answer lasts before the vCPU is kicked again.
+const KICK_AGAIN: Duration = Duration::from_millis(20);
+
+impl VcpuHandle {
+    /// Makes vCPU number `id` and starts its thread, parked behind its filter.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`], [`Error::Io`], [`Error::Seccomp`].
+    pub fn start(
+        vm: &Vm,
+        model: &CpuModel,
+        id: u8,
+        buses: &Arc<Buses>,
+        memory: &Memory,
+        notifier: Notifier,
+        filter: seccomp::Filter,
+    ) -> Result<Self> {
+        let fd = vm.create_vcpu(id)?;
+        let table = cpuid::for_vcpu(&model.supported, model.topology, id)
+            .map_err(|error| Error::KvmLacks(format!("room for the CPUID table: {error:?}")))?;
+        fd.set_cpuid2(&table).map_err(Error::kvm("KVM_SET_CPUID2"))?;
+        let msr = |index, data| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
+        write_msrs(
+            &fd,
+            &[msr(MSR_MISC_ENABLE, MSR_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)],
+        );
+        let start = VcpuState::capture(&fd, &model.msr_indices)?;
+        let kick = KickPage::new(&fd)?;
+        let (commands, command_receiver) = channel();
+        let (reply_sender, replies) = channel();
+        let vcpu = Vcpu {
+            id,
+            fd,
+            buses: Arc::clone(buses),
+            memory: memory.clone(),
+            start,
+            commands: command_receiver,
+            replies: reply_sender,
+            notifier,
+        };
+        let thread = threads::spawn(threads::vcpu(id), move || vcpu.main(&filter))?;
+        let handle = Self { id, thread: Some(thread), commands, replies, kick };
+        handle.wait("lock down")?;
+        Ok(handle)
+    }
+
+    /// Puts the vCPU into the state after power-on; the one that gets an entry will start there.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn reset(&self, entry: Option<Entry>) -> Result<()> {
+        self.send(Command::Reset(entry))?;
+        self.wait("reset")
+    }
+
+    /// Lets the guest run.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn run(&self) -> Result<()> {
+        self.send(Command::Run)?;
+        self.wait("run")
+    }
+
+    /// Asks the vCPU to pause; [`VcpuHandle::wait_paused`] waits for it.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn pause(&self) -> Result<()> {
+        self.send(Command::Pause)?;
+        self.kick.kick(self.thread.as_ref());
+        Ok(())
+    }
+
+    /// Waits until the vCPU is parked.
+    ///
+    /// # Errors
+    /// The thread has ended.
+    pub fn wait_paused(&self) -> Result<()> {
+        self.wait("pause")
+    }
+
+    fn send(&self, command: Command) -> Result<()> {
+        self.commands.send(command).map_err(|_| Error::State(format!("vCPU {} has ended", self.id)))
+    }
+
+    fn wait(&self, what: &str) -> Result<()> {
+        loop {
+            match self.replies.recv_timeout(KICK_AGAIN) {
+                Ok(Reply::Ready | Reply::Done) => return Ok(()),
+                Ok(Reply::Failed(error)) => return Err(error),
+                Err(RecvTimeoutError::Timeout) => self.kick.kick(self.thread.as_ref()),
+                Err(RecvTimeoutError::Disconnected) => {
+                    return Err(Error::State(format!("vCPU {} ended while it should {what}", self.id)));
+                }
+            }
+        }
+    }
+}
+
+impl Drop for VcpuHandle {
+    fn drop(&mut self) {
+        if self.commands.send(Command::Finish).is_ok() {
+            self.kick.kick(self.thread.as_ref());
+        }
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+/// What one look at the guest led to.
+enum Step {
+    Go,
+    Look,
+    Stop(Stop),
+}
+
+/// Why a vCPU does not run any more.
+enum Left {
+    Paused,
+    Stopped,
+    Finished,
+}
+
+impl Vcpu {
+    fn main(mut self, filter: &seccomp::Filter) {
+        kick::unblock_signal();
+        let locked = seccomp::install(filter);
+        let answer = locked.map_or_else(Reply::Failed, |()| Reply::Ready);
+        if self.replies.send(answer).is_err() {
+            return;
+        }
+        // Parked: wait for messages. Running: run, and look for messages after each kick.
+        while let Ok(command) = self.commands.recv() {
+            let reply = match command {
+                Command::Finish => return,
+                Command::Pause => Reply::Done,
+                Command::Reset(entry) => self.reset(entry).map_or_else(Reply::Failed, |()| Reply::Done),
+                Command::Run => {
+                    if self.replies.send(Reply::Done).is_err() {
+                        return;
+                    }
+                    match self.run() {
+                        Left::Paused => Reply::Done,
+                        Left::Stopped => continue,
+                        Left::Finished => return,
+                    }
+                }
+            };
+            if self.replies.send(reply).is_err() {
+                return;
+            }
+        }
+    }
+
+    fn reset(&mut self, entry: Option<Entry>) -> Result<()> {
+        // KVM completes the access that the vCPU was last stopped at (KVM API, 5: immediate_exit); after that nothing
+        // of the old guest is left to happen.
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+        self.start.restore(&self.fd)?;
+        if let Some(entry) = entry {
+            let mut sregs = *self.start.sregs();
+            registers::special(&mut sregs, entry);
+            self.fd.set_sregs(&sregs).map_err(Error::kvm("KVM_SET_SREGS"))?;
+            self.fd.set_regs(&registers::general(entry)).map_err(Error::kvm("KVM_SET_REGS"))?;
+        }
+        Ok(())
+    }
+
+    /// Runs until told otherwise, or until the guest stops by itself.
+    fn run(&mut self) -> Left {
+        // A guest that has a paravirtual clock learns that it was stopped; others do not have the call.
+        let _ = self.fd.kvmclock_ctrl();
+        loop {
+            match self.step() {
+                Step::Go => {}
+                Step::Look => match self.commands.try_recv() {
+                    Ok(Command::Run) => {
+                        let _ = self.replies.send(Reply::Done);
+                    }
+                    Ok(Command::Pause) => return Left::Paused,
+                    Ok(Command::Reset(_)) => {
+                        let error = Error::State("a running vCPU cannot be reset".into());
+                        let _ = self.replies.send(Reply::Failed(error));
+                    }
+                    Ok(Command::Finish) | Err(TryRecvError::Disconnected) => return Left::Finished,
+                    Err(TryRecvError::Empty) => {}
+                },
+                Step::Stop(stop) => {
+                    // Parked again; the main thread decides what happens.
+                    self.notifier.stopped(stop);
+                    return Left::Stopped;
+                }
+            }
+        }
+    }
+
+    fn step(&mut self) -> Step {
+        let outcome = match self.fd.run() {
+            Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),
+            Ok(VcpuExit::IoIn(port, data)) => {
+                self.buses.ports.read(u64::from(port), data);
+                Outcome::Done
+            }
+            Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
+            Ok(VcpuExit::MmioRead(address, data)) => {
+                self.buses.mmio.read(address, data);
+                Outcome::Done
+            }
+            Ok(VcpuExit::Intr) => return self.look(),
+            Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return self.look(),
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_)) => Outcome::Done,
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Outcome::PowerOff,
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Outcome::Reset,
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => return self.crash("the guest reported a crash"),
+            Ok(VcpuExit::Shutdown) => {
+                return self.crash("triple fault: an exception that the guest could not handle (KVM_EXIT_SHUTDOWN)");
+            }
+            Ok(VcpuExit::InternalError) => {
+                let reason = crash::internal_error(self.fd.get_kvm_run());
+                return self.crash(&reason);
+            }
+            Ok(VcpuExit::FailEntry(reason, cpu)) => {
+                let reason = format!(
+                    "the CPU refused to enter the guest (KVM_EXIT_FAIL_ENTRY, hardware reason {reason:#x}, host CPU {cpu})"
+                );
+                return self.crash(&reason);
+            }
+            Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
+                let reason = format!("the host could not give memory for {size} bytes at {gpa:#x} (KVM_EXIT_MEMORY_FAULT)");
+                return self.crash(&reason);
+            }
+            Ok(other) => {
+                let reason = format!("KVM left the guest for a reason that the monitor does not handle: {other:?}");
+                return self.crash(&reason);
+            }
+            Err(source) => return Step::Stop(Stop::Kvm(Error::Kvm { what: "KVM_RUN", source })),
+        };
+        match outcome {
+            Outcome::Done => Step::Go,
+            Outcome::PowerOff => Step::Stop(Stop::PowerOff),
+            Outcome::Reset => Step::Stop(Stop::Reset),
+        }
+    }
+
+    fn look(&mut self) -> Step {
+        self.fd.set_kvm_immediate_exit(0);
+        Step::Look
+    }
+
+    fn crash(&self, reason: &str) -> Step {
+        Step::Stop(Stop::Crash(crash::report(self.id, &self.fd, &self.memory, reason)))
+    }
+}

@@ -1,0 +1,199 @@
+//! The virtual machine as KVM knows it: memory slots, interrupt controllers, timers, vCPUs.
+
+use kvm_bindings::{
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
+    KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::cpu::cpuid::Topology;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::memory::Memory;
+
+/// The KVM API that the monitor speaks (the only one there ever was).
+const API_VERSION: i32 = 12;
+/// Without these nothing works.
+const NEEDED: [(Cap, &str); 8] = [
+    (Cap::UserMemory, "user memory slots"),
+    (Cap::Irqchip, "an in-kernel interrupt controller"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::ImmediateExit, "immediate exit"),
+    (Cap::ExtCpuid, "CPUID tables"),
+    (Cap::MpState, "multiprocessor states"),
+    (Cap::Pit2, "the PIT"),
+];
+
+/// An open `/dev/kvm`, checked.
+///
+/// # Errors
+/// [`Error::Kvm`], [`Error::KvmLacks`].
+pub fn open_kvm(handed: Option<std::os::fd::OwnedFd>) -> Result<Kvm> {
+    use std::os::fd::{FromRawFd, IntoRawFd};
+    let kvm = match handed {
+        // SAFETY: the descriptor is open and owned; from here on the Kvm value owns it.
+        Some(descriptor) => unsafe { Kvm::from_raw_fd(descriptor.into_raw_fd()) },
+        None => Kvm::new().map_err(Error::kvm("opening /dev/kvm"))?,
+    };
+    let version = kvm.get_api_version();
+    if version != API_VERSION {
+        return Err(Error::KvmLacks(format!("API version {API_VERSION} (it has {version})")));
+    }
+    for (cap, name) in NEEDED {
+        if !kvm.check_extension(cap) {
+            return Err(Error::KvmLacks(name.to_owned()));
+        }
+    }
+    Ok(kvm)
+}
+
+/// The machine.
+pub struct Vm {
+    fd: VmFd,
+    start: ChipState,
+}
+
+/// The state of chips that all vCPUs share, as after power-on.
+struct ChipState {
+    irqchips: Vec<kvm_irqchip>,
+    pit: Option<kvm_pit_state2>,
+}
+
+impl Vm {
+    /// Makes a machine with this memory and its interrupt controllers.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn new(kvm: &Kvm, memory: &Memory) -> Result<Self> {
+        let fd = retry_interrupted(|| kvm.create_vm()).map_err(Error::kvm("KVM_CREATE_VM"))?;
+        // Memory comes before the interrupt controllers: a slot that is registered later costs milliseconds.
+        for (slot, region) in memory.iter().enumerate() {
+            let host = region
+                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .map_err(Error::memory("address of a region"))?;
+            let slot = kvm_userspace_memory_region {
+                slot: u32::try_from(slot).unwrap_or(u32::MAX),
+                guest_phys_addr: region.start_addr().raw_value(),
+                memory_size: region.len(),
+                userspace_addr: host as u64,
+                flags: 0,
+            };
+            // SAFETY: the region is one mapping that `memory` keeps; the caller keeps `memory` beside the machine.
+            unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
+        }
+        fd.set_tss_address(layout::KVM_TSS_ADDR).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_ADDR).map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
+        let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
+        fd.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
+        let start = ChipState::capture(&fd)?;
+        Ok(Self { fd, start })
+    }
+
+    /// Resets what all vCPUs share.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn reset_chips(&self) -> Result<()> {
+        for chip in &self.start.irqchips {
+            self.fd.set_irqchip(chip).map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        if let Some(pit) = &self.start.pit {
+            self.fd.set_pit2(pit).map_err(Error::kvm("KVM_SET_PIT2"))?;
+        }
+        Ok(())
+    }
+
+    /// Makes a vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn create_vcpu(&self, id: u8) -> Result<VcpuFd> {
+        self.fd.create_vcpu(u64::from(id)).map_err(Error::kvm("KVM_CREATE_VCPU"))
+    }
+
+    /// An eventfd that raises an interrupt line.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Kvm`].
+    pub fn interrupt_line(&self, gsi: u32) -> Result<EventFd> {
+        let line = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
+        self.fd.register_irqfd(&line, gsi).map_err(Error::kvm("KVM_IRQFD"))?;
+        Ok(line)
+    }
+
+    /// An eventfd that is written when the guest writes `value` (32 bits) at `address`.
+    ///
+    /// # Errors
+    /// [`Error::Io`], [`Error::Kvm`].
+    pub fn bell(&self, address: u64, value: u32) -> Result<EventFd> {
+        let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
+        self.fd
+            .register_ioevent(&bell, &IoEventAddress::Mmio(address), value)
+            .map_err(Error::kvm("KVM_IOEVENTFD"))?;
+        Ok(bell)
+    }
+}
+
+impl ChipState {
+    fn capture(fd: &VmFd) -> Result<Self> {
+        let mut irqchips = Vec::new();
+        for chip_id in [KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC] {
+            let mut chip = kvm_irqchip { chip_id, ..kvm_irqchip::default() };
+            fd.get_irqchip(&mut chip).map_err(Error::kvm("KVM_GET_IRQCHIP"))?;
+            irqchips.push(chip);
+        }
+        Ok(Self { irqchips, pit: fd.get_pit2().ok() })
+    }
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("Vm")
+    }
+}
+
+/// What KVM says that guests may see, and the MSRs that it knows.
+#[derive(Debug)]
+pub struct CpuModel {
+    /// Its CPUID tables.
+    pub supported: CpuId,
+    /// The machine's topology.
+    pub topology: Topology,
+    /// Numbers of the MSRs that make up a vCPU's state.
+    pub msr_indices: Vec<u32>,
+}
+
+impl CpuModel {
+    /// Asks KVM.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn new(kvm: &Kvm, vcpus: u8) -> Result<Self> {
+        Ok(Self {
+            supported: kvm
+                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+                .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?,
+            topology: Topology { vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) },
+            msr_indices: kvm
+                .get_msr_index_list()
+                .map_err(Error::kvm("KVM_GET_MSR_INDEX_LIST"))?
+                .as_slice()
+                .to_vec(),
+        })
+    }
+}
+
+/// KVM_CREATE_VM may be interrupted by a signal on a busy host.
+fn retry_interrupted<T>(mut call: impl FnMut() -> std::result::Result<T, kvm_ioctls::Error>) -> std::result::Result<T, kvm_ioctls::Error> {
+    for _ in 0..4 {
+        match call() {
+            Err(error) if error.errno() == libc::EINTR => {}
+            result => return result,
+        }
+    }
+    call()
+}
