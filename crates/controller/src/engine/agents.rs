@@ -1,0 +1,201 @@
+//! The agents' side: hello, what a host must look like, and what it reports.
+
+use super::{ATTEMPTS, Answer, Engine, errors};
+use crate::lifecycle::{Draft, advance, observe, spec};
+use roost_store::{ImageRow, InstanceFilter, InstanceRecord, StoreError};
+use roost_types::agent::{
+    Desired, HelloRequest, HelloResponse, HostFacts, Observation, PROTOCOL, Report, ReportAck,
+};
+use roost_types::state::Step;
+use roost_types::{ApiError, ErrorCode, HostId, ImageId, InstanceId, Micros};
+use std::collections::HashMap;
+
+fn same_host(host: &HostId, facts: &HostFacts) -> Answer<()> {
+    if *host == facts.host_id {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::UnauthorizedOperation,
+        format!("the certificate names host {host}, the message host {}", facts.host_id),
+    ))
+}
+
+impl Engine {
+    /// Welcomes an agent and notes what its host can hold.
+    ///
+    /// # Errors
+    /// `Unsupported` if it speaks another protocol, `UnauthorizedOperation` if it claims to be another host.
+    pub fn hello(&self, host: &HostId, request: HelloRequest) -> Answer<HelloResponse> {
+        if request.protocol != PROTOCOL {
+            return Err(ApiError::new(
+                ErrorCode::Unsupported,
+                format!(
+                    "agent {} of host {host} speaks protocol {}, this controller speaks {PROTOCOL}: \
+                     install both from the same release",
+                    request.version, request.protocol
+                ),
+            ));
+        }
+        same_host(host, &request.host)?;
+        self.store.put_host(&request.host, self.clock.now()).map_err(errors::of_store)?;
+        self.announce();
+        let every = u64::try_from(self.settings.report_every.0 / 1000).unwrap_or(1);
+        Ok(HelloResponse { report_every_ms: every.max(1) })
+    }
+
+    /// What a host must look like: every instance placed there that is not gone.
+    ///
+    /// # Errors
+    /// If the store fails.
+    pub fn desired(&self, host: &HostId) -> Answer<Desired> {
+        let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
+        let records = self.store.instances(&filter).map_err(errors::of_store)?;
+        let mut images: HashMap<ImageId, ImageRow> = HashMap::new();
+        let mut instances = Vec::with_capacity(records.len());
+        for record in records.iter().filter(|record| record.row.step != Step::Gone) {
+            let id = &record.row.image_id;
+            if !images.contains_key(id) {
+                let row = self.store.image(id).map_err(errors::of_store)?.ok_or_else(|| {
+                    ApiError::new(ErrorCode::InternalError, format!("image {id} is not in the database"))
+                })?;
+                images.insert(id.clone(), row);
+            }
+            if let Some(image) = images.get(id) {
+                instances.push(spec::ensure(record, image));
+            }
+        }
+        Ok(spec::desired(instances))
+    }
+
+    /// Takes an agent's report: dates it, records what is new, and does at once what follows from it.
+    ///
+    /// # Errors
+    /// `UnauthorizedOperation` if it is about another host; else if the store fails.
+    pub fn report(&self, host: &HostId, report: Report) -> Answer<ReportAck> {
+        same_host(host, &report.host)?;
+        let now = self.clock.now();
+        let known = self.store.host(host).map_err(errors::of_store)?;
+        if known.as_ref().is_none_or(|known| known.facts != report.host) {
+            self.store.put_host(&report.host, now).map_err(errors::of_store)?;
+        }
+        self.with_proofs(|_| ())?;
+        let durable =
+            self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
+        let records = self.store.instances(&filter).map_err(errors::of_store)?;
+        let words: HashMap<&InstanceId, &Observation> =
+            report.instances.iter().map(|word| (&word.instance_id, word)).collect();
+        let mut changes = Vec::new();
+        for record in records {
+            let forgotten;
+            let word = match words.get(&record.row.instance_id) {
+                Some(word) => *word,
+                None if was_forgotten(&record, &report.boot_id) => {
+                    forgotten = observe::forgotten(&record.row);
+                    &forgotten
+                }
+                None => continue,
+            };
+            let id = record.row.instance_id.clone();
+            let draft = self.digest(record, word, &report.boot_id, now)?;
+            if draft.is_change() {
+                changes.push((id, word.clone(), draft));
+            }
+        }
+        if durable {
+            // Before the changes: what they close may hang on it, and what they do not touch must be proved too.
+            let seen = self.proofs_of(&report)?;
+            self.store.host_reported(host, &report.boot_id, now, &seen).map_err(errors::of_store)?;
+            self.remember().written(host, &report.boot_id, now);
+        }
+        if !changes.is_empty() {
+            self.commit_report(changes, &report.boot_id, now)?;
+            self.announce();
+        }
+        Ok(ReportAck { version: self.desired(host)?.version })
+    }
+
+    /// What the report proves, for the store.
+    fn proofs_of(&self, report: &Report) -> Answer<Vec<(InstanceId, Micros)>> {
+        self.with_proofs(|proofs| {
+            let of = |id: &InstanceId| Some((id.clone(), *proofs.get(id.as_str())?));
+            report.instances.iter().filter_map(|word| of(&word.instance_id)).collect()
+        })
+    }
+
+    /// One observation, taken in: the row as it will be after it and all steps that follow.
+    fn digest(
+        &self,
+        record: InstanceRecord,
+        word: &Observation,
+        boot_id: &str,
+        now: Micros,
+    ) -> Answer<Draft> {
+        let mut draft = Draft::new(record);
+        if let Some(row) = observe::observe(&draft.record.row, word, boot_id, now) {
+            draft.record.row = row;
+        }
+        let row = &mut draft.record.row;
+        if row.timing.controller.is_empty()
+            && let Some((incarnation, parts)) = self.remember().timings.get(&row.instance_id)
+            && *incarnation == row.incarnation
+        {
+            row.timing.controller.clone_from(parts);
+        }
+        let seen_alive = observe::alive(word)
+            && word.incarnation == row.incarnation
+            && row.boot_id.as_ref().is_none_or(|boot| boot == boot_id)
+            && !matches!(row.step, Step::Rest | Step::Gone);
+        if seen_alive {
+            let seen = row.bill_until.map_or(now, |end| end.min(now));
+            self.remember().prove(&row.instance_id, seen);
+        }
+        let was_open = row.open_since.is_some();
+        let view = self.view(row, true, now)?;
+        advance(&mut draft, &view);
+        let row = &draft.record.row;
+        if row.open_since.is_some() && !was_open {
+            // The first proof is durable together with the opening event.
+            let proof = self.with_proofs(|proofs| proofs.get(row.instance_id.as_str()).copied())?;
+            draft.prove(proof);
+        }
+        Ok(draft)
+    }
+
+    /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile, one by one anew.
+    fn commit_report(
+        &self,
+        changes: Vec<(InstanceId, Observation, Draft)>,
+        boot_id: &str,
+        now: Micros,
+    ) -> Answer<()> {
+        let all: Vec<_> = changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();
+        match self.store.commit(&all, now) {
+            Ok(()) => return Ok(()),
+            Err(StoreError::Stale(_)) => {}
+            Err(error) => return Err(errors::of_store(error)),
+        }
+        changes.iter().try_for_each(|(id, word, _)| self.commit_word(id, word, boot_id, now))
+    }
+
+    fn commit_word(&self, id: &InstanceId, word: &Observation, boot_id: &str, now: Micros) -> Answer<()> {
+        for _ in 0..ATTEMPTS {
+            let Some(record) = self.store.instance(id).map_err(errors::of_store)? else { return Ok(()) };
+            let draft = self.digest(record, word, boot_id, now)?;
+            if !draft.is_change() {
+                return Ok(());
+            }
+            match self.store.commit(&[draft.into_change()], now) {
+                Ok(()) => return Ok(()),
+                Err(StoreError::Stale(_)) => {}
+                Err(error) => return Err(errors::of_store(error)),
+            }
+        }
+        Err(errors::of_store(StoreError::Stale(id.clone())))
+    }
+}
+
+/// Whether a host that rebooted does not even mention an instance that was running there.
+fn was_forgotten(record: &InstanceRecord, boot_id: &str) -> bool {
+    record.row.step == Step::Run && record.row.boot_id.as_ref().is_some_and(|boot| boot != boot_id)
+}

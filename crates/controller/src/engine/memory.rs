@@ -1,0 +1,52 @@
+//! What the engine remembers beside the store, all of which it can lose: fresher proofs of life than the durable
+//! ones, when hosts last reported, and timings on their way to a row.
+
+use roost_types::agent::TimedPart;
+use roost_types::metering::Proofs;
+use roost_types::{HostId, InstanceId, Micros};
+use std::collections::HashMap;
+
+#[derive(Debug, Default)]
+pub struct Memory {
+    hosts: HashMap<HostId, HostMemory>,
+    /// Until when each instance was seen running; the store's at first.
+    pub proofs: Option<Proofs>,
+    /// Incarnation and the controller's own parts of its start.
+    pub timings: HashMap<InstanceId, (u64, Vec<TimedPart>)>,
+}
+
+#[derive(Debug, Default)]
+struct HostMemory {
+    last_report: Micros,
+    /// When this was last made durable, and under which boot.
+    written: Option<(Micros, String)>,
+}
+
+impl Memory {
+    /// When a host last reported, as far as is remembered here.
+    pub fn last_report(&self, host: &HostId) -> Option<Micros> {
+        self.hosts.get(host).map(|host| host.last_report)
+    }
+
+    /// Notes a report; whether it is time to make it durable.
+    pub fn reported(&mut self, host: &HostId, boot_id: &str, now: Micros, every: Micros) -> bool {
+        let known = self.hosts.entry(host.clone()).or_default();
+        known.last_report = known.last_report.max(now);
+        let fresh = known.written.as_ref().is_some_and(|(at, boot)| {
+            boot == boot_id && now >= *at && (now - *at) < every
+        });
+        !fresh
+    }
+
+    /// Notes that it was made durable.
+    pub fn written(&mut self, host: &HostId, boot_id: &str, now: Micros) {
+        self.hosts.entry(host.clone()).or_default().written = Some((now, boot_id.to_owned()));
+    }
+
+    /// Notes that an instance was seen running; proofs only grow.
+    pub fn prove(&mut self, instance: &InstanceId, seen: Micros) {
+        let proofs = self.proofs.get_or_insert_default();
+        let known = proofs.entry(instance.to_string()).or_insert(seen);
+        *known = (*known).max(seen);
+    }
+}

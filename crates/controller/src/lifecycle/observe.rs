@@ -1,0 +1,119 @@
+//! What is new in an agent's word on an instance, dated by the controller's clock.
+//!
+//! Ages become times once: the first report of an event dates it, later ones do not move it. No date lies before
+//! the incarnation was accepted or after now, so neither a wrong age nor a clock that stepped can make time negative.
+
+use roost_store::{InstanceRow, Seen};
+use roost_types::Micros;
+use roost_types::agent::{Observation, Observed, TimedPart};
+use roost_types::state::Step;
+
+fn ago(now: Micros, age_us: u64) -> Micros {
+    Micros(now.0.saturating_sub(i64::try_from(age_us).unwrap_or(i64::MAX)))
+}
+
+/// Whether the observation means that the virtual CPUs run.
+pub fn alive(word: &Observation) -> bool {
+    match word.state {
+        Observed::Running => true,
+        Observed::Stopping => word.run_began_age_us.is_some() && word.run_ended_age_us.is_none(),
+        _ => false,
+    }
+}
+
+/// The row with the observation in it; `None` if it says nothing new.
+pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros) -> Option<InstanceRow> {
+    if row.step == Step::Gone {
+        return None;
+    }
+    let own = word.incarnation == row.incarnation;
+    let obeys = word.generation >= row.generation;
+    let final_word = matches!(word.state, Observed::Stopped | Observed::Failed | Observed::Absent);
+    // A word on an earlier incarnation counts only where it answers our newest generation.
+    if !own && !(obeys && final_word) {
+        return None;
+    }
+    // Nothing but its end is of interest once it is at rest: a late word on its run would only confuse.
+    if row.step == Step::Rest && !final_word {
+        return None;
+    }
+    let old = row.observed.as_ref().filter(|seen| seen.incarnation == word.incarnation);
+    let same_boot = old.is_none_or(|seen| seen.boot_id == boot_id);
+    let earliest = row.incarnation_at;
+    let latest = now.max(earliest);
+    let date = |age: u64, not_before: Micros| ago(now, age).clamp(not_before.min(latest), latest);
+    let run_began = old
+        .and_then(|seen| seen.run_began)
+        .or_else(|| word.run_began_age_us.filter(|_| own).map(|age| date(age, earliest)));
+    let run_from = run_began.unwrap_or(earliest);
+    let run_ended = old
+        .and_then(|seen| seen.run_ended)
+        .or_else(|| word.run_ended_age_us.filter(|_| own).map(|age| date(age, run_from)));
+    let ended = !matches!(word.state, Observed::Preparing | Observed::Running);
+    let last_seen = old.and_then(|seen| seen.last_seen).or_else(|| {
+        word.last_seen_age_us.filter(|_| own && ended && same_boot).map(|age| date(age, run_from))
+    });
+    let since = old
+        .filter(|seen| seen.state == word.state && same_boot)
+        .map_or_else(|| date(word.age_us, earliest), |seen| seen.since);
+    let guest_ready_at =
+        old.and_then(|seen| seen.guest_ready_at).or_else(|| word.guest_ready.then_some(latest));
+    let seen = Seen {
+        state: word.state,
+        generation: word.generation,
+        incarnation: word.incarnation,
+        boot_id: boot_id.to_owned(),
+        since,
+        run_began,
+        run_ended,
+        last_seen,
+        reason: word.reason.clone(),
+        refused: word.refused.clone(),
+        trouble: word.trouble.clone(),
+        guest_ready: word.guest_ready,
+        guest_ready_at,
+        ssh_host_key: word
+            .ssh_host_key
+            .clone()
+            .or_else(|| old.and_then(|seen| seen.ssh_host_key.clone())),
+    };
+    let mut next = row.clone();
+    if own {
+        // Until it runs, a reboot of the host costs nothing but time: it just begins again.
+        if row.boot_id.is_none() || (word.state == Observed::Preparing && row.open_since.is_none()) {
+            next.boot_id = Some(boot_id.to_owned());
+        }
+        if !word.timing.is_empty() {
+            next.timing.host.clone_from(&word.timing);
+        }
+        if next.timing.guest.is_none()
+            && let (Some(ready), Some(began)) = (seen.guest_ready_at, seen.run_began)
+        {
+            let took_us = u64::try_from((ready - began).0).unwrap_or(0);
+            next.timing.guest = Some(TimedPart { part: "guest".to_owned(), took_us });
+        }
+    }
+    next.observed = Some(seen);
+    (next != *row).then_some(next)
+}
+
+/// The word of a host that rebooted and has forgotten an instance that was running there.
+pub fn forgotten(row: &InstanceRow) -> Observation {
+    Observation {
+        instance_id: row.instance_id.clone(),
+        generation: row.generation,
+        incarnation: row.incarnation,
+        state: Observed::Stopped,
+        reason: None,
+        age_us: 0,
+        run_began_age_us: None,
+        run_ended_age_us: None,
+        last_seen_age_us: None,
+        refused: None,
+        trouble: None,
+        guest_ready: false,
+        ssh_host_key: None,
+        cpu_usage_us: None,
+        timing: Vec::new(),
+    }
+}
