@@ -1,1 +1,31 @@
-//! The host agent: jail, cgroups, network, storage, metadata.
+//! The host agent: root, one per host. It makes the host match what the controller wants of it, and reports what
+//! it sees.
+//!
+//! A walk through the room, from what is decided to what is done:
+//!
+//! | module | what it holds |
+//! |---|---|
+//! | [`agent`] | which instances there are; `ensure` in, report out |
+//! | [`task`] | one task per instance: look, plan, do one thing, again |
+//! | [`plan`] | what to do next: pure |
+//! | [`record`] | what is remembered durably; the refusal rules |
+//! | [`host`] | the seam: everything the reconciler wants of a host |
+//! | [`scan`] | what a guest says of itself on its console |
+//! | [`net`] | the network of an instance |
+//! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
+
+pub mod agent;
+pub mod clock;
+pub mod durable;
+pub mod error;
+pub mod host;
+pub mod names;
+pub mod net;
+pub mod plan;
+pub mod record;
+pub mod scan;
+pub mod task;
+#[doc(hidden)]
+pub mod testing;
+
+pub use error::{Error, Result};

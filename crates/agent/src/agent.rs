@@ -1,0 +1,271 @@
+//! The agent's core: which instances there are, what is wanted of them, and the report of what they are.
+
+use crate::clock::age_us;
+use crate::durable;
+use crate::error::{Error, Result};
+use crate::host::Host;
+use crate::names::Folders;
+use crate::record::{self, Accepted, Records, Run, Verdict};
+use crate::task::{Live, Pace, Shared, Task};
+use roost_types::agent::{Desired, Ensure, Observation, Observed, Report};
+use roost_types::ids::InstanceId;
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{File, TryLockError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use tokio::runtime::Handle;
+use tokio::sync::{Notify, watch};
+use tokio::task::JoinHandle;
+
+struct Entry {
+    shared: Shared,
+    task: JoinHandle<()>,
+}
+
+/// One agent at work.
+pub struct Agent<H: Host> {
+    host: Arc<H>,
+    records: Records,
+    pace: Pace,
+    run_id: String,
+    entries: Mutex<BTreeMap<InstanceId, Entry>>,
+    changed: Arc<watch::Sender<u64>>,
+    runtime: Handle,
+    // Held for as long as this agent lives: one agent per state folder.
+    _lock: File,
+}
+
+impl<H: Host> Agent<H> {
+    /// Takes the state folder and goes on with every instance in it. Must be called inside a tokio runtime.
+    ///
+    /// # Errors
+    /// Another agent has the folder, or it cannot be read.
+    pub fn open(host: Arc<H>, folders: &Folders, pace: Pace) -> Result<Arc<Self>> {
+        let lock = lock(folders)?;
+        let records = Records::new(folders.clone());
+        let agent = Arc::new(Self {
+            host,
+            records,
+            pace,
+            run_id: random_hex(),
+            entries: Mutex::new(BTreeMap::new()),
+            changed: Arc::new(watch::channel(0).0),
+            runtime: Handle::current(),
+            _lock: lock,
+        });
+        for (accepted, mut run) in agent.records.load_all()? {
+            let boot = agent.host.boot_id();
+            if run.boot_id != boot && run.began_ns.is_none() && run.monitor.is_none() {
+                run.boot_id = boot;
+            }
+            tracing::info!(instance = %accepted.id(), desired = %accepted.spec().desired, "known from before");
+            let entry = agent.spawn(accepted.clone(), run);
+            agent.entries().insert(accepted.id().clone(), entry);
+        }
+        Ok(agent)
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Entry>> {
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn spawn(&self, accepted: Accepted, run: Run) -> Entry {
+        let live = Live {
+            state: first_state(&accepted, &run),
+            accepted,
+            refused: None,
+            run,
+            since_ns: self.host.now_ns(),
+            reason: None,
+            trouble: None,
+        };
+        let shared = Shared {
+            live: Arc::new(Mutex::new(live)),
+            wake: Arc::new(Notify::new()),
+            changed: Arc::clone(&self.changed),
+        };
+        let task = Task::new(Arc::clone(&self.host), self.records.clone(), shared.clone(), self.pace.clone());
+        Entry { shared, task: self.runtime.spawn(task.run()) }
+    }
+
+    /// Takes in what the host must look like. Blocks on the disk.
+    ///
+    /// # Errors
+    /// Something could not be made durable; it is to be taken in again.
+    pub fn apply(&self, desired: &Desired) -> Result<()> {
+        for ensure in &desired.instances {
+            self.take_in(ensure)?;
+        }
+        let wanted: BTreeSet<&InstanceId> =
+            desired.instances.iter().map(|ensure| &ensure.instance_id).collect();
+        self.entries().retain(|id, entry| {
+            let absent = entry.shared.live().state == Observed::Absent;
+            if !wanted.contains(id) && !absent {
+                tracing::warn!(instance = %id, "the controller does not name it any more; it is left as it is");
+            }
+            wanted.contains(id) || !absent
+        });
+        Ok(())
+    }
+
+    /// Takes in one `ensure`: refused, known, or made durable and then worked on.
+    ///
+    /// # Errors
+    /// It could not be made durable.
+    pub fn take_in(&self, ensure: &Ensure) -> Result<()> {
+        let mut entries = self.entries();
+        let entry = entries.get(&ensure.instance_id);
+        let current = entry.map(|entry| entry.shared.live().accepted.clone());
+        match record::verdict(current.as_ref(), ensure) {
+            Verdict::Same => {
+                if let Some(entry) = entry {
+                    entry.shared.live().refused = None;
+                }
+            }
+            Verdict::Refuse(why) => {
+                tracing::warn!(instance = %ensure.instance_id, %why, "refused");
+                if let Some(entry) = entry {
+                    entry.shared.live().refused = Some(why);
+                    entry.shared.bump();
+                }
+            }
+            Verdict::Accept => {
+                let slot = current.map_or_else(
+                    || record::free_slot(entries.values().map(|entry| entry.shared.live().accepted.slot)),
+                    |accepted| accepted.slot,
+                );
+                let accepted =
+                    Accepted { ensure: ensure.clone(), spec_hash: record::spec_hash(&ensure.spec), slot };
+                self.records.save_spec(&accepted)?;
+                match entries.get(&ensure.instance_id) {
+                    Some(entry) if !entry.task.is_finished() => {
+                        let mut live = entry.shared.live();
+                        live.accepted = accepted;
+                        live.refused = None;
+                        drop(live);
+                        entry.shared.wake.notify_one();
+                    }
+                    _ => {
+                        let run = self.records.load_run(accepted.id())?;
+                        let entry = self.spawn(accepted, run);
+                        entries.insert(ensure.instance_id.clone(), entry);
+                    }
+                }
+                self.changed.send_modify(|version| *version += 1);
+            }
+        }
+        Ok(())
+    }
+
+    /// Sees a number that grows whenever a report would differ.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.changed.subscribe()
+    }
+
+    /// Everything that this agent sees, now.
+    pub fn report(&self) -> Report {
+        let now = self.host.now_ns();
+        let boot = self.host.boot_id();
+        let lives: Vec<Live> = self.entries().values().map(|entry| entry.shared.live().clone()).collect();
+        Report {
+            host: self.host.facts(),
+            boot_id: boot.clone(),
+            agent_run: self.run_id.clone(),
+            instances: lives.iter().map(|live| self.observe(live, now, &boot)).collect(),
+        }
+    }
+
+    /// The newest accepted `ensure` of an instance.
+    pub fn accepted(&self, id: &InstanceId) -> Option<Accepted> {
+        self.entries().get(id).map(|entry| entry.shared.live().accepted.clone())
+    }
+
+    /// The blobs that instances refer to.
+    pub fn blobs_in_use(&self) -> BTreeSet<String> {
+        let mut blobs = BTreeSet::new();
+        for entry in self.entries().values() {
+            let image = entry.shared.live().accepted.ensure.spec.image.clone();
+            blobs.extend(
+                [Some(image.kernel), image.initrd, Some(image.root)].into_iter().flatten().map(String::from),
+            );
+        }
+        blobs
+    }
+
+    fn observe(&self, live: &Live, now: u64, boot: &str) -> Observation {
+        let spec = live.accepted.spec();
+        // What an earlier incarnation or another boot left says nothing about this one.
+        let run = Some(&live.run).filter(|run| run.incarnation == spec.incarnation);
+        let dated = run.filter(|run| run.boot_id == boot);
+        let age = |at: Option<u64>| at.map(|at| age_us(now, at));
+        let cpu = match live.state {
+            Observed::Running | Observed::Stopping => self.host.cpu_usage_us(&live.accepted),
+            _ => None,
+        };
+        Observation {
+            instance_id: live.accepted.id().clone(),
+            generation: live.accepted.ensure.generation,
+            incarnation: spec.incarnation,
+            state: live.state,
+            reason: live.reason.clone(),
+            age_us: age_us(now, live.since_ns),
+            run_began_age_us: age(dated.and_then(|run| run.began_ns)),
+            run_ended_age_us: age(dated.and_then(|run| run.ended.as_ref()).and_then(|ended| ended.at_ns)),
+            last_seen_age_us: age(dated.and_then(|run| run.last_seen_ns)),
+            refused: live.refused.clone(),
+            trouble: live.trouble.clone(),
+            guest_ready: run.is_some_and(|run| run.guest_ready) && live.state == Observed::Running,
+            ssh_host_key: live.run.ssh_host_key.clone(),
+            cpu_usage_us: run.and(cpu.or_else(|| run.and_then(|run| run.cpu_usage_us))),
+            timing: run.map(|run| run.timing.clone()).unwrap_or_default(),
+        }
+    }
+}
+
+impl<H: Host> Drop for Agent<H> {
+    /// Guests go on; only the watching ends.
+    fn drop(&mut self) {
+        for entry in self.entries().values() {
+            entry.task.abort();
+        }
+    }
+}
+
+fn first_state(accepted: &Accepted, run: &Run) -> Observed {
+    use roost_types::state::DesiredState;
+    match accepted.spec().desired {
+        DesiredState::Running if run.is_open() && run.incarnation == accepted.spec().incarnation => {
+            Observed::Running
+        }
+        DesiredState::Running if run.incarnation == accepted.spec().incarnation && run.ended.is_some() => {
+            Observed::Stopping
+        }
+        DesiredState::Running => Observed::Preparing,
+        _ => Observed::Stopping,
+    }
+}
+
+fn lock(folders: &Folders) -> Result<File> {
+    durable::make_folder(&folders.state)?;
+    let path = folders.lock();
+    let file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .open(&path)
+        .map_err(Error::file("open", &path))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: folders.state.clone(), lock: path }),
+        Err(TryLockError::Error(error)) => Err(Error::file("lock", &path)(error)),
+    }
+}
+
+/// 16 random hex digits.
+pub fn random_hex() -> String {
+    let mut bytes = [0; 8];
+    if getrandom::fill(&mut bytes).is_err() {
+        // The kernel's pool is always ready after boot; a clock reading still tells two runs apart.
+        bytes = crate::clock::boottime_ns().to_le_bytes();
+    }
+    hex::encode(bytes)
+}

@@ -1,0 +1,300 @@
+//! Links, addresses and routes, by netlink. Everything replaces what is there, so that doing it twice does it once.
+
+use super::{METADATA_ADDRESS, UPLINK_GATEWAY, netns};
+use crate::error::{Error, Result};
+use crate::names::{self, Folders, TAP, UPLINK};
+use futures_util::TryStreamExt;
+use nix::libc;
+use roost_types::agent::InterfaceSpec;
+use roost_types::ids::InstanceId;
+use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use std::fs::{self, File};
+use std::net::{IpAddr, Ipv4Addr};
+use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::path::Path;
+
+/// What the links of one instance are made from.
+#[derive(Debug, Clone)]
+pub struct Links {
+    /// The instance.
+    pub id: InstanceId,
+    /// Its interface.
+    pub interface: InterfaceSpec,
+    /// Largest packet on the way out, bytes.
+    pub mtu: u16,
+}
+
+impl Links {
+    /// Whether namespace, links and route stand.
+    pub fn stand(&self, folders: &Folders) -> bool {
+        netns::exists(&folders.netns_file(&self.id)) && link_exists(&names::host_veth(&self.id))
+    }
+
+    /// Makes or completes everything. Blocks.
+    ///
+    /// # Errors
+    /// The kernel refused something; the message names it.
+    pub fn make(&self, folders: &Folders) -> Result<()> {
+        let file = folders.netns_file(&self.id);
+        netns::make(&file)?;
+        let host = File::open("/proc/self/ns/net").map_err(Error::file("open", "/proc/self/ns/net"))?;
+        let inside = self.clone();
+        netns::enter(&file, move || {
+            harden()?;
+            make_tap()?;
+            block_on(inside.inside(host))
+        })?;
+        block_on(self.outside())
+    }
+
+    async fn inside(self, host: File) -> Result<()> {
+        let net = connect()?;
+        up(&net, "lo").await?;
+        let veth = names::host_veth(&self.id);
+        if index(&net, UPLINK).await?.is_none() {
+            net.link()
+                .add(LinkVeth::new(UPLINK, &veth).build())
+                .execute()
+                .await
+                .map_err(Error::netlink("make the veth pair"))?;
+        }
+        // The other end is born here and moved out.
+        if let Some(index) = index(&net, &veth).await? {
+            net.link()
+                .set(LinkUnspec::new_with_index(index).setns_by_fd(host.as_raw_fd()).build())
+                .execute()
+                .await
+                .map_err(Error::netlink(format!("move {veth} to the host")))?;
+        }
+        drop(host);
+
+        let uplink = must(&net, UPLINK).await?;
+        self.set(&net, uplink, UPLINK, &names::veth_mac(&self.id, 1)).await?;
+        neighbour(&net, uplink, UPLINK_GATEWAY, &names::veth_mac(&self.id, 0)).await?;
+        let out =
+            RouteMessageBuilder::<Ipv4Addr>::new().gateway(UPLINK_GATEWAY).output_interface(uplink).onlink();
+        net.route()
+            .add(out.build())
+            .replace()
+            .execute()
+            .await
+            .map_err(Error::netlink("set the default route"))?;
+
+        let tap = must(&net, TAP).await?;
+        self.set(&net, tap, TAP, &tap_mac(&self.id)).await?;
+        for (address, prefix_len) in
+            [(self.interface.gateway, self.interface.prefix_len), (METADATA_ADDRESS, 32)]
+        {
+            net.address()
+                .add(tap, IpAddr::V4(address), prefix_len)
+                .replace()
+                .execute()
+                .await
+                .map_err(Error::netlink(format!("set address {address}/{prefix_len}")))?;
+        }
+        // The guest's hardware address is known; it need not say, and cannot lie.
+        neighbour(&net, tap, self.interface.private_ip, &mac(&self.interface.mac)?).await
+    }
+
+    async fn outside(&self) -> Result<()> {
+        let net = connect()?;
+        let name = names::host_veth(&self.id);
+        let veth = must(&net, &name).await?;
+        self.set(&net, veth, &name, &names::veth_mac(&self.id, 0)).await?;
+        let public = self.interface.public_ip;
+        neighbour(&net, veth, public, &names::veth_mac(&self.id, 1)).await?;
+        let route = RouteMessageBuilder::<Ipv4Addr>::new()
+            .destination_prefix(public, 32)
+            .output_interface(veth)
+            .scope(rtnetlink::packet_route::route::RouteScope::Link);
+        net.route()
+            .add(route.build())
+            .replace()
+            .execute()
+            .await
+            .map_err(Error::netlink(format!("set the route to {public}")))
+    }
+
+    async fn set(&self, net: &Handle, index: u32, name: &str, mac: &[u8]) -> Result<()> {
+        let message =
+            LinkUnspec::new_with_index(index).address(mac.to_vec()).mtu(u32::from(self.mtu)).up().build();
+        net.link().set(message).execute().await.map_err(Error::netlink(format!("set up {name}")))
+    }
+}
+
+/// The router's end of the guest's wire.
+fn tap_mac(id: &InstanceId) -> [u8; 6] {
+    names::veth_mac(id, 2)
+}
+
+/// Removes the namespace and with it everything inside, and the host's end of the pair.
+///
+/// # Errors
+/// Something is there and cannot be removed.
+pub fn remove(folders: &Folders, id: &InstanceId) -> Result<()> {
+    let veth = names::host_veth(id);
+    if link_exists(&veth) {
+        block_on(async {
+            let net = connect()?;
+            if let Some(index) = index(&net, &veth).await? {
+                net.link().del(index).execute().await.map_err(Error::netlink(format!("remove {veth}")))?;
+            }
+            Ok(())
+        })?;
+    }
+    netns::remove(&folders.netns_file(id))
+}
+
+/// Whether the calling process's namespace has a link of this name.
+pub fn link_exists(name: &str) -> bool {
+    nix::net::if_::if_nametoindex(name).is_ok()
+}
+
+/// Opens the tap for the monitor. Its settings outlive the descriptor.
+///
+/// # Errors
+/// The namespace or the tap is gone, or another monitor holds it.
+pub fn open_tap(folders: &Folders, id: &InstanceId) -> Result<OwnedFd> {
+    netns::enter(&folders.netns_file(id), attach_tap)
+}
+
+/// Sends packets from host to namespace and out, and reads back that it does.
+///
+/// # Errors
+/// The kernel does not forward.
+pub fn forward_on_host() -> Result<()> {
+    sysctl("net/ipv4/ip_forward", "1")
+}
+
+/// The MTU of the link that the default route uses, at most 1500; 1500 when there is none.
+pub fn uplink_mtu() -> u16 {
+    let Ok(routes) = fs::read_to_string("/proc/net/route") else { return 1500 };
+    let uplink = routes.lines().skip(1).find_map(|line| {
+        let mut fields = line.split_ascii_whitespace();
+        let (name, destination) = (fields.next()?, fields.next()?);
+        (destination == "00000000").then(|| name.to_owned())
+    });
+    let mtu = uplink
+        .and_then(|name| fs::read_to_string(Path::new("/sys/class/net").join(name).join("mtu")).ok())
+        .and_then(|text| text.trim().parse::<u16>().ok());
+    mtu.unwrap_or(1500).clamp(576, 1500)
+}
+
+fn harden() -> Result<()> {
+    sysctl("net/ipv4/ip_forward", "1")?;
+    sysctl("net/ipv4/conf/all/send_redirects", "0")?;
+    sysctl("net/ipv4/conf/default/send_redirects", "0")?;
+    // Guests speak IPv4 only so far. Absent where the host has no IPv6 at all.
+    if Path::new("/proc/sys/net/ipv6").exists() {
+        sysctl("net/ipv6/conf/all/disable_ipv6", "1")?;
+        sysctl("net/ipv6/conf/default/disable_ipv6", "1")?;
+    }
+    Ok(())
+}
+
+/// Writes a setting of the calling thread's namespace and reads it back.
+fn sysctl(name: &str, value: &str) -> Result<()> {
+    let path = Path::new("/proc/sys").join(name);
+    let read = || fs::read_to_string(&path).map_err(Error::file("read", &path));
+    if read()?.trim() != value {
+        fs::write(&path, value).map_err(Error::file("write", &path))?;
+        let got = read()?;
+        if got.trim() != value {
+            return Err(Error::Impossible(format!(
+                "{path:?} is {:?} after {value:?} was written",
+                got.trim()
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// Makes the tap, if it is not there: it stays until its namespace goes.
+fn make_tap() -> Result<()> {
+    if link_exists(TAP) {
+        return Ok(());
+    }
+    let tap = attach_tap()?;
+    // SAFETY: TUNSETPERSIST takes an int by value on a tun descriptor.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETPERSIST, 1) };
+    nix::errno::Errno::result(result).map(drop).map_err(Error::sys("keeping the tap"))
+}
+
+/// Attaches to the tap of the calling thread's namespace, making it if needed: whole frames with a virtio-net header
+/// of 12 bytes (virtio 1.2, 5.1.6), no offloads until the monitor asks for them.
+fn attach_tap() -> Result<OwnedFd> {
+    let path = c"/dev/net/tun";
+    // SAFETY: a path literal; the result is checked.
+    let raw = unsafe { libc::open(path.as_ptr(), libc::O_RDWR | libc::O_CLOEXEC | libc::O_NONBLOCK) };
+    let raw = nix::errno::Errno::result(raw).map_err(Error::sys("opening /dev/net/tun"))?;
+    // SAFETY: a fresh descriptor that nothing else owns.
+    let tap = unsafe { OwnedFd::from_raw_fd(raw) };
+    // SAFETY: an all-zero ifreq is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(TAP.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(flags).unwrap_or(0);
+    // SAFETY: TUNSETIFF reads and writes an ifreq, which lives through the call.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETIFF, &raw mut request) };
+    nix::errno::Errno::result(result).map_err(Error::sys("attaching to the tap"))?;
+    let size: libc::c_int = 12;
+    // SAFETY: TUNSETVNETHDRSZ reads an int, which lives through the call.
+    let result = unsafe { libc::ioctl(tap.as_raw_fd(), libc::TUNSETVNETHDRSZ, &raw const size) };
+    nix::errno::Errno::result(result).map_err(Error::sys("setting the tap's header size"))?;
+    // SAFETY: TUNSETOFFLOAD takes flags by value.
+    let result = unsafe { libc::ioctl(tap.as_fd().as_raw_fd(), libc::TUNSETOFFLOAD, 0) };
+    nix::errno::Errno::result(result).map_err(Error::sys("clearing the tap's offloads"))?;
+    Ok(tap)
+}
+
+/// `06:00:…` as bytes.
+///
+/// # Errors
+/// It is no unicast hardware address: the spec is broken for good.
+pub fn mac(text: &str) -> Result<[u8; 6]> {
+    roost_vmm::config::parse_mac(text).map_err(|error| Error::Impossible(error.to_string()))
+}
+
+/// Runs netlink work on the calling thread, and so in its namespace.
+fn block_on<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+    tokio::runtime::Builder::new_current_thread()
+        .enable_io()
+        .build()
+        .map_err(Error::io("starting a runtime"))?
+        .block_on(work)
+}
+
+fn connect() -> Result<Handle> {
+    let (connection, handle, _) = rtnetlink::new_connection().map_err(Error::io("opening netlink"))?;
+    tokio::spawn(connection);
+    Ok(handle)
+}
+
+async fn index(net: &Handle, name: &str) -> Result<Option<u32>> {
+    match net.link().get().match_name(name).execute().try_next().await {
+        Ok(link) => Ok(link.map(|link| link.header.index)),
+        Err(rtnetlink::Error::NetlinkError(message)) if message.raw_code() == -libc::ENODEV => Ok(None),
+        Err(error) => Err(Error::netlink(format!("look up {name}"))(error)),
+    }
+}
+
+async fn must(net: &Handle, name: &str) -> Result<u32> {
+    index(net, name).await?.ok_or_else(|| Error::NotNow(format!("the link {name} is missing")))
+}
+
+async fn up(net: &Handle, name: &str) -> Result<()> {
+    let message = LinkUnspec::new_with_index(must(net, name).await?).up().build();
+    net.link().set(message).execute().await.map_err(Error::netlink(format!("set up {name}")))
+}
+
+async fn neighbour(net: &Handle, index: u32, address: Ipv4Addr, mac: &[u8]) -> Result<()> {
+    net.neighbours()
+        .add(index, IpAddr::V4(address))
+        .link_layer_address(mac)
+        .replace()
+        .execute()
+        .await
+        .map_err(Error::netlink(format!("set the neighbour {address}")))
+}

@@ -1,0 +1,295 @@
+//! What an agent remembers of an instance, in two files below `instances/<id>/`:
+//!
+//! | file | written by | holds |
+//! |---|---|---|
+//! | `spec.json` | whoever takes in `ensure` | the newest accepted `ensure`, durable *before* anything acts on it |
+//! | `run.json` | the instance's own task | what became of the incarnation at hand |
+//!
+//! The refusal rules are pure: [`verdict`].
+
+use crate::error::Result;
+use crate::names::Folders;
+use crate::{durable, error::Error};
+use roost_types::agent::{Ensure, InstanceSpec, StateReason, TimedPart};
+use roost_types::ids::InstanceId;
+use serde::{Deserialize, Serialize};
+use sha2::{Digest, Sha256};
+use std::path::PathBuf;
+
+/// An `ensure` that was accepted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Accepted {
+    /// What was asked.
+    pub ensure: Ensure,
+    /// [`spec_hash`] of its spec.
+    pub spec_hash: String,
+    /// The instance's number on this host: its user id is the base plus this.
+    pub slot: u32,
+}
+
+impl Accepted {
+    /// The instance.
+    pub const fn id(&self) -> &InstanceId {
+        &self.ensure.instance_id
+    }
+
+    /// What to make of it.
+    pub const fn spec(&self) -> &InstanceSpec {
+        &self.ensure.spec
+    }
+}
+
+/// SHA-256 over the spec's JSON, as hex.
+pub fn spec_hash(spec: &InstanceSpec) -> String {
+    hash_of(spec)
+}
+
+/// SHA-256 over the JSON of anything, as hex.
+pub fn hash_of<T: Serialize>(value: &T) -> String {
+    // Types of ours have string keys only, so that they always serialize.
+    let bytes = serde_json::to_vec(value).unwrap_or_default();
+    hex::encode(Sha256::digest(bytes))
+}
+
+/// What to do with an `ensure`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Verdict {
+    /// The very one that is already accepted.
+    Same,
+    /// A newer one.
+    Accept,
+    /// Refused, with the reason for the report.
+    Refuse(String),
+}
+
+/// The rule: a newer generation is accepted, an older one refused, and so is another spec under the same one.
+pub fn verdict(current: Option<&Accepted>, new: &Ensure) -> Verdict {
+    let Some(current) = current else { return Verdict::Accept };
+    let (have, got) = (current.ensure.generation, new.generation);
+    if got < have {
+        return Verdict::Refuse(format!(
+            "generation {got} is older than {have}, which this host has accepted"
+        ));
+    }
+    if got > have {
+        return Verdict::Accept;
+    }
+    if spec_hash(&new.spec) == current.spec_hash {
+        Verdict::Same
+    } else {
+        Verdict::Refuse(format!(
+            "generation {got} came with another spec before; a change needs a new generation"
+        ))
+    }
+}
+
+/// A monitor process, told apart from any later process with its number.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct MonitorId {
+    /// Process id.
+    pub pid: i32,
+    /// Field 22 of `/proc/<pid>/stat`: clock ticks from boot to its start.
+    pub start_ticks: u64,
+}
+
+/// How a run ended.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ended {
+    /// CLOCK_BOOTTIME of this run's boot, nanoseconds; `None` when no one saw it.
+    pub at_ns: Option<u64>,
+    /// Why; `None` when it was asked for.
+    pub reason: Option<StateReason>,
+    /// It never ran, or could not be made to run.
+    pub failed: bool,
+}
+
+/// What became of one incarnation.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Run {
+    /// Which.
+    pub incarnation: u64,
+    /// The host's boot that all times here belong to.
+    pub boot_id: String,
+    /// Its monitor, recorded before it may run vCPUs.
+    pub monitor: Option<MonitorId>,
+    /// Monitors that ended before vCPUs ran.
+    pub failed_starts: u32,
+    /// Reboots done, out of `spec.reboots`.
+    pub reboots_done: u64,
+    /// When vCPUs first ran, nanoseconds of CLOCK_BOOTTIME.
+    pub began_ns: Option<u64>,
+    /// How it ended.
+    pub ended: Option<Ended>,
+    /// When an agent last saw it alive.
+    pub last_seen_ns: Option<u64>,
+    /// Where in the console's stream this incarnation begins.
+    pub console_from: u64,
+    /// The guest said that it is ready.
+    pub guest_ready: bool,
+    /// The guest's host key, kept over incarnations.
+    pub ssh_host_key: Option<String>,
+    /// CPU time at the end, microseconds.
+    pub cpu_usage_us: Option<u64>,
+    /// Parts of the latest start.
+    pub timing: Vec<TimedPart>,
+}
+
+impl Run {
+    /// A fresh incarnation. The host key stays: it is on the disk.
+    pub fn begin(spec: &InstanceSpec, boot_id: &str, before: &Run) -> Self {
+        Self {
+            incarnation: spec.incarnation,
+            boot_id: boot_id.to_owned(),
+            // Reboots that were asked for before it began are done by its start.
+            reboots_done: spec.reboots,
+            ssh_host_key: before.ssh_host_key.clone(),
+            ..Self::default()
+        }
+    }
+
+    /// Whether it ran and has not ended.
+    pub const fn is_open(&self) -> bool {
+        self.began_ns.is_some() && self.ended.is_none()
+    }
+}
+
+/// The two files of every instance.
+#[derive(Debug, Clone)]
+pub struct Records {
+    folders: Folders,
+}
+
+impl Records {
+    /// Records below `folders.state`.
+    pub const fn new(folders: Folders) -> Self {
+        Self { folders }
+    }
+
+    fn spec_path(&self, id: &InstanceId) -> PathBuf {
+        self.folders.file(id, "spec.json")
+    }
+
+    fn run_path(&self, id: &InstanceId) -> PathBuf {
+        self.folders.file(id, "run.json")
+    }
+
+    /// Makes an accepted `ensure` durable.
+    ///
+    /// # Errors
+    /// The state folder is read-only or full.
+    pub fn save_spec(&self, accepted: &Accepted) -> Result<()> {
+        durable::make_folder(&self.folders.instance(accepted.id()))?;
+        durable::write_json(&self.spec_path(accepted.id()), accepted)
+    }
+
+    /// Makes a run durable.
+    ///
+    /// # Errors
+    /// The state folder is read-only or full.
+    pub fn save_run(&self, id: &InstanceId, run: &Run) -> Result<()> {
+        durable::write_json(&self.run_path(id), run)
+    }
+
+    /// Reads the run of an instance; a fresh one if there is none.
+    ///
+    /// # Errors
+    /// It is damaged.
+    pub fn load_run(&self, id: &InstanceId) -> Result<Run> {
+        Ok(durable::read_json(&self.run_path(id))?.unwrap_or_default())
+    }
+
+    /// Reads every instance. A folder without a spec is left of a removal or of an acceptance that was cut short:
+    /// nothing was made for it yet or all is gone, so it goes too.
+    ///
+    /// # Errors
+    /// A file is damaged or cannot be read.
+    pub fn load_all(&self) -> Result<Vec<(Accepted, Run)>> {
+        let root = self.folders.instances();
+        durable::make_folder(&root)?;
+        let mut all = Vec::new();
+        for entry in std::fs::read_dir(&root).map_err(Error::file("list", &root))? {
+            let entry = entry.map_err(Error::file("list", &root))?;
+            let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<InstanceId>().ok()) else {
+                continue;
+            };
+            match durable::read_json::<Accepted>(&self.spec_path(&id))? {
+                Some(accepted) => {
+                    let run = self.load_run(&id)?;
+                    all.push((accepted, run));
+                }
+                None => durable::remove_folder(&entry.path())?,
+            }
+        }
+        all.sort_by(|(a, _), (b, _)| a.id().cmp(b.id()));
+        Ok(all)
+    }
+
+    /// Forgets an instance: first its spec, so that a cut-short removal is finished at the next start.
+    ///
+    /// # Errors
+    /// A file cannot be removed.
+    pub fn remove(&self, id: &InstanceId) -> Result<()> {
+        durable::remove_file(&self.spec_path(id))?;
+        durable::remove_folder(&self.folders.instance(id))?;
+        durable::sync_parent(&self.folders.instance(id))
+    }
+}
+
+/// The lowest number that none of `taken` has.
+pub fn free_slot(taken: impl IntoIterator<Item = u32>) -> u32 {
+    let taken: std::collections::BTreeSet<u32> = taken.into_iter().collect();
+    (0..=u32::MAX).find(|slot| !taken.contains(slot)).unwrap_or(u32::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::testing::ensure;
+
+    #[test]
+    fn a_newer_generation_is_accepted_and_an_older_one_refused() {
+        let new = ensure(5);
+        let accepted = Accepted { spec_hash: spec_hash(&new.spec), ensure: new.clone(), slot: 0 };
+        assert_eq!(verdict(None, &new), Verdict::Accept);
+        assert_eq!(verdict(Some(&accepted), &new), Verdict::Same);
+        assert_eq!(verdict(Some(&accepted), &Ensure { generation: 6, ..new.clone() }), Verdict::Accept);
+        let Verdict::Refuse(why) = verdict(Some(&accepted), &Ensure { generation: 4, ..new }) else {
+            panic!("an older generation was not refused")
+        };
+        assert!(why.contains("generation 4 is older than 5"), "{why}");
+    }
+
+    #[test]
+    fn another_spec_under_the_same_generation_is_refused() {
+        let new = ensure(5);
+        let accepted = Accepted { spec_hash: spec_hash(&new.spec), ensure: new.clone(), slot: 0 };
+        let mut other = new;
+        other.spec.memory_mib += 1;
+        assert!(
+            matches!(verdict(Some(&accepted), &other), Verdict::Refuse(why) if why.contains("another spec"))
+        );
+    }
+
+    #[test]
+    fn slots_are_reused() {
+        assert_eq!(free_slot([0, 1, 3]), 2);
+        assert_eq!(free_slot([]), 0);
+    }
+
+    #[test]
+    fn records_are_read_back_and_a_cut_short_removal_is_finished() {
+        let folder = tempfile::tempdir().unwrap();
+        let folders =
+            Folders { state: folder.path().into(), run: folder.path().join("run"), netns: "/nowhere".into() };
+        let records = Records::new(folders.clone());
+        let new = ensure(1);
+        let accepted = Accepted { spec_hash: spec_hash(&new.spec), ensure: new, slot: 7 };
+        records.save_spec(&accepted).unwrap();
+        let run = Run { incarnation: 3, ..Run::default() };
+        records.save_run(accepted.id(), &run).unwrap();
+        assert_eq!(records.load_all().unwrap(), vec![(accepted.clone(), run)]);
+        durable::remove_file(&folders.file(accepted.id(), "spec.json")).unwrap();
+        assert_eq!(records.load_all().unwrap(), vec![]);
+        assert!(!folders.instance(accepted.id()).exists());
+    }
+}

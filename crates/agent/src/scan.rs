@@ -1,0 +1,138 @@
+//! Reads a guest's console for the two things that it may say about itself: that it is ready, and its ssh host key.
+//!
+//! The guest is hostile: lines are cut at [`LINE_MAX`], only one exact form of each line counts, and a key must look
+//! like one, so that nothing a guest prints can be more than a claim about that guest.
+
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
+
+/// Longest line that is looked at, in bytes.
+pub const LINE_MAX: usize = 1024;
+/// What a ready guest prints at the start of a line.
+const READY: &[u8] = b"roost-guest: ready";
+const KEYS_BEGIN: &[u8] = b"-----BEGIN SSH HOST KEY KEYS-----";
+const KEYS_END: &[u8] = b"-----END SSH HOST KEY KEYS-----";
+
+/// Something that the guest said.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Said {
+    /// It is ready.
+    Ready,
+    /// Its ed25519 host key: `ssh-ed25519 AAAA…`, without a comment.
+    HostKey(String),
+}
+
+/// Where the reading stands.
+#[derive(Debug, Clone, Default)]
+pub struct Scan {
+    line: Vec<u8>,
+    too_long: bool,
+    in_keys: bool,
+}
+
+impl Scan {
+    /// Reads on.
+    pub fn feed(&mut self, bytes: &[u8]) -> Vec<Said> {
+        let mut said = Vec::new();
+        for &byte in bytes {
+            if byte == b'\n' {
+                if !self.too_long {
+                    said.extend(self.end_of_line());
+                }
+                self.line.clear();
+                self.too_long = false;
+            } else if self.line.len() < LINE_MAX {
+                self.line.push(byte);
+            } else {
+                self.too_long = true;
+            }
+        }
+        said
+    }
+
+    /// Bytes are missing: the line at hand is void.
+    pub fn gap(&mut self) {
+        self.line.clear();
+        self.too_long = true;
+    }
+
+    fn end_of_line(&mut self) -> Option<Said> {
+        // A getty or kernel message may share the line's beginning; ours begin lines, apart from carriage returns.
+        let line = self.line.trim_ascii();
+        if let Some(rest) = line.strip_prefix(READY) {
+            return matches!(rest.first(), None | Some(b' ')).then_some(Said::Ready);
+        }
+        if line.ends_with(KEYS_BEGIN) {
+            self.in_keys = true;
+        } else if line.ends_with(KEYS_END) {
+            self.in_keys = false;
+        } else if self.in_keys {
+            return host_key(line).map(Said::HostKey);
+        }
+        None
+    }
+}
+
+/// `ssh-ed25519 BASE64 [comment]` with a blob of exactly the right form (RFC 8709: name, 32-byte key).
+fn host_key(line: &[u8]) -> Option<String> {
+    let text = std::str::from_utf8(line).ok()?;
+    let mut words = text.split_ascii_whitespace();
+    let (kind, blob) = (words.next()?, words.next()?);
+    if kind != "ssh-ed25519" {
+        return None;
+    }
+    let bytes = STANDARD.decode(blob).ok()?;
+    let well_formed = bytes.len() == 51 && bytes[..19] == *b"\x00\x00\x00\x0bssh-ed25519\x00\x00\x00\x20";
+    well_formed.then(|| format!("ssh-ed25519 {blob}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn key() -> String {
+        let mut bytes = b"\x00\x00\x00\x0bssh-ed25519\x00\x00\x00\x20".to_vec();
+        bytes.extend([7; 32]);
+        STANDARD.encode(bytes)
+    }
+
+    #[test]
+    fn a_ready_line_and_a_host_key_are_found_however_the_bytes_are_cut() {
+        let key = key();
+        let text = format!(
+            "boot\r\n-----BEGIN SSH HOST KEY KEYS-----\r\nssh-rsa AAAA root@x\r\nssh-ed25519 {key} root@x\r\n\
+             -----END SSH HOST KEY KEYS-----\r\nroost-guest: ready in 3 s\r\n"
+        );
+        let expected = vec![Said::HostKey(format!("ssh-ed25519 {key}")), Said::Ready];
+        for size in [1, 7, text.len()] {
+            let mut scan = Scan::default();
+            let said: Vec<Said> = text.as_bytes().chunks(size).flat_map(|piece| scan.feed(piece)).collect();
+            assert_eq!(said, expected, "pieces of {size}");
+        }
+    }
+
+    #[test]
+    fn nothing_else_counts() {
+        let key = key();
+        for text in [
+            "echo roost-guest: ready\n".to_owned(),
+            "roost-guest: readyish\n".to_owned(),
+            "roost-guest: ready".to_owned(),
+            format!("ssh-ed25519 {key}\n"),
+            "-----BEGIN SSH HOST KEY KEYS-----\nssh-ed25519 AAAA\n".to_owned(),
+            format!("-----BEGIN SSH HOST KEY KEYS-----\n{}ssh-ed25519 {key}\n", "x".repeat(LINE_MAX + 1)),
+        ] {
+            assert_eq!(Scan::default().feed(text.as_bytes()), vec![], "{text:?}");
+        }
+    }
+
+    proptest! {
+        #[test]
+        fn hostile_bytes_never_grow_the_state(bytes in proptest::collection::vec(any::<u8>(), 0..8192)) {
+            let mut scan = Scan::default();
+            scan.feed(&bytes);
+            prop_assert!(scan.line.len() <= LINE_MAX);
+        }
+    }
+}

@@ -1,0 +1,419 @@
+//! The reconciler on a host in memory: a whole life, refusals, adoption, failures, and an agent that dies at every
+//! single operation of that life.
+
+mod support;
+
+use roost_agent::agent::Agent;
+use roost_agent::testing::{ensure, ensure_of};
+use roost_types::agent::{Ensure, Observed};
+use roost_types::state::DesiredState;
+use roost_vmm::status::ExitReason;
+use support::{Bench, FakeHost};
+
+fn next(ensure: &Ensure, change: impl FnOnce(&mut Ensure)) -> Ensure {
+    let mut next = ensure.clone();
+    next.generation += 1;
+    change(&mut next);
+    next
+}
+
+/// Launch, reboot, stop, start again, terminate.
+async fn whole_life(bench: &mut Bench) {
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+
+    let reboot = next(&launch, |e| e.spec.reboots = 1);
+    bench.want(reboot.clone());
+    let shared = bench.shared.clone();
+    bench
+        .until(&id, "running after a reboot", |seen| {
+            seen.generation == 2
+                && seen.state == Observed::Running
+                && shared.world().machines[&seen.instance_id].runs == 2
+        })
+        .await;
+
+    let stop = next(&reboot, |e| e.spec.desired = DesiredState::Stopped);
+    bench.want(stop.clone());
+    let stopped =
+        bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped && seen.generation == 3).await;
+    assert!(stopped.run_began_age_us >= stopped.run_ended_age_us, "{stopped:?}");
+    assert!(stopped.run_ended_age_us.is_some());
+    assert_eq!(stopped.reason, None, "a stop that was asked for needs no reason");
+    {
+        let world = bench.shared.world();
+        let machine = &world.machines[&id];
+        assert!(machine.disk, "the disk stays");
+        assert!(!machine.cgroup && machine.network.is_none() && !machine.monitor_alive, "{machine:?}");
+    }
+
+    let start = next(&stop, |e| {
+        e.spec.desired = DesiredState::Running;
+        e.spec.incarnation = 2;
+    });
+    bench.want(start.clone());
+    let again = bench
+        .until(&id, "running again", |seen| seen.state == Observed::Running && seen.incarnation == 2)
+        .await;
+    assert_eq!(again.run_ended_age_us, None);
+
+    bench.want(next(&start, |e| e.spec.desired = DesiredState::Terminated));
+    bench.until(&id, "absent", |seen| seen.state == Observed::Absent).await;
+    let world = bench.shared.world();
+    let machine = &world.machines[&id];
+    assert!(
+        !machine.disk && !machine.cgroup && machine.network.is_none() && !machine.monitor_alive,
+        "{machine:?}"
+    );
+    assert_eq!(machine.runs, 3, "vCPUs were let run once per start and reboot");
+    drop(world);
+    assert!(!bench.folders.instance(&id).exists(), "records are left");
+}
+
+#[tokio::test]
+async fn a_whole_life() {
+    let mut bench = Bench::new();
+    whole_life(&mut bench).await;
+    let log = bench.shared.world().log.clone();
+    let names: Vec<&str> = log.iter().filter_map(|line| line.split_once(' ').map(|(_, name)| name)).collect();
+    assert_eq!(
+        names,
+        [
+            "fetch",
+            "disk",
+            "network",
+            "cgroup",
+            "start",
+            "let run", // launch
+            "power",
+            "start",
+            "let run", // reboot
+            "power",
+            "tear down", // stop
+            "network",
+            "cgroup",
+            "start",
+            "let run", // start
+            "kill",
+            "tear down",
+            "remove disk", // terminate
+        ]
+    );
+}
+
+#[tokio::test]
+async fn an_agent_may_die_at_every_operation_before_or_after_it_took_effect() {
+    for number in 0..18 {
+        for after in [false, true] {
+            let mut bench = Bench::new();
+            bench.shared.world().crash_at = Some((number, after));
+            whole_life(&mut bench).await;
+            assert_eq!(bench.shared.world().deaths, 1, "the agent did not die at operation {number}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_restarted_agent_adopts_its_monitors_and_they_do_not_notice() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    let before = bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    for _ in 0..3 {
+        bench.restart_agent().await;
+        let after = bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+        assert!(after.run_began_age_us > before.run_began_age_us, "the same run goes on");
+    }
+    let world = bench.shared.world();
+    assert_eq!((world.machines[&id].runs, world.machines[&id].power_presses), (1, 0));
+    drop(world);
+    assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
+}
+
+#[tokio::test]
+async fn a_restarted_agent_goes_on_without_its_controller() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.crash_agent().await;
+    bench.desired.instances.clear();
+    bench.start_agent();
+    bench
+        .until(&id, "running", |seen| seen.state == Observed::Running && seen.run_began_age_us.is_some())
+        .await;
+}
+
+#[tokio::test]
+async fn older_generations_and_changed_specs_are_refused_and_change_nothing() {
+    let mut bench = Bench::new();
+    let launch = ensure(5);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+
+    let mut old = launch.clone();
+    old.generation = 4;
+    old.spec.desired = DesiredState::Terminated;
+    bench.want(old);
+    let seen = bench.until(&id, "a refusal", |seen| seen.refused.is_some()).await;
+    assert_eq!((seen.state, seen.generation), (Observed::Running, 5));
+
+    let mut other = launch.clone();
+    other.spec.desired = DesiredState::Stopped;
+    bench.want(other);
+    let seen = bench
+        .until(&id, "a refusal", |s| s.refused.as_ref().is_some_and(|r| r.contains("another spec")))
+        .await;
+    assert_eq!(seen.state, Observed::Running);
+
+    // The refusals live through a restart of the agent, because what was accepted does.
+    bench.restart_agent().await;
+    bench.until(&id, "a refusal", |s| s.refused.as_ref().is_some_and(|r| r.contains("another spec"))).await;
+    bench.want(launch);
+    let seen = bench.until(&id, "no refusal", |seen| seen.refused.is_none()).await;
+    assert_eq!(seen.state, Observed::Running);
+}
+
+#[tokio::test]
+async fn how_a_guest_ended_is_told() {
+    for (word, code, ended_seen) in [
+        (Some(ExitReason::PowerOff), "Client.InstanceInitiatedShutdown", true),
+        (Some(ExitReason::Crash), "Client.GuestCrash", true),
+        (Some(ExitReason::Error), "Server.InternalError", true),
+        (Some(ExitReason::Seccomp), "Server.MonitorViolation", true),
+        (None, "Server.MonitorKilled", true),
+    ] {
+        let mut bench = Bench::new();
+        let launch = ensure(1);
+        let id = launch.instance_id.clone();
+        bench.want(launch.clone());
+        bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+        bench.shared.end(&id, word);
+        let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+        assert_eq!(seen.reason.unwrap().code, code);
+        assert_eq!(seen.run_ended_age_us.is_some(), ended_seen);
+        assert!(!bench.shared.world().machines[&id].cgroup);
+        // It stays so until a new incarnation is asked for.
+        bench.restart_agent().await;
+        let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+        assert_eq!(seen.reason.unwrap().code, code);
+        bench.want(next(&launch, |e| e.spec.incarnation = 2));
+        bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.incarnation == 2).await;
+    }
+}
+
+#[tokio::test]
+async fn a_monitor_killed_while_no_agent_lived_has_no_known_end_but_a_last_sign() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.crash_agent().await;
+    bench.shared.end(&id, None);
+    bench.start_agent();
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert_eq!(seen.run_ended_age_us, None);
+    assert!(seen.last_seen_age_us.is_some() && seen.run_began_age_us >= seen.last_seen_age_us);
+    assert_eq!(seen.reason.unwrap().code, "Server.MonitorKilled");
+}
+
+#[tokio::test]
+async fn a_monitor_that_ended_while_no_agent_lived_is_dated_by_its_own_word() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.crash_agent().await;
+    bench.shared.end(&id, Some(ExitReason::PowerOff));
+    bench.start_agent();
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert!(seen.run_ended_age_us.is_some());
+}
+
+#[tokio::test]
+async fn after_a_reboot_of_the_host_a_run_is_over_and_no_age_crosses_boots() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.crash_agent().await;
+    {
+        let mut world = bench.shared.world();
+        world.boot += 1;
+        let machine = world.machines.get_mut(&id).unwrap();
+        machine.monitor_alive = false;
+        machine.cgroup = false;
+        machine.network = None;
+    }
+    bench.start_agent();
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert_eq!(seen.reason.as_ref().unwrap().code, "Server.HostReboot");
+    assert_eq!((seen.run_began_age_us, seen.run_ended_age_us, seen.last_seen_age_us), (None, None, None));
+    bench.want(next(&launch, |e| e.spec.incarnation = 2));
+    let seen = bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    assert!(seen.run_began_age_us.is_some());
+}
+
+#[tokio::test]
+async fn a_guest_that_ignores_its_power_button_is_killed_after_the_grace() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.poke(&id, |machine| machine.ignores_power = true);
+    bench.want(next(&launch, |e| e.spec.desired = DesiredState::Stopped));
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert!(seen.run_ended_age_us.is_some());
+    assert_eq!(bench.shared.world().machines[&id].power_presses, 1, "pressed once, not again and again");
+}
+
+#[tokio::test]
+async fn a_forced_stop_asks_nobody() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.want(next(&launch, |e| {
+        e.spec.desired = DesiredState::Stopped;
+        e.spec.force = true;
+    }));
+    bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert_eq!(bench.shared.world().machines[&id].power_presses, 0);
+}
+
+#[tokio::test]
+async fn a_step_that_fails_is_shown_and_tried_again() {
+    let mut bench = Bench::new();
+    bench.shared.world().fails = Some(("network", false));
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    let seen = bench.until(&id, "trouble", |seen| seen.trouble.is_some()).await;
+    assert_eq!((seen.state, seen.trouble.as_deref()), (Observed::Preparing, Some("network fails")));
+    bench.shared.world().fails = None;
+    let seen = bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    assert_eq!(seen.trouble, None);
+}
+
+#[tokio::test]
+async fn what_can_never_work_fails_with_its_reason_and_leaves_only_the_disk() {
+    let mut bench = Bench::new();
+    bench.shared.world().fails = Some(("cgroup", true));
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    let seen = bench.until(&id, "failed", |seen| seen.state == Observed::Failed).await;
+    assert_eq!(seen.reason.unwrap().message, "cgroup fails");
+    {
+        let world = bench.shared.world();
+        assert!(world.machines[&id].network.is_none() && world.machines[&id].disk);
+    }
+    bench.want(next(&launch, |e| e.spec.desired = DesiredState::Terminated));
+    bench.until(&id, "absent", |seen| seen.state == Observed::Absent).await;
+    assert!(!bench.shared.world().machines[&id].disk);
+}
+
+#[tokio::test]
+async fn a_monitor_that_cannot_start_fails_the_launch_with_its_last_word() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.shared.poke(&id, |machine| machine.breaks_at_start = true);
+    bench.want(launch);
+    let seen = bench.until(&id, "failed", |seen| seen.state == Observed::Failed).await;
+    let message = seen.reason.unwrap().message;
+    assert!(message.contains("3 times") && message.contains("kernel image: broken"), "{message}");
+    assert_eq!(seen.run_began_age_us, None, "it never ran, so there is nothing to bill");
+}
+
+#[tokio::test]
+async fn a_console_tells_readiness_and_the_host_key_and_both_are_remembered() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running && !seen.guest_ready).await;
+    let blob = "AAAAC3NzaC1lZDI1NTE5AAAAIAcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcHBwcH";
+    bench.shared.poke(&id, |machine| {
+        let text = format!(
+            "-----BEGIN SSH HOST KEY KEYS-----\nssh-ed25519 {blob} root@x\n-----END SSH HOST KEY KEYS-----\n\
+             roost-guest: ready\n"
+        );
+        machine.console.extend(text.bytes());
+    });
+    bench.until(&id, "ready", |seen| seen.guest_ready && seen.ssh_host_key.is_some()).await;
+    bench.shared.poke(&id, |machine| machine.console.iter_mut().for_each(|byte| *byte = b'x'));
+    bench.restart_agent().await;
+    let seen = bench.until(&id, "ready", |seen| seen.guest_ready).await;
+    assert_eq!(seen.ssh_host_key.unwrap(), format!("ssh-ed25519 {blob}"));
+}
+
+#[tokio::test]
+async fn a_second_agent_on_the_same_state_folder_is_refused_clearly() {
+    let bench = Bench::new();
+    let error =
+        Agent::open(FakeHost::new(&bench.shared), &bench.folders, Bench::pace()).err().unwrap().to_string();
+    assert!(error.contains("another roost-agent already works on"), "{error}");
+    assert!(error.contains("--state-dir"), "{error}");
+}
+
+#[tokio::test]
+async fn a_volume_that_is_to_stay_stays_and_its_guest_is_asked_to_end() {
+    let mut bench = Bench::new();
+    let mut launch = ensure(1);
+    launch.spec.root_volume.delete_on_termination = false;
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.want(next(&launch, |e| e.spec.desired = DesiredState::Terminated));
+    bench.until(&id, "absent", |seen| seen.state == Observed::Absent).await;
+    let world = bench.shared.world();
+    assert!(world.machines[&id].disk && world.machines[&id].power_presses == 1);
+}
+
+#[tokio::test]
+async fn an_instance_that_never_was_is_absent_when_asked_to_be() {
+    let mut bench = Bench::new();
+    let mut gone = ensure(9);
+    gone.spec.desired = DesiredState::Terminated;
+    let id = gone.instance_id.clone();
+    bench.want(gone);
+    bench.until(&id, "absent", |seen| seen.state == Observed::Absent && seen.generation == 9).await;
+    bench.desired.instances.clear();
+    bench.agent.as_ref().unwrap().apply(&bench.desired).unwrap();
+    assert_eq!(bench.observation(&id), None, "forgotten once the controller has");
+}
+
+#[tokio::test]
+async fn instances_have_slots_of_their_own_and_new_rules_reach_a_running_one() {
+    let mut bench = Bench::new();
+    let (a, b) = (ensure_of(5, 1), ensure_of(6, 1));
+    bench.want(a.clone());
+    bench.want(b.clone());
+    for id in [&a.instance_id, &b.instance_id] {
+        bench.until(id, "running", |seen| seen.state == Observed::Running).await;
+    }
+    let agent = bench.agent.clone().unwrap();
+    let slot = |id| agent.accepted(id).unwrap().slot;
+    assert_ne!(slot(&a.instance_id), slot(&b.instance_id));
+    drop(agent);
+    let before = bench.shared.world().machines[&a.instance_id].network.clone();
+    bench.want(next(&a, |e| e.spec.interface.ingress.clear()));
+    let shared = bench.shared.clone();
+    bench
+        .until(&a.instance_id, "new rules", |seen| {
+            seen.generation == 2 && shared.world().machines[&seen.instance_id].network != before
+        })
+        .await;
+    assert_eq!(bench.shared.world().machines[&a.instance_id].runs, 1);
+}
