@@ -14,7 +14,7 @@ KERNELS=$ROOST_ROOT/guest-images/kernels
 # vsock, balloon; virtio-mmio for Roost's monitor, virtio-pci for others.
 GUEST_MODULES=(virtio_mmio virtio_pci virtio_blk virtio_net virtio_rng evdev button crc32c_intel
     virtio_balloon vmw_vsock_virtio_transport)
-HOST_MODULES=(virtio_pci virtio_blk virtio_rng crc32c_intel)
+HOST_MODULES=(virtio_pci virtio_blk virtio_rng crc32c_intel overlay)
 
 kernel_key() {
     local image
@@ -81,7 +81,7 @@ _make_initrd() {
     mkdir -p "$root"/{bin,dev,proc,sys,newroot}
     cp "$work/busybox/bin/busybox" "$root/bin/busybox"
     local applet
-    for applet in sh mount umount insmod cat echo usleep switch_root poweroff cp; do ln -s busybox "$root/bin/$applet"; done
+    for applet in sh mount umount insmod cat echo usleep switch_root poweroff mkdir chmod; do ln -s busybox "$root/bin/$applet"; done
     cp "$KERNELS/initrd-init" "$root/init"
     copy_modules "$tree" "$root/modules" "$@"
     pack_cpio "$root" "$out"
