@@ -40,7 +40,9 @@ pub const VMGENID_START: u64 = 0xe_f000;
 /// The SMBIOS entry point and tables (the DMI scan range).
 pub const SMBIOS_START: u64 = 0xf_0000;
 /// Room for SMBIOS.
-pub const SMBIOS_SIZE: u64 = 0x1_0000;
+pub const SMBIOS_SIZE: u64 = 0xfff0;
+/// Where a PC's firmware begins after a reset; kernels that know no better jump here to restart the machine.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// First byte above the first MiB: kernels are loaded from here up.
 pub const HIMEM_START: u64 = 0x10_0000;
 

@@ -47,7 +47,11 @@ pub struct Held(Parts);
 pub struct Running {
     parts: Parts,
     paused: bool,
+    resets: u64,
 }
+
+/// Resets of one machine that the status file tells of.
+const MAX_RESET_EVENTS: u64 = 1000;
 
 /// How a machine ended.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -82,6 +86,8 @@ impl End {
 /// Counters of all devices.
 #[derive(Debug, Serialize)]
 pub struct Metrics {
+    /// Times that the guest reset itself.
+    pub resets: u64,
     /// COM1.
     pub serial: crate::devices::serial::SerialMetrics,
     /// virtio devices by name.
@@ -116,7 +122,7 @@ impl Held {
     /// Counters.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
-        metrics(&self.0)
+        metrics(&self.0, 0)
     }
 
     /// Lets the vCPUs run.
@@ -124,7 +130,7 @@ impl Held {
     /// # Errors
     /// A vCPU thread has ended.
     pub fn start(self, status: &mut StatusWriter) -> Result<Running> {
-        let running = Running { parts: self.0, paused: false };
+        let running = Running { parts: self.0, paused: false, resets: 0 };
         for vcpu in &running.parts.vcpus {
             vcpu.run()?;
         }
@@ -149,7 +155,7 @@ impl Running {
     /// Counters.
     #[must_use]
     pub fn metrics(&self) -> Metrics {
-        metrics(&self.parts)
+        metrics(&self.parts, self.resets)
     }
 
     /// Rings when a vCPU has stopped by itself: call [`Running::take_stop`] then.
@@ -223,7 +229,11 @@ impl Running {
         let ended = match stop {
             Stop::Reset if self.parts.on_reset == OnReset::Restart => match self.restart() {
                 Ok(()) => {
-                    status.append(&Event::GuestReset { boottime_ns: boottime_ns() });
+                    self.resets += 1;
+                    // A guest that resets in a loop must not fill the host's disk.
+                    if self.resets <= MAX_RESET_EVENTS {
+                        status.append(&Event::GuestReset { boottime_ns: boottime_ns() });
+                    }
                     None
                 }
                 Err(error) => Some(End::error(&error)),
@@ -274,10 +284,10 @@ impl Running {
     }
 }
 
-fn metrics(parts: &Parts) -> Metrics {
+fn metrics(parts: &Parts, resets: u64) -> Metrics {
     let devices = parts.transports.iter().map(|transport| {
         let device = lock(transport.device());
         (device.name().to_owned(), device.metrics())
     });
-    Metrics { serial: parts.serial.metrics(), devices: devices.collect() }
+    Metrics { resets, serial: parts.serial.metrics(), devices: devices.collect() }
 }

@@ -17,6 +17,7 @@ use vm_memory::{Address, Bytes, GuestAddress};
 use crate::acpi::{self, VirtioWindow};
 use crate::config::{BootProtocol, SmbiosConfig};
 use crate::cpu::registers::{self, Entry};
+use crate::devices::power;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::{Memory, low_end};
@@ -79,6 +80,9 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     if let Some(smbios) = &description.smbios {
         smbios::write(memory, smbios)?;
     }
+    memory
+        .write_slice(&reset_stub(), GuestAddress(layout::RESET_VECTOR))
+        .map_err(Error::memory("reset vector"))?;
     write_cmdline(memory, &payload.cmdline)?;
 
     let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol)?;
@@ -98,6 +102,14 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     };
     registers::write_tables(memory, entry)?;
     Ok(entry)
+}
+
+/// All the firmware there is: real-mode code that writes the reset register. Linux on a hardware-reduced machine
+/// without EFI runtime services tries EFI, which is not there, and then jumps to the BIOS (`arch/x86/kernel/reboot.c`).
+fn reset_stub() -> [u8; 9] {
+    let [low, high] = (layout::POWER_PORT + power::RESET).to_le_bytes();
+    // mov dx, PORT; mov al, VALUE; out dx, al; hlt; jmp back to hlt
+    [0xba, low, high, 0xb0, power::RESET_VALUE, 0xee, 0xf4, 0xeb, 0xfd]
 }
 
 /// RAM as the guest is told about it: the map of both boot protocols.
