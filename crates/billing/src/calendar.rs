@@ -40,8 +40,8 @@ pub(crate) fn month_seconds(at: Micros) -> u64 {
     u64::from(date_of(at).days_in_month().unsigned_abs()) * 86_400
 }
 
-/// Reads `2026-01-01` or `2026-01-01T00:00:00Z`.
-pub(crate) fn parse_moment(text: &str) -> Option<Micros> {
+/// Reads `2026-01-01` or `2026-01-01T00:00:00Z` (or with another offset); a date means its first moment, UTC.
+pub fn parse_moment(text: &str) -> Option<Micros> {
     let moment = text.parse::<Timestamp>().ok();
     moment.map(|at| Micros(at.as_microsecond())).or_else(|| text.parse::<Date>().ok().map(start_of))
 }

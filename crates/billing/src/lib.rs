@@ -26,6 +26,6 @@ mod interval;
 mod prices;
 
 pub use bill::bill;
-pub use calendar::month_start;
+pub use calendar::{month_start, parse_moment};
 pub use interval::{MINIMUM_SECONDS, Seconds, seconds};
 pub use prices::{PriceBook, PriceError};

@@ -1,0 +1,145 @@
+//! Images: a kernel, perhaps an initial RAM disk, a root disk, all uploaded before as blobs.
+
+use super::{Answer, printable};
+use crate::auth::internal;
+use crate::engine::Caller;
+use crate::server::Front;
+use roost_store::{ImageRow, StoreError};
+use roost_types::api::{DeregisterImage, DescribeImages, Done, Image, Images, RegisterImage};
+use roost_types::{ApiError, BlobId, ErrorCode, ID_BYTES, ImageId};
+
+const GIB: u64 = 1 << 30;
+/// 16 TiB, EBS's own largest volume.
+const MAX_ROOT_BYTES: u64 = 16 << 40;
+
+pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -> Answer<Image> {
+    printable("name", &request.name, 1, 128)?;
+    printable("description", &request.description, 0, 255)?;
+    check_boot_args(&request.boot_args)?;
+    check_user(&request.default_user)?;
+    if !(1..=MAX_ROOT_BYTES).contains(&request.root_bytes) {
+        return Err(ApiError::new(
+            ErrorCode::InvalidParameterValue,
+            format!("root_bytes is {}, allowed are 1 to {MAX_ROOT_BYTES}", request.root_bytes),
+        ));
+    }
+    let blobs = [
+        ("kernel", Some(&request.kernel)),
+        ("initrd", request.initrd.as_ref()),
+        ("root", Some(&request.root)),
+    ];
+    for (parameter, blob) in blobs {
+        blob.map_or(Ok(()), |id| check_blob(front, parameter, id))?;
+    }
+    let mut id = [0; ID_BYTES];
+    front.random.fill(&mut id);
+    let image = Image {
+        image_id: ImageId::from_random(id),
+        owner: caller.account_id.clone(),
+        name: request.name,
+        description: request.description,
+        public: caller.admin,
+        min_volume_gib: request.root_bytes.div_ceil(GIB),
+        boot_args: request.boot_args,
+        default_user: request.default_user,
+        created_at: front.clock.now(),
+    };
+    let row = ImageRow {
+        image,
+        kernel: request.kernel,
+        initrd: request.initrd,
+        root: request.root,
+        root_bytes: request.root_bytes,
+        deregistered_at: None,
+    };
+    front.store.register_image(&row).map_err(|error| match error {
+        StoreError::Duplicate { .. } => ApiError::new(
+            ErrorCode::InvalidAmiNameDuplicate,
+            format!("an image {:?} exists already: deregister it or choose another name", row.image.name),
+        ),
+        StoreError::Missing { value, .. } => {
+            ApiError::new(ErrorCode::InvalidBlobNotFound, format!("blob {value:?} was not uploaded"))
+        }
+        other => internal(other),
+    })?;
+    Ok(row.image)
+}
+
+pub(super) fn describe(front: &Front, caller: &Caller, _: &DescribeImages) -> Answer<Images> {
+    let rows = front.store.images(&caller.account_id).map_err(internal)?;
+    Ok(Images { images: rows.into_iter().map(|row| row.image).collect() })
+}
+
+pub(super) fn deregister(front: &Front, caller: &Caller, request: &DeregisterImage) -> Answer<Done> {
+    let found = front.store.find_image(&caller.account_id, &request.image).map_err(internal)?;
+    let Some(row) = found else {
+        if request.image.starts_with(ImageId::PREFIX) {
+            request.image.parse::<ImageId>()?;
+        }
+        let shown: String = request.image.chars().take(140).collect();
+        return Err(ApiError::new(ErrorCode::InvalidAmiIdNotFound, format!("there is no image {shown:?}")));
+    };
+    if row.image.owner != caller.account_id && !caller.admin {
+        return Err(ApiError::new(
+            ErrorCode::UnauthorizedOperation,
+            format!(
+                "image {} belongs to account {}: only that one or an administrator may withdraw it",
+                row.image.image_id, row.image.owner
+            ),
+        ));
+    }
+    front.store.deregister_image(&row.image.image_id, front.clock.now()).map_err(internal)?;
+    Ok(Done {})
+}
+
+fn check_blob(front: &Front, parameter: &str, id: &BlobId) -> Answer<()> {
+    if front.store.blob(id).map_err(internal)?.is_some() && front.blobs.size(id).is_some() {
+        return Ok(());
+    }
+    let message = format!("{parameter} is blob {id}, which was not uploaded: PUT it to /v1/blobs/{id} first");
+    Err(ApiError::new(ErrorCode::InvalidBlobNotFound, message))
+}
+
+/// A kernel command line: printable ASCII, as long as x86 kernels take.
+fn check_boot_args(text: &str) -> Answer<()> {
+    if text.len() <= 2047 && text.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::InvalidParameterValue,
+        format!("boot_args has {} bytes, allowed are at most 2047, all of them printable ASCII", text.len()),
+    ))
+}
+
+fn check_user(name: &str) -> Answer<()> {
+    let begins = name.bytes().next().is_some_and(|b| b.is_ascii_lowercase() || b == b'_');
+    let plain = |b: u8| b.is_ascii_lowercase() || b.is_ascii_digit() || b"_-".contains(&b);
+    if begins && name.len() <= 32 && name.bytes().all(plain) {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(80).collect();
+    Err(ApiError::new(
+        ErrorCode::InvalidParameterValue,
+        format!(
+            "default_user is {shown:?}, allowed is a login name: 1 to 32 characters of a-z 0-9 _ -, not beginning with a digit or -"
+        ),
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn login_names_and_command_lines_are_plain() {
+        for good in ["root", "debian", "_a", "a-1"] {
+            assert!(check_user(good).is_ok(), "{good}");
+        }
+        for bad in ["", "-a", "1a", "a b", "a;reboot", "Root", &"a".repeat(33)] {
+            assert!(check_user(bad).is_err(), "{bad}");
+        }
+        assert!(check_boot_args("console=ttyS0 root=/dev/vda rw").is_ok());
+        assert!(check_boot_args("a\nb").is_err());
+        assert!(check_boot_args(&"a".repeat(2048)).is_err());
+    }
+}

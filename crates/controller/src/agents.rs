@@ -1,0 +1,169 @@
+//! The agents' endpoints (`roost_types::agent` draws them). A request speaks for the host that its certificate
+//! names, and for no other.
+
+use crate::auth::internal;
+use crate::server::api::{check_upgrade, switching};
+use crate::server::reply::{self, Reply, blocking};
+use crate::server::{Front, body, stopped};
+use futures_util::TryStreamExt;
+use http::header::{CONTENT_LENGTH, CONTENT_TYPE, HeaderValue};
+use http::{Method, Request, Response};
+use http_body_util::{BodyExt, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper_util::rt::TokioIo;
+use roost_types::agent::{Desired, HelloRequest, HostFacts, Report};
+use roost_types::{ApiError, BlobId, ErrorCode, HostId};
+use std::sync::Arc;
+use std::time::Duration;
+use tokio_util::io::ReaderStream;
+
+/// Longest wait of a long poll.
+const LONG_POLL: Duration = Duration::from_secs(10);
+/// Most bytes of a report: room for some ten thousand instances.
+const MAX_BODY: usize = 16 << 20;
+
+/// Answers an agent's request.
+///
+/// # Errors
+/// Whatever is wrong with the request or with us.
+pub async fn handle(
+    front: &Arc<Front>,
+    host: &HostId,
+    request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let path = request.uri().path().to_owned();
+    let segments: Vec<_> = path.split('/').skip(1).collect();
+    let ["agent", "v1", rest @ ..] = &segments[..] else { return Err(unknown(request.method(), &path)) };
+    match (request.method(), rest) {
+        (&Method::POST, ["hello"]) => {
+            let hello: HelloRequest = body::parse(&body::read(request.into_body(), MAX_BODY).await?)?;
+            own(host, &hello.host)?;
+            let (engine, host) = (Arc::clone(&front.engine), host.clone());
+            reply::json(&blocking(move || engine.hello(&host, hello)).await?)
+        }
+        (&Method::GET, ["desired"]) => {
+            let after = after(request.uri().query())?;
+            reply::json(&desired(front, host, after).await?)
+        }
+        (&Method::POST, ["observed"]) => {
+            let report: Report = body::parse(&body::read(request.into_body(), MAX_BODY).await?)?;
+            own(host, &report.host)?;
+            let (engine, host) = (Arc::clone(&front.engine), host.clone());
+            reply::json(&blocking(move || engine.report(&host, report)).await?)
+        }
+        (&Method::GET, ["requests"]) => {
+            let mut shutdown = front.shutdown.clone();
+            let requests = tokio::select! {
+                requests = front.streams.requests(host, LONG_POLL) => requests,
+                () = stopped(&mut shutdown) => Vec::new(),
+            };
+            reply::json(&requests)
+        }
+        (&Method::GET, ["blobs", id]) => blob(front, host, id.parse()?).await,
+        (&Method::GET, ["streams", stream]) => join(front, host, stream, request),
+        (method, _) => Err(unknown(method, &path)),
+    }
+}
+
+fn unknown(method: &Method, path: &str) -> ApiError {
+    ApiError::new(ErrorCode::InvalidAction, format!("there is no {method} {path} for agents"))
+}
+
+/// An agent that says another host's id than its certificate does holds a wrong certificate, or worse.
+fn own(certified: &HostId, said: &HostFacts) -> Result<(), ApiError> {
+    if said.host_id == *certified {
+        return Ok(());
+    }
+    Err(ApiError::new(
+        ErrorCode::UnauthorizedOperation,
+        format!("the certificate is that of host {certified}, the request speaks for {}", said.host_id),
+    ))
+}
+
+/// Reads `after=VERSION`.
+fn after(query: Option<&str>) -> Result<Option<u64>, ApiError> {
+    let Some(query) = query.filter(|query| !query.is_empty()) else { return Ok(None) };
+    let version = query.strip_prefix("after=").and_then(|text| text.parse().ok());
+    version.map(Some).ok_or_else(|| {
+        ApiError::new(
+            ErrorCode::InvalidParameterValue,
+            format!("the query is {query:?}, expected after=VERSION"),
+        )
+    })
+}
+
+/// What the host must look like: at once if it is not what the agent has, else when it changes or time is up.
+async fn desired(front: &Arc<Front>, host: &HostId, after: Option<u64>) -> Result<Desired, ApiError> {
+    let mut changes = front.engine.subscribe();
+    let mut shutdown = front.shutdown.clone();
+    let deadline = tokio::time::Instant::now() + LONG_POLL;
+    loop {
+        // Seen before the look: a change during it wakes the next round.
+        changes.borrow_and_update();
+        let (engine, of) = (Arc::clone(&front.engine), host.clone());
+        let desired = blocking(move || engine.desired(&of)).await?;
+        if after != Some(desired.version) {
+            return Ok(desired);
+        }
+        let woken = tokio::select! {
+            woken = tokio::time::timeout_at(deadline, changes.changed()) => woken,
+            () = stopped(&mut shutdown) => return Ok(desired),
+        };
+        if !matches!(woken, Ok(Ok(()))) {
+            return Ok(desired);
+        }
+    }
+}
+
+/// A blob, for a host that has an instance whose image it belongs to.
+async fn blob(front: &Arc<Front>, host: &HostId, id: BlobId) -> Result<Reply, ApiError> {
+    let missing = || {
+        let message = format!("there is no blob {id} that an instance on host {host} needs");
+        ApiError::new(ErrorCode::InvalidBlobNotFound, message)
+    };
+    let (inner, of, wanted) = (Arc::clone(front), host.clone(), id.clone());
+    let needed = blocking(move || {
+        let desired = inner.engine.desired(&of)?;
+        let needs = |image: &roost_types::agent::ImageSpec| {
+            image.kernel == wanted || image.root == wanted || image.initrd.as_ref() == Some(&wanted)
+        };
+        let named = desired.instances.iter().any(|ensure| needs(&ensure.spec.image));
+        Ok(named && inner.store.blob(&wanted).map_err(internal)?.is_some())
+    })
+    .await?;
+    if !needed {
+        return Err(missing());
+    }
+    let file = tokio::fs::File::open(front.blobs.path(&id)).await.map_err(|error| {
+        tracing::error!(blob = %id, "{error}");
+        missing()
+    })?;
+    let size = file.metadata().await.map(|meta| meta.len()).map_err(|_| missing())?;
+    let frames = ReaderStream::with_capacity(file, 256 * 1024).map_ok(Frame::data);
+    let mut reply = Response::new(BodyExt::boxed(StreamBody::new(frames)));
+    reply.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(size));
+    reply.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/zstd"));
+    Ok(reply)
+}
+
+/// An agent dials in for a stream that a user waits for.
+fn join(
+    front: &Arc<Front>,
+    host: &HostId,
+    stream: &str,
+    mut request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (parts, _) = request.into_parts();
+    check_upgrade(&parts)?;
+    let waiting = front.streams.join(host, stream)?;
+    let stream = stream.to_owned();
+    tokio::spawn(async move {
+        match upgrade.await {
+            // The user may have left meanwhile; then this connection is closed by being dropped.
+            Ok(agent) => drop(waiting.send(Box::new(TokioIo::new(agent)))),
+            Err(error) => tracing::debug!(%stream, "the agent left before the stream began: {error}"),
+        }
+    });
+    Ok(switching())
+}

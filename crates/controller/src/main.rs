@@ -1,0 +1,246 @@
+//! `roost-controller`: the one writer of truth. Unprivileged; serves users on one port and agents on another.
+
+#![forbid(unsafe_code)]
+
+use clap::{Args, Parser, Subcommand};
+use ipnet::Ipv4Net;
+use roost_controller::config::{StartError, StateDir};
+use roost_controller::offline::{self, RecomputeOptions};
+use roost_controller::serve::{Controller, ServeOptions};
+use roost_controller::setup::{self, InitOptions};
+use roost_types::api::BillBy;
+use roost_types::{AccountId, Micros};
+use std::io::IsTerminal;
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::watch;
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done; 1 a file cannot be read or written, or a fault of ours; 2 wrong usage; 3 a value or a file in \
+the state directory is not valid; 4 another controller runs on the state directory; 5 an address cannot be \
+listened on; 6 the database is locked, damaged or too new.
+
+ROOST_LOG sets what is logged to stderr (error, warn, info, debug, trace, or a filter such as \
+info,roost_controller=debug).";
+
+/// Roost's controller: accepts launches, places them, tells agents, bills.
+#[derive(Parser)]
+#[command(name = "roost-controller", version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Args)]
+struct State {
+    /// The controller's state directory.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/roost/controller")]
+    state_dir: PathBuf,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Makes the state directory: authority, certificates, database, first account. Run again, it completes.
+    Init {
+        #[command(flatten)]
+        state: State,
+        /// Region [default: home-1].
+        #[arg(long)]
+        region: Option<String>,
+        /// Availability zone [default: home-1a].
+        #[arg(long)]
+        zone: Option<String>,
+        /// Where clients will find the controller [default: https://127.0.0.1:7443].
+        #[arg(long, value_name = "URL")]
+        endpoint: Option<String>,
+        /// Another DNS name or address for the server certificate; may be given several times.
+        #[arg(long = "name", value_name = "NAME")]
+        names: Vec<String>,
+    },
+    /// Makes the identity by which a host's agent is known. Run again, the host keeps its id.
+    AgentIdentity {
+        #[command(flatten)]
+        state: State,
+        /// The host's name.
+        #[arg(long, value_name = "NAME")]
+        hostname: String,
+        /// The zone it stands in [default: the controller's].
+        #[arg(long)]
+        zone: Option<String>,
+        /// Where its agent dials [default: the endpoint's host, port 7444].
+        #[arg(long, value_name = "URL")]
+        controller: Option<String>,
+        /// The folder to write identity.json, cert.pem, key.pem and ca.pem to.
+        #[arg(long, value_name = "DIR")]
+        out: PathBuf,
+    },
+    /// Serves until SIGTERM or SIGINT.
+    Serve {
+        #[command(flatten)]
+        state: State,
+        /// Address of the API.
+        #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7443")]
+        listen: SocketAddr,
+        /// Address for agents.
+        #[arg(long, value_name = "ADDRESS", default_value = "127.0.0.1:7444")]
+        agent_listen: SocketAddr,
+        /// Instance types, in place of the built-in ones.
+        #[arg(long, value_name = "FILE")]
+        types: Option<PathBuf>,
+        /// Prices, in place of the built-in ones.
+        #[arg(long, value_name = "FILE")]
+        prices: Option<PathBuf>,
+        /// Public addresses come from here.
+        #[arg(long, value_name = "CIDR", default_value = "100.64.0.0/16")]
+        public_pool: Ipv4Net,
+        /// Largest upload in GiB.
+        #[arg(long, value_name = "GIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
+        max_blob_gib: u64,
+    },
+    /// The usage log, which bills are made of.
+    #[command(subcommand)]
+    UsageLog(UsageLog),
+    /// Bills, computed from the database without a running controller.
+    #[command(subcommand)]
+    Bill(BillCommand),
+}
+
+#[derive(Subcommand)]
+enum UsageLog {
+    /// Prints the log, one JSON object a line, in the order it was written.
+    Export {
+        #[command(flatten)]
+        state: State,
+    },
+}
+
+#[derive(Subcommand)]
+enum BillCommand {
+    /// Prints a bill as JSON. The same log and the same flags give the same bytes.
+    Recompute {
+        #[command(flatten)]
+        state: State,
+        /// From this moment (2026-11-01 or 2026-11-01T00:00:00Z) [default: the beginning of the month of --until].
+        #[arg(long, value_name = "MOMENT", value_parser = moment)]
+        since: Option<Micros>,
+        /// Up to this moment [default: just after the last moment that the log knows of].
+        #[arg(long, value_name = "MOMENT", value_parser = moment)]
+        until: Option<Micros>,
+        /// Grouping: instance, account, type or day.
+        #[arg(long, default_value = "instance")]
+        by: BillBy,
+        /// Only this account's.
+        #[arg(long, value_name = "ID")]
+        account: Option<AccountId>,
+        /// Prices, in place of the built-in ones.
+        #[arg(long, value_name = "FILE")]
+        prices: Option<PathBuf>,
+    },
+}
+
+fn moment(text: &str) -> Result<Micros, String> {
+    roost_billing::parse_moment(text)
+        .ok_or_else(|| "expected a date or a moment such as 2026-11-01 or 2026-11-01T00:00:00Z".to_owned())
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    log_to_stderr();
+    // A second provider could only come from another call of this line.
+    let _ = rustls::crypto::ring::default_provider().install_default();
+    match run(cli.command) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("roost-controller: {error}");
+            ExitCode::from(error.exit_code())
+        }
+    }
+}
+
+fn log_to_stderr() {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing_subscriber::filter::LevelFilter::INFO.into())
+        .with_env_var("ROOST_LOG")
+        .from_env_lossy();
+    let colours = std::io::stderr().is_terminal();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr)
+        .init();
+}
+
+fn run(command: Command) -> Result<(), StartError> {
+    match command {
+        Command::Init { state, region, zone, endpoint, names } => {
+            let dir = StateDir::new(&state.state_dir);
+            let admin = setup::init(&dir, &InitOptions { region, zone, endpoint, names })?;
+            println!("state directory  {}", state.state_dir.display());
+            println!("endpoint         {}", admin.endpoint);
+            println!("region           {}", admin.region);
+            println!("first account    {} (administrator)", admin.account_id);
+            println!("its access key   {}", dir.path("admin.json").display());
+            Ok(())
+        }
+        Command::AgentIdentity { state, hostname, zone, controller, out } => {
+            let dir = StateDir::new(&state.state_dir);
+            let identity =
+                setup::agent_identity(&dir, &hostname, zone.as_deref(), controller.as_deref(), &out)?;
+            println!("host             {} ({hostname})", identity.host_id);
+            println!("identity         {}", out.display());
+            println!("dials            {}", identity.controller_url);
+            Ok(())
+        }
+        Command::Serve { state, listen, agent_listen, types, prices, public_pool, max_blob_gib } => {
+            let max_blob_bytes = max_blob_gib << 30;
+            let options = ServeOptions { listen, agent_listen, types, prices, public_pool, max_blob_bytes };
+            let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
+            let runtime =
+                runtime.map_err(|error| StartError::Other(format!("cannot start threads: {error}")))?;
+            let ended = runtime.block_on(serve(&StateDir::new(state.state_dir), &options));
+            // What still blocks must not hold the process: every commit is whole or not at all.
+            runtime.shutdown_timeout(std::time::Duration::from_secs(1));
+            ended
+        }
+        Command::UsageLog(UsageLog::Export { state }) => {
+            offline::export_usage_log(&StateDir::new(state.state_dir), std::io::stdout().lock())
+        }
+        Command::Bill(BillCommand::Recompute { state, since, until, by, account, prices }) => {
+            let options = RecomputeOptions { since, until, by, account, prices };
+            offline::recompute_bill(&StateDir::new(state.state_dir), &options, std::io::stdout().lock())
+        }
+    }
+}
+
+async fn serve(state: &StateDir, options: &ServeOptions) -> Result<(), StartError> {
+    let listen_for = |kind| signal(kind).map_err(|error| StartError::Other(format!("signals: {error}")));
+    let (mut term, mut interrupt) =
+        (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
+    let (stop, stopped) = watch::channel(false);
+    let controller = Controller::open(state, options, stopped).await?;
+    eprintln!(
+        "roost-controller: ready: API on https://{}, agents on https://{}",
+        controller.api, controller.agents
+    );
+    notify(sd_notify::NotifyState::Ready);
+    tokio::spawn(async move {
+        tokio::select! {
+            _ = term.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+        tracing::info!("stopping; instances go on");
+        notify(sd_notify::NotifyState::Stopping);
+        stop.send_replace(true);
+    });
+    controller.run().await;
+    Ok(())
+}
+
+/// Tells systemd, where it asked to be told.
+fn notify(state: sd_notify::NotifyState<'_>) {
+    if let Err(error) = sd_notify::notify(&[state]) {
+        tracing::debug!("cannot notify systemd: {error}");
+    }
+}

@@ -1,0 +1,250 @@
+//! The users' API: `POST /v1/ACTION`, blobs, streams; every request signed, save the question whether anybody is up.
+
+use super::reply::{self, Reply, blocking};
+use super::{Front, body, stopped};
+use crate::actions;
+use crate::auth::internal;
+use crate::auth::sigv4::{ClaimError, SignedRequest};
+use crate::engine::Caller;
+use crate::streams;
+use http::header::{CONNECTION, CONTENT_LENGTH, HeaderValue, UPGRADE};
+use http::request::Parts;
+use http::{Method, Request, StatusCode};
+use hyper::body::Incoming;
+use hyper_util::rt::TokioIo;
+use roost_store::BlobRow;
+use roost_types::agent::StreamTarget;
+use roost_types::api::DescribeInstances;
+use roost_types::{ApiError, BlobId, ErrorCode};
+use sha2::{Digest, Sha256};
+use std::collections::BTreeMap;
+use std::str::FromStr;
+use std::sync::Arc;
+
+/// Most bytes of an action's body.
+pub const MAX_BODY: usize = 1 << 20;
+/// What streams speak after the upgrade.
+pub const STREAM_PROTOCOL: &str = "roost-stream";
+const EMPTY_HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
+
+/// Answers a user's request.
+///
+/// # Errors
+/// Whatever is wrong with the request or with us.
+pub async fn handle(front: &Arc<Front>, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let path = request.uri().path().to_owned();
+    let segments: Vec<_> = path.split('/').skip(1).collect();
+    match (request.method(), &segments[..]) {
+        (&Method::GET, ["v1", "health"]) => reply::json(&serde_json::json!({
+            "status": "ok",
+            "version": env!("CARGO_PKG_VERSION"),
+        })),
+        (&Method::POST, ["v1", action]) => run_action(front, action, request).await,
+        (&Method::PUT, ["v1", "blobs", id]) => put_blob(front, id.parse()?, request).await,
+        (&Method::HEAD, ["v1", "blobs", id]) => head_blob(front, id.parse()?, request).await,
+        (&Method::GET, ["v1", "instances", id, "console"]) => {
+            let target = console_target(request.uri().query().unwrap_or_default())?;
+            open_stream(front, (*id).to_owned(), target, request).await
+        }
+        (&Method::GET, ["v1", "instances", id, "tcp", port]) => {
+            let port = port
+                .parse()
+                .ok()
+                .filter(|port| *port > 0)
+                .ok_or_else(|| invalid(format!("the port is {port:?}, allowed are 1 to 65535")))?;
+            open_stream(front, (*id).to_owned(), StreamTarget::Tcp { port }, request).await
+        }
+        (method, _) => Err(ApiError::new(
+            ErrorCode::InvalidAction,
+            format!("there is no {method} {path}: actions are POST /v1/ACTION"),
+        )),
+    }
+}
+
+async fn run_action(front: &Arc<Front>, action: &str, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let (parts, body) = request.into_parts();
+    // Who is not even signed need not be listened to.
+    if !parts.headers.contains_key("authorization") {
+        let code = ErrorCode::MissingAuthenticationToken;
+        return Err(ApiError::new(code, ClaimError::Missing.to_string()));
+    }
+    let body = body::read(body, MAX_BODY).await?;
+    let (front, action) = (Arc::clone(front), action.to_owned());
+    let bytes = blocking(move || {
+        let hash = hex::encode(Sha256::digest(&body));
+        let caller = authenticate_in_place(&front, &parts, &hash)?;
+        actions::run(&front, &caller, &action, &body)
+    })
+    .await?;
+    Ok(reply::json_bytes(StatusCode::OK, bytes))
+}
+
+/// Checks a request's signature. Blocks.
+fn authenticate_in_place(front: &Front, parts: &Parts, payload_hash: &str) -> Result<Caller, ApiError> {
+    if let Some(said) = parts.headers.get("x-amz-content-sha256")
+        && said.as_bytes() != payload_hash.as_bytes()
+    {
+        return Err(ApiError::new(
+            ErrorCode::AuthFailure,
+            format!("x-amz-content-sha256 is {said:?}, but the body's SHA-256 is {payload_hash}"),
+        ));
+    }
+    let caller = front.authenticator.authenticate(&SignedRequest {
+        method: parts.method.as_str(),
+        path: parts.uri.path(),
+        query: parts.uri.query().unwrap_or_default(),
+        headers: &parts.headers,
+        payload_hash,
+    })?;
+    tracing::Span::current().record("account", caller.account_id.as_str());
+    Ok(caller)
+}
+
+/// Checks the signature of a request whose body, if any, is promised to have this hash.
+async fn authenticate(front: &Arc<Front>, parts: &Parts, payload_hash: String) -> Result<Caller, ApiError> {
+    let (front, parts) = (Arc::clone(front), parts.clone());
+    blocking(move || authenticate_in_place(&front, &parts, &payload_hash)).await
+}
+
+async fn put_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let (parts, body) = request.into_parts();
+    // The signature covers the blob's name as the hash of the body; the bytes are checked against it as they come.
+    let caller = authenticate(front, &parts, id.to_string()).await?;
+    let announced = parts.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
+    let unique = reply::request_id(front.random.as_ref());
+    let bytes = front.blobs.receive(&id, &unique, announced, body).await?;
+    let row =
+        BlobRow { blob_id: id.clone(), bytes, account_id: caller.account_id, created_at: front.clock.now() };
+    let store = Arc::clone(&front.store);
+    blocking(move || store.put_blob(&row).map_err(internal)).await?;
+    tracing::info!(blob = %id, bytes, "blob uploaded");
+    reply::json(&serde_json::json!({ "blob_id": id, "bytes": bytes }))
+}
+
+async fn head_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let (parts, _) = request.into_parts();
+    authenticate(front, &parts, EMPTY_HASH.to_owned()).await?;
+    let (inner, wanted) = (Arc::clone(front), id.clone());
+    let size = blocking(move || {
+        let noted = inner.store.blob(&wanted).map_err(internal)?;
+        Ok(noted.and_then(|_| inner.blobs.size(&wanted)))
+    })
+    .await?;
+    // An answer to HEAD has no body to hold an error: the status says it.
+    let Some(size) = size else { return Ok(reply::empty(StatusCode::NOT_FOUND)) };
+    let mut found = reply::empty(StatusCode::OK);
+    found.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(size));
+    Ok(found)
+}
+
+fn invalid(message: String) -> ApiError {
+    ApiError::new(ErrorCode::InvalidParameterValue, message)
+}
+
+/// Reads `offset=N&follow=B&input=B`, each at most once, all optional.
+fn console_target(query: &str) -> Result<StreamTarget, ApiError> {
+    fn value<T: FromStr>(given: &BTreeMap<&str, &str>, name: &str, otherwise: T) -> Result<T, ApiError> {
+        let Some(text) = given.get(name) else { return Ok(otherwise) };
+        text.parse().map_err(|_| {
+            let expected = if name == "offset" { "a whole number" } else { "true or false" };
+            invalid(format!("the parameter {name:?} is {text:?}, expected {expected}"))
+        })
+    }
+    let mut given = BTreeMap::new();
+    for pair in query.split('&').filter(|pair| !pair.is_empty()) {
+        let (name, text) = pair.split_once('=').unwrap_or((pair, ""));
+        if !["offset", "follow", "input"].contains(&name) {
+            return Err(ApiError::new(
+                ErrorCode::UnknownParameter,
+                format!("unknown parameter {name:?}: expected offset, follow or input"),
+            ));
+        }
+        if given.insert(name, text).is_some() {
+            return Err(invalid(format!("the parameter {name:?} is there twice")));
+        }
+    }
+    Ok(StreamTarget::Console {
+        offset: value(&given, "offset", 0)?,
+        follow: value(&given, "follow", false)?,
+        input: value(&given, "input", false)?,
+    })
+}
+
+/// Whether a request asks for an upgrade to a stream.
+pub(crate) fn check_upgrade(parts: &Parts) -> Result<(), ApiError> {
+    let wanted = parts.headers.get(UPGRADE).and_then(|value| value.to_str().ok());
+    if wanted.is_some_and(|value| value.eq_ignore_ascii_case(STREAM_PROTOCOL)) {
+        return Ok(());
+    }
+    let message = format!("the request must have the header \"upgrade: {STREAM_PROTOCOL}\"");
+    Err(ApiError::new(ErrorCode::MissingParameter, message))
+}
+
+/// `101 Switching Protocols`.
+pub(crate) fn switching() -> Reply {
+    let mut reply = reply::empty(StatusCode::SWITCHING_PROTOCOLS);
+    reply.headers_mut().insert(UPGRADE, HeaderValue::from_static(STREAM_PROTOCOL));
+    reply.headers_mut().insert(CONNECTION, HeaderValue::from_static("upgrade"));
+    reply
+}
+
+async fn open_stream(
+    front: &Arc<Front>,
+    instance: String,
+    target: StreamTarget,
+    mut request: Request<Incoming>,
+) -> Result<Reply, ApiError> {
+    let upgrade = hyper::upgrade::on(&mut request);
+    let (parts, _) = request.into_parts();
+    let caller = authenticate(front, &parts, EMPTY_HASH.to_owned()).await?;
+    check_upgrade(&parts)?;
+    let (engine, account) = (Arc::clone(&front.engine), caller.account_id.clone());
+    let ask =
+        DescribeInstances { instance_ids: vec![instance], include_terminated: true, all_accounts: false };
+    let found = blocking(move || engine.describe_instances(&caller, ask)).await?;
+    let Some(instance) = found.instances.into_iter().next() else {
+        return Err(ApiError::new(ErrorCode::InvalidInstanceIdNotFound, "there is no such instance"));
+    };
+    let (id, state) = (instance.instance_id, instance.state);
+    let host = instance.host_id.ok_or_else(|| {
+        let message = format!("instance {id} is {state} and on no host: it has no console and no network");
+        ApiError::new(ErrorCode::IncorrectInstanceState, message)
+    })?;
+    let stream = reply::request_id(front.random.as_ref());
+    let mut opened = front.streams.open(&account, &host, id.clone(), target, stream.clone())?;
+    let agent = opened.agent().await?;
+    let mut shutdown = front.shutdown.clone();
+    tokio::spawn(async move {
+        // Forgotten when the pump ends, however it ends.
+        let _opened = opened;
+        let user = match upgrade.await {
+            Ok(user) => TokioIo::new(user),
+            Err(error) => return tracing::debug!(%stream, "the user left before the stream began: {error}"),
+        };
+        let ended = tokio::select! {
+            ended = streams::pump(user, agent) => ended,
+            () = stopped(&mut shutdown) => return,
+        };
+        match ended {
+            Ok((up, down)) => tracing::debug!(%stream, instance = %id, up, down, "stream ended"),
+            Err(error) => tracing::debug!(%stream, instance = %id, "stream broke: {error}"),
+        }
+    });
+    Ok(switching())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_consoles_query_is_read_strictly() {
+        let target = |offset, follow, input| StreamTarget::Console { offset, follow, input };
+        assert_eq!(console_target("").unwrap(), target(0, false, false));
+        assert_eq!(console_target("input=true&offset=7&follow=true").unwrap(), target(7, true, true));
+        assert_eq!(console_target("ofset=7").unwrap_err().code, ErrorCode::UnknownParameter);
+        for bad in ["offset=-1", "follow=yes", "offset=1&offset=2", "offset="] {
+            assert_eq!(console_target(bad).unwrap_err().code, ErrorCode::InvalidParameterValue, "{bad}");
+        }
+    }
+}
