@@ -31,7 +31,7 @@ pub mod layout;
 pub mod log;
 pub mod memory;
 pub mod preboot;
-//pub mod probe;
+pub mod probe;
 pub mod running;
 pub mod seccomp;
 pub mod smbios;

@@ -14,7 +14,7 @@ use roost_vmm::exit::ExitCode;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
-use roost_vmm::{Error, Result, log, seccomp, threads};
+use roost_vmm::{Error, Result, log, probe, seccomp, threads};
 
 #[derive(Parser)]
 #[command(name = "roost-vmm", version, about = "Runs one virtual machine with KVM.", max_term_width = 100)]
@@ -28,6 +28,14 @@ enum Command {
     /// Runs one virtual machine until its guest ends.
     #[command(after_help = EXIT_CODES)]
     Run(Run),
+    /// Measures what this host's KVM can do with small guests, for `roost doctor`.
+    ///
+    /// Exit code 0 when Linux guests run here, 3 when they do not.
+    Probe {
+        /// Prints JSON.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 const EXIT_CODES: &str = "Exit codes:
@@ -69,6 +77,7 @@ struct Run {
 fn main() {
     let code = match Cli::parse().command {
         Command::Run(run) => run_machine(&run),
+        Command::Probe { json } => run_probe(json),
     };
     exit(code.code());
 }
@@ -143,3 +152,13 @@ fn end_process_on_panic() {
     }));
 }
 
+
+fn run_probe(json: bool) -> ExitCode {
+    let report = probe::run();
+    if json {
+        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+    } else {
+        print!("{report}");
+    }
+    if report.usable() { ExitCode::PowerOff } else { ExitCode::Kvm }
+}

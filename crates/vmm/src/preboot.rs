@@ -191,7 +191,7 @@ impl Preboot {
             vcpus: machine.vcpu_count,
             windows,
             acpi: machine.acpi,
-            smbios: config.smbios.clone(),
+            smbios: config.smbios.clone().unwrap_or_default(),
             generation_id,
         };
         let entry = boot::load(&memory, &mut payload, &description)?;

@@ -46,7 +46,7 @@ pub struct Description {
     /// Whether there are ACPI tables.
     pub acpi: bool,
     /// DMI strings.
-    pub smbios: Option<SmbiosConfig>,
+    pub smbios: SmbiosConfig,
     /// VM generation id.
     pub generation_id: [u8; 16],
 }
@@ -77,9 +77,7 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     memory
         .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
         .map_err(Error::memory("VM generation id"))?;
-    if let Some(smbios) = &description.smbios {
-        smbios::write(memory, smbios)?;
-    }
+    smbios::write(memory, &description.smbios)?;
     memory
         .write_slice(&reset_stub(), GuestAddress(layout::RESET_VECTOR))
         .map_err(Error::memory("reset vector"))?;
@@ -259,7 +257,7 @@ mod tests {
     }
 
     fn description() -> Description {
-        Description { vcpus: 1, windows: Vec::new(), acpi: true, smbios: None, generation_id: [7; 16] }
+        Description { vcpus: 1, windows: Vec::new(), acpi: true, smbios: SmbiosConfig::default(), generation_id: [7; 16] }
     }
 
     #[test]

@@ -23,6 +23,10 @@ pub struct KickPage {
 unsafe impl Send for KickPage {}
 
 impl KickPage {
+    /// Maps the page of this vCPU and makes sure that the signal has a handler.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
     pub fn new(vcpu: &VcpuFd) -> Result<Self> {
         // SAFETY: a fresh shared mapping of the vCPU's descriptor, whose first page is `struct kvm_run`.
         let page = unsafe {

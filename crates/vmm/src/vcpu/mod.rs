@@ -10,7 +10,7 @@
 //! order of these steps loses one.
 
 pub mod crash;
-mod kick;
+pub mod kick;
 
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
