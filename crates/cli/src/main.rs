@@ -1,1 +1,7 @@
-fn main() {}
+//! The `roost` command. Everything is in the library, where tests reach it.
+
+#![forbid(unsafe_code)]
+
+fn main() -> std::process::ExitCode {
+    roost_cli::main()
+}

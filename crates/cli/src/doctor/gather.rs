@@ -1,0 +1,234 @@
+//! Looks at the machine. Nothing here decides anything, and nothing is changed.
+
+use super::decision::{Findings, Kvm};
+use super::probe;
+use super::report::{Packages, Remedies, VETH_PREFIX};
+use crate::args::DoctorArgs;
+use nix::sys::statvfs::statvfs;
+use std::fs::{self, OpenOptions};
+use std::io::ErrorKind;
+use std::path::{Path, PathBuf};
+use std::process::Stdio;
+use std::time::Duration;
+use tokio::process::Command;
+
+/// Longest that any program here may take.
+const PATIENCE: Duration = Duration::from_secs(20);
+/// Programs that are needed wherever instances run.
+const PROGRAMS: &[&str] = &["ssh"];
+
+/// Everything about this machine that decisions and fixes depend on.
+pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
+    let root = nix::unistd::geteuid().is_root();
+    let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
+    let (nftables, nft_error) = if root { nftables().await } else { (None, None) };
+    let forward = if root { forward_chain().await } else { None };
+    let uname = nix::sys::utsname::uname().ok();
+    let text = |name: Option<&std::ffi::OsStr>| name.unwrap_or_default().to_string_lossy().into_owned();
+    let findings = Findings {
+        arch: text(uname.as_ref().map(nix::sys::utsname::UtsName::machine)),
+        kernel: version(&text(uname.as_ref().map(nix::sys::utsname::UtsName::release))),
+        kvm: kvm(args.vmm.as_deref(), &cpu).await,
+        controllers: controllers(),
+        nft: program("nft").is_some(),
+        nftables,
+        tun: Path::new("/dev/net/tun").exists(),
+        forward_drop: match &forward {
+            Some(rules) => Some(forward_drops(rules)),
+            // Without Docker there is nobody who drops.
+            None if !Path::new("/sys/class/net/docker0").exists() => Some(false),
+            None => None,
+        },
+        ip_forward: fs::read_to_string("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.trim() == "1"),
+        disk_gib: free_gib(&args.state_dir),
+        memory_mib: memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
+        qemu: qemu().await,
+        systemd: Path::new("/run/systemd/system").is_dir(),
+        missing_programs: PROGRAMS
+            .iter()
+            .filter(|name| program(name).is_none())
+            .map(|name| (*name).to_owned())
+            .collect(),
+    };
+    let remedies = Remedies {
+        packages: packages(),
+        amd: cpu.contains("AuthenticAMD"),
+        state_dir: args.state_dir.display().to_string(),
+        nft_error,
+        programs: PROGRAMS.iter().map(|name| (*name).to_owned()).collect(),
+        docker_user_chain: forward.is_some_and(|rules| rules.lines().any(|line| line == "-N DOCKER-USER")),
+    };
+    (findings, remedies)
+}
+
+/// Finds a program on the PATH, or where administrators' programs are when the PATH is a user's.
+pub fn program(name: &str) -> Option<PathBuf> {
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let administrators = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    std::env::split_paths(&path)
+        .chain(administrators)
+        .map(|folder| folder.join(name))
+        .find(|path| path.is_file())
+}
+
+/// What a program says on success, or why it did not succeed.
+pub async fn said(program: &Path, args: &[&str]) -> Result<String, String> {
+    let run = Command::new(program).args(args).stdin(Stdio::null()).kill_on_drop(true).output();
+    let shown = program.display();
+    let output = match tokio::time::timeout(PATIENCE, run).await {
+        Ok(Ok(output)) => output,
+        Ok(Err(error)) => return Err(format!("{shown}: {error}")),
+        Err(_) => return Err(format!("{shown} did not end within {} s", PATIENCE.as_secs())),
+    };
+    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
+    if output.status.success() {
+        return Ok(text(&output.stdout));
+    }
+    let errors = text(&output.stderr);
+    let last = errors.lines().last().unwrap_or_default();
+    Err(format!("{shown}: {}{}{last}", output.status, if last.is_empty() { "" } else { ": " }))
+}
+
+async fn kvm(vmm: Option<&Path>, cpu: &str) -> Kvm {
+    match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
+        Ok(_) => probe::run(vmm).await,
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => Kvm::Forbidden,
+        Err(error) if error.kind() == ErrorKind::NotFound => {
+            Kvm::Missing { processor_can: can_virtualise(cpu) }
+        }
+        // The node is there, and no driver behind it.
+        Err(error) if error.raw_os_error().is_some_and(is_no_device) => {
+            Kvm::Missing { processor_can: can_virtualise(cpu) }
+        }
+        Err(error) => Kvm::Broken(format!("/dev/kvm cannot be opened: {error}")),
+    }
+}
+
+fn is_no_device(errno: i32) -> bool {
+    let errno = nix::errno::Errno::from_raw(errno);
+    matches!(errno, nix::errno::Errno::ENXIO | nix::errno::Errno::ENODEV)
+}
+
+fn can_virtualise(cpu: &str) -> bool {
+    cpu.lines()
+        .filter(|line| line.starts_with("flags"))
+        .any(|line| line.split_ascii_whitespace().any(|flag| matches!(flag, "vmx" | "svm")))
+}
+
+/// Controllers of the hierarchy of version 2, wherever it is mounted.
+fn controllers() -> Option<Vec<String>> {
+    let mounts = fs::read_to_string("/proc/self/mounts").ok()?;
+    let folder = cgroup2_mount(&mounts)?;
+    let text = fs::read_to_string(Path::new(folder).join("cgroup.controllers")).ok()?;
+    Some(text.split_ascii_whitespace().map(str::to_owned).collect())
+}
+
+fn cgroup2_mount(mounts: &str) -> Option<&str> {
+    mounts.lines().find_map(|line| {
+        let mut words = line.split(' ');
+        let (folder, kind) = (words.nth(1)?, words.next()?);
+        (kind == "cgroup2").then_some(folder)
+    })
+}
+
+async fn nftables() -> (Option<bool>, Option<String>) {
+    let Some(nft) = program("nft") else { return (None, None) };
+    match said(&nft, &["list", "tables"]).await {
+        Ok(_) => (Some(true), None),
+        Err(why) => (Some(false), Some(why)),
+    }
+}
+
+/// Whether these rules drop what instances forward: by policy, and with no exception for their interfaces.
+fn forward_drops(rules: &str) -> bool {
+    let accepts = |direction| {
+        let rule = format!(" {direction} {VETH_PREFIX}+ -j ACCEPT");
+        rules.lines().any(|line| line.starts_with("-A ") && line.ends_with(&rule))
+    };
+    rules.lines().any(|line| line == "-P FORWARD DROP") && !(accepts("-i") && accepts("-o"))
+}
+
+/// The rules of the old FORWARD chain, where there is a program to ask.
+async fn forward_chain() -> Option<String> {
+    said(&program("iptables")?, &["-S"]).await.ok()
+}
+
+fn free_gib(folder: &Path) -> Option<u64> {
+    // It may not be there yet: then what it will be made in.
+    let folder = std::path::absolute(folder).ok()?;
+    let there = folder.ancestors().find(|folder| folder.exists())?;
+    let found = statvfs(there).ok()?;
+    Some(found.blocks_available() * found.fragment_size() / (1 << 30))
+}
+
+fn memory_mib(meminfo: &str) -> u64 {
+    let line = meminfo.lines().find_map(|line| line.strip_prefix("MemTotal:"));
+    line.and_then(|rest| rest.trim().strip_suffix("kB"))
+        .and_then(|kib| kib.trim().parse::<u64>().ok())
+        .unwrap_or(0)
+        / 1024
+}
+
+async fn qemu() -> Option<u32> {
+    qemu_major(&said(&program("qemu-system-x86_64")?, &["--version"]).await.ok()?)
+}
+
+fn qemu_major(said: &str) -> Option<u32> {
+    let rest = said.split_once("version ")?.1;
+    rest.split('.').next()?.parse().ok()
+}
+
+fn version(release: &str) -> Option<(u32, u32)> {
+    let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
+    Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
+}
+
+fn packages() -> Packages {
+    [
+        ("apt-get", Packages::Apt),
+        ("dnf", Packages::Dnf),
+        ("pacman", Packages::Pacman),
+        ("zypper", Packages::Zypper),
+    ]
+    .into_iter()
+    .find(|(name, _)| program(name).is_some())
+    .map_or(Packages::Unknown, |(_, packages)| packages)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_the_system_says_is_read_right() {
+        assert_eq!(version("6.1.0-40-cloud-amd64"), Some((6, 1)));
+        assert_eq!(version("6.18"), Some((6, 18)));
+        assert_eq!(version("weird"), None);
+        assert_eq!(qemu_major("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), Some(10));
+        assert_eq!(memory_mib("MemTotal:       24571234 kB\nMemFree: 1 kB\n"), 23995);
+        assert_eq!(memory_mib(""), 0);
+        assert!(can_virtualise("flags\t\t: fpu vme svm sse\n"));
+        assert!(!can_virtualise("flags\t\t: fpu svm_lock\nbugs: vmx\n"));
+        let mounts = "proc /proc proc rw 0 0\ncgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\n";
+        assert_eq!(cgroup2_mount(mounts), Some("/sys/fs/cgroup/unified"));
+        assert_eq!(cgroup2_mount("cgroup /sys/fs/cgroup/cpu cgroup rw 0 0\n"), None);
+    }
+
+    #[test]
+    fn dockers_drop_counts_until_instances_are_excepted() {
+        let docker = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER-USER\n";
+        assert!(forward_drops(docker));
+        assert!(!forward_drops("-P FORWARD ACCEPT\n"));
+        let half = format!("{docker}-A DOCKER-USER -i rv+ -j ACCEPT\n");
+        assert!(forward_drops(&half));
+        assert!(!forward_drops(&format!("{half}-A DOCKER-USER -o rv+ -j ACCEPT\n")));
+    }
+
+    #[tokio::test]
+    async fn a_failing_program_says_its_last_line() {
+        let sh = program("sh").unwrap();
+        assert_eq!(said(&sh, &["-c", "echo yes"]).await.unwrap(), "yes");
+        let why = said(&sh, &["-c", "echo one >&2; echo two >&2; exit 3"]).await.unwrap_err();
+        assert!(why.ends_with("exit status: 3: two"), "{why}");
+    }
+}

@@ -1,0 +1,335 @@
+//! The findings one by one, each with the exact way to mend it. Pure.
+
+use super::decision::{
+    Decision, Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL,
+    OLDEST_QEMU, SLOWEST_CPL0, WANTED_CONTROLLERS, in_millions, missing_controllers,
+};
+use serde::Serialize;
+
+/// One thing that was looked at.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Check {
+    /// What.
+    pub check: &'static str,
+    /// Whether it is as it should be.
+    pub ok: bool,
+    /// What was found.
+    pub detail: String,
+    /// What to type.
+    pub fix: Option<String>,
+}
+
+/// How programs are installed here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Packages {
+    /// Debian and its children.
+    Apt,
+    /// Fedora and its like.
+    Dnf,
+    /// Arch.
+    Pacman,
+    /// SUSE.
+    Zypper,
+    /// Something else.
+    #[default]
+    Unknown,
+}
+
+/// What a fix depends on.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct Remedies {
+    /// The package manager.
+    pub packages: Packages,
+    /// The processor is AMD's.
+    pub amd: bool,
+    /// The folder where instances' disks will be.
+    pub state_dir: String,
+    /// Why nft failed.
+    pub nft_error: Option<String>,
+    /// Programs that are looked for.
+    pub programs: Vec<String>,
+    /// Docker has its own chain for other people's rules.
+    pub docker_user_chain: bool,
+}
+
+impl Remedies {
+    fn install(&self, apt: &str, dnf: &str, pacman: &str, zypper: &str) -> String {
+        match self.packages {
+            Packages::Apt => format!("sudo apt-get install -y {apt}"),
+            Packages::Dnf => format!("sudo dnf install -y {dnf}"),
+            Packages::Pacman => format!("sudo pacman -S --needed {pacman}"),
+            Packages::Zypper => format!("sudo zypper install -y {zypper}"),
+            Packages::Unknown => format!("install {apt} (that is its name in Debian)"),
+        }
+    }
+}
+
+fn check(check: &'static str, ok: bool, detail: impl Into<String>, fix: impl FnOnce() -> String) -> Check {
+    Check { check, ok, detail: detail.into(), fix: (!ok).then(fix) }
+}
+
+/// Everything that was looked at.
+pub fn checks(findings: &Findings, decision: &Decision, remedies: &Remedies) -> Vec<Check> {
+    vec![
+        check("architecture", findings.arch == "x86_64", &findings.arch, || {
+            "use a machine with an x86_64 processor".to_owned()
+        }),
+        kernel(findings, remedies),
+        kvm(findings, remedies),
+        cgroups(findings),
+        cpuset(findings),
+        check("nft", findings.nft, if findings.nft { "installed" } else { "not installed" }, || {
+            remedies.install("nftables", "nftables", "nftables", "nftables")
+        }),
+        nftables(findings, remedies),
+        docker(findings, remedies),
+        check("tun", findings.tun, if findings.tun { "/dev/net/tun" } else { "no /dev/net/tun" }, || {
+            "sudo modprobe tun && echo tun | sudo tee /etc/modules-load.d/roost.conf".to_owned()
+        }),
+        Check {
+            check: "ip forwarding",
+            ok: true,
+            detail: if findings.ip_forward { "on" } else { "off; the agent turns it on" }.to_owned(),
+            fix: None,
+        },
+        memory(findings),
+        disk(findings, remedies),
+        programs(findings, remedies),
+        Check {
+            check: "systemd",
+            ok: true,
+            detail: if findings.systemd {
+                "runs"
+            } else {
+                "does not run; controller and agent run without it"
+            }
+            .to_owned(),
+            fix: None,
+        },
+        qemu(findings, decision, remedies),
+    ]
+}
+
+fn kernel(findings: &Findings, remedies: &Remedies) -> Check {
+    let Some((major, minor)) = findings.kernel else {
+        return check("kernel", true, "of an unknown version", String::new);
+    };
+    check("kernel", (major, minor) >= OLDEST_KERNEL, format!("{major}.{minor}"), || {
+        let upgrade = remedies.install("linux-image-amd64", "kernel", "linux", "kernel-default");
+        format!("{upgrade} && sudo reboot   # {}.{} or newer", OLDEST_KERNEL.0, OLDEST_KERNEL.1)
+    })
+}
+
+fn kvm(findings: &Findings, remedies: &Remedies) -> Check {
+    let module = if remedies.amd { "kvm_amd" } else { "kvm_intel" };
+    let elsewhere = "nothing mends this here: use the virtual host (scripts/virtual-host up)";
+    let (detail, fix) = match &findings.kvm {
+        Kvm::Missing { processor_can: true } => (
+            "no /dev/kvm, though the processor could".to_owned(),
+            format!("sudo modprobe {module} && echo {module} | sudo tee /etc/modules-load.d/roost-kvm.conf"),
+        ),
+        Kvm::Missing { processor_can: false } => (
+            "no /dev/kvm, and the processor offers neither VT-x nor AMD-V".to_owned(),
+            "turn on VT-x, AMD-V or SVM in the firmware's settings; in a virtual machine, turn on nested \
+             virtualisation at its host"
+                .to_owned(),
+        ),
+        Kvm::Forbidden => (
+            "/dev/kvm may not be opened by this user".to_owned(),
+            "sudo usermod -aG kvm \"$USER\"   # then log in again; or: sudo roost doctor".to_owned(),
+        ),
+        Kvm::Broken(why) => (why.clone(), elsewhere.to_owned()),
+        Kvm::Unknown(why) => (
+            format!("not tried: {why}"),
+            "build or install the monitor, then name it: roost doctor --vmm PATH/roost-vmm".to_owned(),
+        ),
+        Kvm::Probed { cpl0_per_second, failed } => {
+            let speed =
+                format!("a guest's kernel runs at {} M instructions/s", in_millions(*cpl0_per_second));
+            if !failed.is_empty() {
+                (format!("{speed}, without {}", failed.join(", ")), elsewhere.to_owned())
+            } else if *cpl0_per_second < SLOWEST_CPL0 {
+                (format!("{speed}: too slow to boot Linux"), elsewhere.to_owned())
+            } else {
+                return check("kvm", true, speed, String::new);
+            }
+        }
+    };
+    check("kvm", false, detail, || fix)
+}
+
+const UNIFIED: &str = "sudo sed -i 's/^GRUB_CMDLINE_LINUX=\"/&systemd.unified_cgroup_hierarchy=1 cgroup_no_v1=all /' \
+                       /etc/default/grub && sudo update-grub && sudo reboot";
+
+fn cgroups(findings: &Findings) -> Check {
+    match &findings.controllers {
+        None => check("cgroup v2", false, "not mounted", || UNIFIED.to_owned()),
+        Some(present) => {
+            let missing = missing_controllers(present, NEEDED_CONTROLLERS);
+            let detail = if missing.is_empty() {
+                present.join(" ")
+            } else {
+                format!("without {} (cgroup v1 holds them, or the kernel lacks them)", missing.join(", "))
+            };
+            check("cgroup v2", missing.is_empty(), detail, || UNIFIED.to_owned())
+        }
+    }
+}
+
+fn cpuset(findings: &Findings) -> Check {
+    let present = findings.controllers.as_deref().unwrap_or_default();
+    let missing = missing_controllers(present, WANTED_CONTROLLERS);
+    let detail = if missing.is_empty() { "present" } else { "absent; instances work, dedicated CPUs do not" };
+    check("cpuset", missing.is_empty(), detail, || UNIFIED.to_owned())
+}
+
+fn nftables(findings: &Findings, remedies: &Remedies) -> Check {
+    let why = remedies.nft_error.as_deref().unwrap_or("it does not answer");
+    match findings.nftables {
+        Some(true) => check("nftables in the kernel", true, "answers", String::new),
+        None => {
+            check("nftables in the kernel", true, "not asked: takes root (sudo roost doctor)", String::new)
+        }
+        Some(false) => check("nftables in the kernel", false, why, || {
+            "sudo modprobe nf_tables   # in a container: give it CAP_NET_ADMIN".to_owned()
+        }),
+    }
+}
+
+/// Docker sets the policy of the old FORWARD chain to drop, which is final whatever other tables say. The agent
+/// accepts its own interfaces by the same two rules when it starts; until then this is what stands in the way.
+fn docker(findings: &Findings, remedies: &Remedies) -> Check {
+    let detail = match findings.forward_drop {
+        Some(true) => "the FORWARD chain drops (Docker does that)",
+        Some(false) => "nothing drops what is forwarded",
+        None => "not asked: takes root (sudo roost doctor)",
+    };
+    let chain = if remedies.docker_user_chain { "DOCKER-USER" } else { "FORWARD" };
+    check("forwarding", findings.forward_drop != Some(true), detail, || {
+        format!(
+            "sudo iptables -I {chain} -i {VETH_PREFIX}+ -j ACCEPT && sudo iptables -I {chain} -o {VETH_PREFIX}+ -j ACCEPT   # \
+             the agent does this as well when it starts"
+        )
+    })
+}
+
+/// How the host's ends of instances' veth pairs begin.
+pub const VETH_PREFIX: &str = "rv";
+
+fn memory(findings: &Findings) -> Check {
+    check("memory", findings.memory_mib >= LEAST_MEMORY_MIB, format!("{} MiB", findings.memory_mib), || {
+        format!("use a machine with {LEAST_MEMORY_MIB} MiB or more")
+    })
+}
+
+fn disk(findings: &Findings, remedies: &Remedies) -> Check {
+    let Some(free) = findings.disk_gib else {
+        return check("disk", true, format!("{} cannot be measured", remedies.state_dir), String::new);
+    };
+    check("disk", free >= LEAST_DISK_GIB, format!("{free} GiB free for {}", remedies.state_dir), || {
+        format!("free {LEAST_DISK_GIB} GiB or more, or put the state on another disk with --state-dir DIR")
+    })
+}
+
+fn programs(findings: &Findings, remedies: &Remedies) -> Check {
+    let missing = &findings.missing_programs;
+    let detail = if missing.is_empty() {
+        remedies.programs.join(", ")
+    } else {
+        format!("missing: {}", missing.join(", "))
+    };
+    check("programs", missing.is_empty(), detail, || {
+        remedies.install("openssh-client", "openssh-clients", "openssh", "openssh-clients")
+    })
+}
+
+fn qemu(findings: &Findings, decision: &Decision, remedies: &Remedies) -> Check {
+    let needed = matches!(decision, Decision::VirtualHost(_));
+    let good = findings.qemu.is_some_and(|major| major >= OLDEST_QEMU);
+    let detail = match (findings.qemu, needed) {
+        (Some(major), _) if good => format!("version {major}"),
+        (Some(major), _) => {
+            format!("version {major}: its SVM loses interrupts, the virtual host needs {OLDEST_QEMU}")
+        }
+        (None, true) => "not installed; the virtual host needs it".to_owned(),
+        (None, false) => "not installed; only a virtual host needs it".to_owned(),
+    };
+    check("qemu", good || !needed, detail, || {
+        let plain =
+            remedies.install("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86", "qemu-x86");
+        match remedies.packages {
+            // Debian 12 has QEMU 7.2; 10 is in its backports. Debian 13 takes the first branch.
+            Packages::Apt => format!(
+                "{plain}   # Debian 13 and newer\n\
+                 echo 'deb http://deb.debian.org/debian bookworm-backports main' | sudo tee \
+                 /etc/apt/sources.list.d/backports.list && sudo apt-get update && sudo apt-get install -y -t \
+                 bookworm-backports qemu-system-x86   # Debian 12"
+            ),
+            _ => plain,
+        }
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::decision::{decide, tests::good};
+    use super::*;
+
+    fn of(findings: &Findings) -> Vec<Check> {
+        let remedies = Remedies {
+            packages: Packages::Apt,
+            state_dir: "/var/lib/roost".into(),
+            programs: vec!["ssh".into()],
+            ..Remedies::default()
+        };
+        checks(findings, &decide(findings), &remedies)
+    }
+
+    #[test]
+    fn whatever_is_not_ok_has_a_fix_and_nothing_else_does() {
+        let bad = Findings {
+            arch: "aarch64".into(),
+            kernel: Some((4, 19)),
+            kvm: Kvm::Forbidden,
+            controllers: Some(vec![]),
+            nft: false,
+            nftables: Some(false),
+            tun: false,
+            forward_drop: Some(true),
+            disk_gib: Some(0),
+            memory_mib: 10,
+            missing_programs: vec!["ssh".into()],
+            ..good()
+        };
+        for check in of(&bad).iter().chain(&of(&good())) {
+            assert_eq!(check.ok, check.fix.is_none(), "{check:?}");
+            assert!(!check.detail.is_empty() && check.fix.as_deref() != Some(""), "{check:?}");
+        }
+        assert!(of(&good()).iter().all(|check| check.ok));
+        let failing = of(&bad).iter().filter(|check| !check.ok).count();
+        assert_eq!(failing, 12, "{:#?}", of(&bad));
+    }
+
+    #[test]
+    fn each_state_of_kvm_has_a_fix_of_its_own() {
+        let states = [
+            Kvm::Missing { processor_can: true },
+            Kvm::Missing { processor_can: false },
+            Kvm::Forbidden,
+            Kvm::Broken("x".into()),
+            Kvm::Unknown("y".into()),
+        ];
+        let fixes: std::collections::BTreeSet<String> =
+            states.into_iter().map(|kvm| of(&Findings { kvm, ..good() }).remove(2).fix.unwrap()).collect();
+        assert_eq!(fixes.len(), 5);
+    }
+
+    #[test]
+    fn qemu_matters_only_where_the_virtual_host_is_needed() {
+        let last = |findings: &Findings| of(findings).pop().unwrap();
+        assert!(last(&Findings { qemu: None, ..good() }).ok);
+        assert!(!last(&Findings { qemu: None, kvm: Kvm::Forbidden, ..good() }).ok);
+        assert!(!last(&Findings { qemu: Some(7), kvm: Kvm::Forbidden, ..good() }).ok);
+        assert!(last(&Findings { qemu: Some(10), kvm: Kvm::Forbidden, ..good() }).ok);
+    }
+}
