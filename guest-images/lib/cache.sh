@@ -4,6 +4,9 @@
 #
 # shellcheck shell=bash
 
+# Without this, bash forgets `set -e` in every $(...), and a failed build would be kept.
+shopt -s inherit_errexit
+
 CACHE=$(roost_cache_dir)
 KEEP=2 # entries of one name that survive pruning
 

@@ -10,7 +10,7 @@ make_ext4() {
     uuid=$(_uuid_of "$name")
     find "$dir" -newermt "@$SOURCE_DATE_EPOCH" -exec touch -h -d "@$SOURCE_DATE_EPOCH" {} +
     find "$dir" -type d -exec touch -d "@$SOURCE_DATE_EPOCH" {} +
-    rm -f "$out"
+    : > "$out"
     # The kernel need not write zeroes to inode tables and journal that are holes already.
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH /sbin/mke2fs -q -F -t ext4 -U "$uuid" -L "${name:0:16}" -m 1 \
         -E "hash_seed=$uuid,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard" "$@" -d "$dir" "$out" "$size"

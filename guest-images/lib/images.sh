@@ -2,6 +2,7 @@
 #
 # A recipe is a folder recipes/NAME with recipe.sh, which sets
 #   PACKAGES=(...)      Debian packages; what they depend on comes along
+#   ONLY_PACKAGES=(...) packages without what they depend on
 #   ROOT_SIZE           size of root.ext4 (mke2fs syntax)
 #   MKE2FS=(...)        more options for mke2fs
 #   BOOT_ARGS, DEFAULT_USER, MIN_VOLUME_GIB, DESCRIPTION    for the manifest
@@ -15,7 +16,7 @@ RECIPES=$ROOST_ROOT/guest-images/recipes
 _load_recipe() {
     local recipe=$RECIPES/$1
     [[ -r $recipe/recipe.sh ]] || die "no image '$1'; there are: $(ls "$RECIPES" | tr '\n' ' ')"
-    PACKAGES=() MKE2FS=() ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast'
+    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast'
     WITH=("${@:2}")
     # shellcheck disable=SC1091
     . "$recipe/recipe.sh"
@@ -41,10 +42,15 @@ image_folder() {
     cache_entry images "$full.$kernel" "$key" _build_image "$name" "$full" "$root_key" "$kernel" "$kernel_dir" "$@"
 }
 
+_recipe_packages() {
+    if ((${#PACKAGES[@]})); then packages_resolve "${PACKAGES[@]}"; fi
+    if ((${#ONLY_PACKAGES[@]})); then packages_resolve_only "${ONLY_PACKAGES[@]}"; fi
+}
+
 _root_key() {
     {
         hash_files "$RECIPES/$1" "$ROOST_ROOT/guest-images/lib/ext4.sh" "$ROOST_ROOT/guest-images/lib/images.sh"
-        packages_resolve "${PACKAGES[@]}"
+        _recipe_packages
         printf '%s\n' "$@" "$SOURCE_DATE_EPOCH"
         # The writer's own version is an input: other versions lay files out differently.
         dpkg-query -W -f '${Package} ${Version}\n' e2fsprogs
@@ -89,7 +95,7 @@ _build_root() {
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
     # shellcheck disable=SC2064
     trap "as_root rm -rf '$work'" EXIT
-    packages_resolve "${PACKAGES[@]}" > "$work/list"
+    _recipe_packages > "$work/list"
     packages_fetch "$work/list" "$work/debs"
     require_root_or_sudo "building the image $name (owners and devices of its files)"
     as_root "$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir" "$@"
