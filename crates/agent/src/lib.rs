@@ -12,18 +12,30 @@
 //! | [`host`] | the seam: everything the reconciler wants of a host |
 //! | [`scan`] | what a guest says of itself on its console |
 //! | [`net`] | the network of an instance |
+//! | [`cgroup`] | families, instances, limits read back |
+//! | [`storage`] | images fetched once, volumes on them |
+//! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
+//! | [`real`], [`facts`] | the host as it is, and what it can hold |
+//! | [`leftovers`] | what is still there of an instance |
 //! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
 
 pub mod agent;
+pub mod cgroup;
 pub mod clock;
 pub mod durable;
 pub mod error;
+pub mod facts;
 pub mod host;
+pub mod jail;
+pub mod leftovers;
+pub mod monitor;
 pub mod names;
 pub mod net;
 pub mod plan;
+pub mod real;
 pub mod record;
 pub mod scan;
+pub mod storage;
 pub mod task;
 #[doc(hidden)]
 pub mod testing;

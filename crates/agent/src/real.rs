@@ -1,0 +1,291 @@
+//! The host as it is: [`Host`] over cgroups, namespaces, files and processes. Thin: each method calls one room.
+
+use crate::cgroup::Cgroups;
+use crate::error::{Error, Result};
+use crate::host::{Facts, Host, MonitorFact, Started};
+use crate::monitor::{self, Monitors};
+use crate::names::Folders;
+use crate::net::dhcp::Lease;
+use crate::net::imds::{Imds, Tokens};
+use crate::net::links::{self, Links};
+use crate::net::metadata::Tree;
+use crate::net::service::Services;
+use crate::net::{firewall, netns};
+use crate::record::{self, Accepted, MonitorId, Run};
+use crate::storage::{self, Images};
+use crate::{clock, durable};
+use roost_types::agent::HostFacts;
+use roost_types::ids::InstanceId;
+use roost_vmm::console::ConsoleReader;
+use std::collections::BTreeMap;
+use std::fs::File;
+use std::net::Ipv4Addr;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// What a real host needs to know of itself.
+pub struct HostSettings {
+    /// Where things are.
+    pub folders: Folders,
+    /// What it can hold.
+    pub facts: HostFacts,
+    /// Name servers that guests are told.
+    pub dns: Vec<Ipv4Addr>,
+}
+
+/// The host as it is.
+pub struct RealHost {
+    settings: HostSettings,
+    boot_id: String,
+    cgroups: Cgroups,
+    monitors: Monitors,
+    images: Images,
+    token_key: [u8; 32],
+    networks: Mutex<BTreeMap<InstanceId, Network>>,
+}
+
+/// The network of an instance as this agent has made it.
+struct Network {
+    made_for: String,
+    services: Services,
+}
+
+impl RealHost {
+    /// Takes the host.
+    ///
+    /// # Errors
+    /// Its boot id or the key of metadata sessions cannot be read.
+    pub fn new(settings: HostSettings, monitors: Monitors, images: Images) -> Result<Self> {
+        let token_key = token_key(&settings.folders)?;
+        Ok(Self {
+            boot_id: clock::boot_id()?,
+            cgroups: monitors.cgroups.clone(),
+            settings,
+            monitors,
+            images,
+            token_key,
+            networks: Mutex::default(),
+        })
+    }
+
+    /// The images.
+    pub const fn images(&self) -> &Images {
+        &self.images
+    }
+
+    /// Where things are.
+    pub const fn folders(&self) -> &Folders {
+        &self.settings.folders
+    }
+
+    fn networks(&self) -> MutexGuard<'_, BTreeMap<InstanceId, Network>> {
+        self.networks.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn overhead_mib(&self) -> u64 {
+        self.settings.facts.overhead_mib
+    }
+
+    fn links(&self, of: &Accepted) -> Links {
+        Links {
+            id: of.id().clone(),
+            interface: of.spec().interface.clone(),
+            mtu: self.monitors.mtu,
+        }
+    }
+
+    fn lease(&self, of: &Accepted) -> Result<Lease> {
+        let interface = &of.spec().interface;
+        Ok(Lease {
+            mac: links::mac(&interface.mac)?,
+            address: interface.private_ip,
+            prefix_len: interface.prefix_len,
+            router: interface.gateway,
+            dns: self.settings.dns.clone(),
+            hostname: of.spec().metadata.hostname.clone(),
+            mtu: self.monitors.mtu,
+        })
+    }
+
+    fn run_objects(&self, id: &InstanceId) -> bool {
+        let folders = self.folders();
+        !self.cgroups.of(id).is_empty()
+            || netns::exists(&folders.netns_file(id))
+            || folders.netns_file(id).exists()
+            || links::link_exists(&crate::names::host_veth(id))
+            || folders.running(id).exists()
+            || self.networks().contains_key(id)
+    }
+}
+
+/// What a network is made for: all that its rules, lease and metadata are made from.
+fn made_for(of: &Accepted) -> String {
+    let spec = of.spec();
+    record::hash_of(&(&spec.interface, &spec.metadata, &spec.image, &spec.account))
+}
+
+/// The host's key of metadata sessions, made once.
+fn token_key(folders: &Folders) -> Result<[u8; 32]> {
+    let path = folders.state.join("metadata.key");
+    if let Some(key) = std::fs::read(&path).ok().and_then(|bytes| bytes.try_into().ok()) {
+        return Ok(key);
+    }
+    let mut key = [0; 32];
+    getrandom::fill(&mut key).map_err(|error| Error::NotNow(format!("no random bytes: {error}")))?;
+    durable::write(&path, &key)?;
+    Ok(key)
+}
+
+/// Runs blocking work off the event loop.
+async fn blocking<T: Send + 'static>(work: impl FnOnce() -> Result<T> + Send + 'static) -> Result<T> {
+    tokio::task::spawn_blocking(work)
+        .await
+        .unwrap_or_else(|error| Err(Error::NotNow(format!("a piece of work was cut short: {error}"))))
+}
+
+impl Host for RealHost {
+    fn now_ns(&self) -> u64 {
+        clock::boottime_ns()
+    }
+
+    fn boot_id(&self) -> String {
+        self.boot_id.clone()
+    }
+
+    fn facts(&self) -> HostFacts {
+        self.settings.facts.clone()
+    }
+
+    async fn look(&self, of: &Accepted, run: &Run) -> Result<Facts> {
+        let (id, spec) = (of.id(), of.spec());
+        let monitor = self.monitors.look(of, run, &self.boot_id);
+        let wanted = made_for(of);
+        let network = self.links(of).stand(self.folders())
+            && self.networks().get(id).is_some_and(|net| net.made_for == wanted && net.services.alive());
+        let volume = self.folders().volume(&spec.root_volume.volume_id).exists();
+        Ok(Facts {
+            // Held open by a living monitor; only a start needs their names.
+            images: matches!(monitor, MonitorFact::Alive { .. }) || self.images.present(&spec.image),
+            disk: volume,
+            network,
+            cgroup: self.cgroups.stands(spec, id, self.overhead_mib()),
+            monitor,
+            run_objects: self.run_objects(id),
+            files: volume,
+        })
+    }
+
+    async fn fetch(&self, of: &Accepted) -> Result<()> {
+        self.images.fetch(&of.spec().image).await
+    }
+
+    async fn make_disk(&self, of: &Accepted) -> Result<()> {
+        let (folders, spec) = (self.folders().clone(), of.spec().clone());
+        blocking(move || storage::make_volume(&folders, &spec)).await
+    }
+
+    async fn make_network(&self, of: &Accepted) -> Result<()> {
+        let (links, folders) = (self.links(of), self.folders().clone());
+        let namespace = folders.netns_file(of.id());
+        let lease = self.lease(of)?;
+        let tree = Tree::new(&of.ensure);
+        let tokens = Tokens::new(self.token_key, of.id().to_string());
+        let has_services = self.networks().get(of.id()).is_some_and(|net| net.services.alive());
+        let (lease_again, tree_again) = (lease.clone(), tree.clone());
+        let runtime = tokio::runtime::Handle::current();
+        let services = blocking(move || {
+            links::forward_on_host()?;
+            links.make(&folders)?;
+            let rules = firewall::instance_table(&links.interface);
+            netns::enter(&namespace, move || firewall::apply("set the instance's rules", &rules))?;
+            firewall::apply("set the host's rules", &firewall::host_table(&links.id, links.interface.public_ip))?;
+            firewall::pass_docker()?;
+            if has_services {
+                return Ok(None);
+            }
+            let _inside = runtime.enter();
+            Services::start(&namespace, lease, Imds::new(tokens, tree)).map(Some)
+        })
+        .await?;
+        let made_for = made_for(of);
+        let old = {
+            let mut networks = self.networks();
+            match (services, networks.get_mut(of.id())) {
+                (Some(services), _) => networks.insert(of.id().clone(), Network { made_for, services }),
+                (None, Some(network)) => {
+                    network.services.replace(lease_again, tree_again);
+                    network.made_for = made_for;
+                    None
+                }
+                (None, None) => None,
+            }
+        };
+        if let Some(old) = old {
+            old.services.stop().await;
+        }
+        Ok(())
+    }
+
+    async fn make_cgroup(&self, of: &Accepted) -> Result<()> {
+        let (cgroups, accepted, overhead) = (self.cgroups.clone(), of.clone(), self.overhead_mib());
+        blocking(move || cgroups.ensure(accepted.spec(), accepted.id(), overhead)).await
+    }
+
+    async fn start_monitor(&self, of: &Accepted) -> Result<Started> {
+        let (monitors, accepted) = (self.monitors.clone(), of.clone());
+        blocking(move || monitors.start(&accepted)).await
+    }
+
+    async fn let_run(&self, of: &Accepted, monitor: &MonitorId) -> Result<u64> {
+        let (monitors, accepted, monitor) = (self.monitors.clone(), of.clone(), monitor.clone());
+        blocking(move || monitors.let_run(&accepted, &monitor)).await
+    }
+
+    async fn press_power(&self, of: &Accepted) -> Result<()> {
+        let (monitors, id) = (self.monitors.clone(), of.id().clone());
+        blocking(move || monitors.press_power(&id)).await
+    }
+
+    async fn kill(&self, of: &Accepted) -> Result<()> {
+        let (cgroups, id) = (self.cgroups.clone(), of.id().clone());
+        blocking(move || cgroups.kill(&id)).await
+    }
+
+    async fn ended(&self, _: &Accepted, monitor: &MonitorId) {
+        monitor::ended(monitor).await;
+    }
+
+    async fn tear_down(&self, of: &Accepted) -> Result<()> {
+        let network = self.networks().remove(of.id());
+        if let Some(network) = network {
+            network.services.stop().await;
+        }
+        let (cgroups, folders, id) = (self.cgroups.clone(), self.folders().clone(), of.id().clone());
+        blocking(move || {
+            cgroups.kill(&id)?;
+            let addresses = firewall::public_addresses(&id)?;
+            if !addresses.is_empty() {
+                firewall::apply("remove public addresses", &firewall::without(&addresses))?;
+            }
+            links::remove(&folders, &id)?;
+            cgroups.remove(&id)?;
+            durable::remove_folder(&folders.running(&id))
+        })
+        .await
+    }
+
+    async fn remove_disk(&self, of: &Accepted) -> Result<()> {
+        let path = self.folders().volume(&of.spec().root_volume.volume_id);
+        blocking(move || durable::remove_file(&path).and_then(|()| durable::sync_parent(&path))).await
+    }
+
+    fn cpu_usage_us(&self, of: &Accepted) -> Option<u64> {
+        self.cgroups.cpu_usage_us(of.spec(), of.id())
+    }
+
+    fn console(&self, of: &Accepted, offset: u64) -> Option<(Vec<u8>, u64)> {
+        let file = File::open(self.folders().console(of.id())).ok()?;
+        let chunk = ConsoleReader::new(file).ok()?.read_from(offset).ok()?;
+        Some((chunk.bytes, chunk.next_offset))
+    }
+}
+
