@@ -1,0 +1,81 @@
+# debian-12: Debian as one expects it on a server, without what takes time at boot. First boot makes the machine
+# id and the ssh host keys; host name, keys and user data come from the metadata service (rootfs/usr/lib/roost).
+#
+# Variant --with cloud-init: cloud-init does that part (and reads cloud-config), from the same service.
+# shellcheck shell=bash disable=SC2034
+
+PACKAGES=(systemd-sysv udev dbus procps openssh-server sudo iproute2 iputils-ping e2fsprogs ca-certificates
+    netbase less)
+ROOT_SIZE=900M
+# Inode tables of a grown file system are written lazily; 16 MiB of journal are enough for small volumes.
+MKE2FS=(-J size=16 -i 8192)
+DEFAULT_USER=debian
+DESCRIPTION='Debian 12 (bookworm), minimal, with ssh'
+BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 net.ifnames=0 systemd.show_status=auto'
+for extra in "${WITH[@]}"; do
+    case $extra in
+    cloud-init) PACKAGES+=(cloud-init) ROOT_SIZE=1200M MIN_VOLUME_GIB=2 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh and cloud-init' ;;
+    *) die "debian-12 has no variant --with $extra (there is: cloud-init)" ;;
+    esac
+done
+
+recipe_root() {
+    bootstrap "$1" "$2" "${PACKAGES[@]}"
+}
+
+recipe_finish() {
+    local root=$1 unit wants=$1/etc/systemd/system/multi-user.target.wants
+    echo debian > "$root/etc/hostname"
+    printf '127.0.0.1 localhost\n::1 localhost ip6-localhost\n' > "$root/etc/hosts"
+    : > "$root/etc/fstab"
+    # Empty, not missing: systemd fills it in without going through a "first boot".
+    : > "$root/etc/machine-id"
+    rm -f "$root"/etc/ssh/ssh_host_* "$root/etc/resolv.conf" "$root/var/lib/dbus/machine-id"
+    ln -s /etc/machine-id "$root/var/lib/dbus/machine-id"
+    : > "$root/etc/resolv.conf"
+    {
+        echo "deb http://deb.debian.org/debian $GUEST_SUITE main"
+        echo "deb http://deb.debian.org/debian $GUEST_SUITE-updates main"
+        echo "deb http://deb.debian.org/debian-security $GUEST_SUITE-security main"
+    } > "$root/etc/apt/sources.list"
+    rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/log/{apt,dpkg.log,alternatives.log,bootstrap.log}
+
+    chroot "$root" useradd --create-home --shell /bin/bash --comment Debian debian
+    # Times in shadow(5) are days: the day of the build must not show.
+    sed -i "s/^\([^:]*:[^:]*\):[0-9]*:/\1:$((SOURCE_DATE_EPOCH / 86400)):/" "$root/etc/shadow"
+    rm -f "$root"/etc/{passwd,group,shadow,gshadow,subuid,subgid}-
+    echo 'debian ALL=(ALL) NOPASSWD: ALL' > "$root/etc/sudoers.d/debian"
+    chmod 440 "$root/etc/sudoers.d/debian"
+
+    # What costs seconds on a small machine and serves nobody here.
+    for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
+        fstrim.timer getty@tty1.service getty-static.service systemd-pstore.service modprobe@.service \
+        kmod-static-nodes.service sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount \
+        sys-fs-fuse-connections.mount dev-mqueue.mount dev-hugepages.mount systemd-binfmt.service \
+        proc-sys-fs-binfmt_misc.automount systemd-ask-password-wall.path systemd-ask-password-console.path \
+        systemd-update-utmp.service systemd-update-utmp-runlevel.service systemd-modules-load.service \
+        systemd-networkd-wait-online.service; do
+        ln -sf /dev/null "$root/etc/systemd/system/$unit"
+    done
+    mkdir -p "$wants"
+    for unit in ssh systemd-networkd; do ln -sf "/lib/systemd/system/$unit.service" "$wants/"; done
+    for unit in roost-console roost-grow roost-ready; do ln -sf "../$unit.service" "$wants/"; done
+    ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
+    if [[ " ${WITH[*]} " == *" cloud-init "* ]]; then
+        rm "$root/etc/systemd/system/roost-init.service" "$root/etc/systemd/system/roost-user-data.service"
+        # One source in the list: cloud-init asks it without first guessing from SMBIOS where it is.
+        cat > "$root/etc/cloud/cloud.cfg.d/90-roost.cfg" << 'CFG'
+datasource_list: [ Ec2 ]
+datasource:
+  Ec2:
+    strict_id: false
+    metadata_urls: [ 'http://169.254.169.254' ]
+    apply_full_imds_network_config: false
+network: {config: disabled}
+ssh_genkeytypes: [ ed25519 ]
+CFG
+    else
+        for unit in roost-init roost-user-data; do ln -sf "../$unit.service" "$wants/"; done
+        rm -rf "$root/etc/cloud"
+    fi
+}
