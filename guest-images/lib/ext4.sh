@@ -3,7 +3,8 @@
 # shellcheck shell=bash
 
 # make_ext4 DIR OUT SIZE NAME [mke2fs options...]: SIZE as mke2fs takes it (3840K, 700M). The uuid is
-# derived from NAME. Run as root: owners and modes are taken from DIR as they are.
+# derived from NAME. Owners and modes are taken from DIR as they are; with OWNER=root everything belongs to root,
+# so that such an image can be made by anybody.
 make_ext4() {
     local dir=$1 out=$2 size=$3 name=$4 uuid
     shift 4
@@ -14,15 +15,15 @@ make_ext4() {
     # The kernel need not write zeroes to inode tables and journal that are holes already.
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH /sbin/mke2fs -q -F -t ext4 -U "$uuid" -L "${name:0:16}" -m 1 \
         -E "hash_seed=$uuid,root_owner=0:0,lazy_itable_init=1,lazy_journal_init=1,nodiscard" "$@" -d "$dir" "$out" "$size"
-    _fix_inode_times "$out"
+    _fix_inodes "$out"
 }
 
 # mke2fs -d copies change times (and, before 1.47.1, access times) from DIR, where nobody can set them.
-_fix_inode_times() {
+_fix_inodes() {
     local script
     script=$(mktemp)
     # dumpe2fs names the free inodes of each group as ranges: all the others are in use.
-    /sbin/dumpe2fs "$1" 2> /dev/null | awk -v t="@$SOURCE_DATE_EPOCH" '
+    /sbin/dumpe2fs "$1" 2> /dev/null | awk -v t="@$SOURCE_DATE_EPOCH" -v root="${OWNER:-}" '
         /^Inodes per group:/ { per = $NF }
         /^Group [0-9]+:/ { g = $2 + 0 }
         /^  Free inodes:/ {
@@ -34,9 +35,11 @@ _fix_inode_times() {
                 if (ranges[r] != "") for (i = e[1] + 0; i <= (e[2] == "" ? e[1] : e[2]) + 0; i++) free[i] = 1
             }
             for (i = g * per + 1; i <= (g + 1) * per; i++)
-                if (!(i in free) && (i == 2 || i >= 11))
-                    for (f = 1; f <= 3; f++) printf "sif <%d> %stime %s\n", i, substr("acm", f, 1), t
-        }' | sed '/mtime/d' > "$script"
+                if (!(i in free) && (i == 2 || i >= 11)) {
+                    printf "sif <%d> atime %s\nsif <%d> ctime %s\n", i, t, i, t
+                    if (root == "root") printf "sif <%d> uid 0\nsif <%d> gid 0\n", i, i
+                }
+        }' > "$script"
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH /sbin/debugfs -w -f "$script" "$1" > /dev/null 2>&1
     # With what a kernel would say of it: an image that needs repair is no image.
     E2FSPROGS_FAKE_TIME=$SOURCE_DATE_EPOCH /sbin/e2fsck -fn "$1" > "$script" 2>&1 || { cat "$script" >&2; die "$1 is not a clean ext4 image"; }

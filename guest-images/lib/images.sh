@@ -6,6 +6,7 @@
 #   ROOT_SIZE           size of root.ext4 (mke2fs syntax)
 #   MKE2FS=(...)        more options for mke2fs
 #   BOOT_ARGS, DEFAULT_USER, MIN_VOLUME_GIB, DESCRIPTION    for the manifest
+#   OWNER               "root" when every file belongs to root: then nobody need be root to build it
 #   KERNELS_ALLOWED     which kernels it can boot (default: debian fast)
 # and defines  recipe_root DIR WORK  to fill the new root DIR (as root); rootfs/, if there, is copied over it.
 #
@@ -16,7 +17,7 @@ RECIPES=$ROOST_ROOT/guest-images/recipes
 _load_recipe() {
     local recipe=$RECIPES/$1
     [[ -r $recipe/recipe.sh ]] || die "no image '$1'; there are: $(ls "$RECIPES" | tr '\n' ' ')"
-    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast'
+    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() OWNER='' ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast'
     WITH=("${@:2}")
     # shellcheck disable=SC1091
     . "$recipe/recipe.sh"
@@ -94,11 +95,16 @@ _build_root() {
     shift 3
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
     # shellcheck disable=SC2064
-    trap "as_root rm -rf '$work'" EXIT
+    trap "$([[ $OWNER == root ]] || echo as_root) rm -rf '$work'" EXIT
     _recipe_packages > "$work/list"
     packages_fetch "$work/list" "$work/debs"
-    require_root_or_sudo "building the image $name (owners and devices of its files)"
-    as_root "$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir" "$@"
-    as_root chown "$(id -u):$(id -g)" "$out/root.ext4"
+    local make_root=("$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir" "$@")
+    if [[ $OWNER == root ]]; then
+        "${make_root[@]}"
+    else
+        require_root_or_sudo "building the image $name (owners and devices of its files)"
+        as_root "${make_root[@]}"
+        as_root chown "$(id -u):$(id -g)" "$out/root.ext4"
+    fi
     chmod 644 "$out/root.ext4"
 }

@@ -6,6 +6,8 @@
 
 #![forbid(unsafe_code)]
 
+#[cfg(feature = "sim")]
+pub mod sim;
 mod virtual_host;
 
 pub use virtual_host::{
