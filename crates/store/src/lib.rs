@@ -9,6 +9,7 @@
 
 #![forbid(unsafe_code)]
 
+pub mod conformance;
 mod error;
 mod rows;
 mod sqlite;

@@ -2,8 +2,8 @@
 
 use crate::error::StoreError;
 use crate::rows::{
-    AccessKeyRow, BlobRow, Change, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow, Launch,
-    Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
+    AccessKeyRow, BlobRow, Change, Claim, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow,
+    Launch, Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
 };
 use roost_types::agent::HostFacts;
 use roost_types::api::Account;
@@ -129,6 +129,8 @@ pub trait Store: Send + Sync {
     fn due(&self, now: Micros, limit: u32) -> Result<Vec<InstanceId>, StoreError>;
     /// When the next instance will have something to do.
     fn next_due(&self) -> Result<Option<Micros>, StoreError>;
+    /// What an instance holds of its host.
+    fn claim(&self, id: &InstanceId) -> Result<Option<Claim>, StoreError>;
     /// Volumes of an account that are not deleted, oldest first.
     fn volumes(&self, account: &AccountId) -> Result<Vec<VolumeRow>, StoreError>;
 

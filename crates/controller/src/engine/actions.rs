@@ -192,12 +192,10 @@ impl Engine {
             let hosts = self.placeable(views.first().map_or_else(|| self.clock.now(), |view| view.now))?;
             for draft in drafts {
                 accept::retype(draft, &kind)?;
-                let wanted = Wanted {
-                    instance_type: &kind,
-                    volume_gib: draft.record.volume.size_gib,
-                    zone: None,
-                };
-                let host = hosts.iter().find(|host| Some(&host.facts.host_id) == draft.record.row.host_id.as_ref());
+                let wanted =
+                    Wanted { instance_type: &kind, volume_gib: draft.record.volume.size_gib, zone: None };
+                let host =
+                    hosts.iter().find(|host| Some(&host.facts.host_id) == draft.record.row.host_id.as_ref());
                 let never = host.and_then(|host| {
                     roost_placement::refusal(host, &wanted).filter(Refusal::is_for_good).map(|why| {
                         format!("{} cannot run on host {}: it {why}", kind.name, host.facts.hostname)
@@ -216,15 +214,13 @@ impl Engine {
 /// The claim that an instance takes again on the host that has its volume; noted in `hosts` for the next one.
 fn reclaim(hosts: &mut [Host], draft: &Draft) -> Answer<Claim> {
     let row = &draft.record.row;
-    let wanted = Wanted {
-        instance_type: &row.instance_type,
-        volume_gib: draft.record.volume.size_gib,
-        zone: None,
-    };
-    let host = hosts.iter_mut().find(|host| Some(&host.facts.host_id) == row.host_id.as_ref()).ok_or_else(|| {
-        let text = format!("the host of instance {} is unknown", row.instance_id);
-        ApiError::new(ErrorCode::InternalError, text)
-    })?;
+    let wanted =
+        Wanted { instance_type: &row.instance_type, volume_gib: draft.record.volume.size_gib, zone: None };
+    let host =
+        hosts.iter_mut().find(|host| Some(&host.facts.host_id) == row.host_id.as_ref()).ok_or_else(|| {
+            let text = format!("the host of instance {} is unknown", row.instance_id);
+            ApiError::new(ErrorCode::InternalError, text)
+        })?;
     if let Some(why) = roost_placement::refusal(host, &wanted) {
         let code = match why {
             Refusal::Silent => ErrorCode::Unavailable,

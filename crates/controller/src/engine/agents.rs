@@ -79,8 +79,7 @@ impl Engine {
             self.store.put_host(&report.host, now).map_err(errors::of_store)?;
         }
         self.with_proofs(|_| ())?;
-        let durable =
-            self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let durable = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
         let records = self.store.instances(&filter).map_err(errors::of_store)?;
         let words: HashMap<&InstanceId, &Observation> =

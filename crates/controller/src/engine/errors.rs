@@ -23,10 +23,7 @@ pub fn of_store(error: StoreError) -> ApiError {
         }
         error => {
             tracing::error!(%error, "the store failed");
-            ApiError::new(
-                ErrorCode::InternalError,
-                "the controller's database failed; its log says how",
-            )
+            ApiError::new(ErrorCode::InternalError, "the controller's database failed; its log says how")
         }
     }
 }

@@ -195,11 +195,8 @@ impl Engine {
         for _ in 0..ATTEMPTS {
             let now = self.clock.now();
             let hosts = watch.store(self, || self.placeable(now))?;
-            let wanted = Wanted {
-                instance_type: &found.instance_type,
-                volume_gib: found.volume_gib,
-                zone: None,
-            };
+            let wanted =
+                Wanted { instance_type: &found.instance_type, volume_gib: found.volume_gib, zone: None };
             let (min, max) = (request.min_count as usize, request.max_count as usize);
             let chosen = watch
                 .placement(self, || roost_placement::place(&hosts, &wanted, min, max))

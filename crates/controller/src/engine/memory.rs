@@ -32,9 +32,10 @@ impl Memory {
     pub fn reported(&mut self, host: &HostId, boot_id: &str, now: Micros, every: Micros) -> bool {
         let known = self.hosts.entry(host.clone()).or_default();
         known.last_report = known.last_report.max(now);
-        let fresh = known.written.as_ref().is_some_and(|(at, boot)| {
-            boot == boot_id && now >= *at && (now - *at) < every
-        });
+        let fresh = known
+            .written
+            .as_ref()
+            .is_some_and(|(at, boot)| boot == boot_id && now >= *at && (now - *at) < every);
         !fresh
     }
 

@@ -37,6 +37,12 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
     if row.step == Step::Rest && !final_word {
         return None;
     }
+    // An end that lies before this start was accepted is the end of the one before, sent with our new number.
+    let over = !matches!(word.state, Observed::Preparing | Observed::Running);
+    let starting = matches!(row.step, Step::Place | Step::Launch);
+    if starting && over && ago(now, word.age_us) < row.incarnation_at {
+        return None;
+    }
     let old = row.observed.as_ref().filter(|seen| seen.incarnation == word.incarnation);
     let same_boot = old.is_none_or(|seen| seen.boot_id == boot_id);
     let earliest = row.incarnation_at;
@@ -49,9 +55,8 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
     let run_ended = old
         .and_then(|seen| seen.run_ended)
         .or_else(|| word.run_ended_age_us.filter(|_| own).map(|age| date(age, run_from)));
-    let ended = !matches!(word.state, Observed::Preparing | Observed::Running);
     let last_seen = old.and_then(|seen| seen.last_seen).or_else(|| {
-        word.last_seen_age_us.filter(|_| own && ended && same_boot).map(|age| date(age, run_from))
+        word.last_seen_age_us.filter(|_| own && over && same_boot).map(|age| date(age, run_from))
     });
     let since = old
         .filter(|seen| seen.state == word.state && same_boot)
@@ -72,10 +77,7 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
         trouble: word.trouble.clone(),
         guest_ready: word.guest_ready,
         guest_ready_at,
-        ssh_host_key: word
-            .ssh_host_key
-            .clone()
-            .or_else(|| old.and_then(|seen| seen.ssh_host_key.clone())),
+        ssh_host_key: word.ssh_host_key.clone().or_else(|| old.and_then(|seen| seen.ssh_host_key.clone())),
     };
     let mut next = row.clone();
     if own {

@@ -101,10 +101,7 @@ fn place(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
         return fail_start(row, because("Server.InternalError", silent));
     }
     let until = (view.now + back_off(row.tries)).min(row.deadline.unwrap_or(NEVER));
-    StepOutcome {
-        nap: Some(Nap { until, trouble: Some(silent), failed: true }),
-        ..StepOutcome::default()
-    }
+    StepOutcome { nap: Some(Nap { until, trouble: Some(silent), failed: true }), ..StepOutcome::default() }
 }
 
 /// Whether the host has rebooted since this incarnation was first seen on it.
@@ -138,11 +135,9 @@ fn launch(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
     let Some(seen) = own else { return wait_for_start(row, view, None) };
     let began = seen.run_began;
     match seen.state {
-        Observed::Running => StepOutcome {
-            open: Some(began.unwrap_or(seen.since)),
-            reason: Some(None),
-            ..hop(Step::Run)
-        },
+        Observed::Running => {
+            StepOutcome { open: Some(began.unwrap_or(seen.since)), reason: Some(None), ..hop(Step::Run) }
+        }
         Observed::Preparing | Observed::Absent => wait_for_start(row, view, seen.trouble.as_deref()),
         _ if rebooted(row, seen) => come_back(row, view, seen),
         // It ran and ended before anybody told us: billed for what it ran.
@@ -152,8 +147,9 @@ fn launch(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
             reason: Some(Some(why_ended(seen))),
             ..hop(Step::Stop)
         },
-        Observed::Stopping => wait_for_start(row, view, seen.trouble.as_deref()),
-        Observed::Stopped | Observed::Failed => {
+        // It is about to begin.
+        Observed::Stopping | Observed::Stopped => wait_for_start(row, view, seen.trouble.as_deref()),
+        Observed::Failed => {
             let reason = seen.reason.clone().unwrap_or_else(|| {
                 because("Server.InternalError", "The start failed on the host, which did not say why.")
             });
@@ -165,8 +161,7 @@ fn launch(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
 fn wait_for_start(row: &InstanceRow, view: &View, trouble: Option<&str>) -> StepOutcome {
     if overdue(row, view.now) {
         let last = trouble.map_or_else(String::new, |trouble| format!(": {trouble}"));
-        let text =
-            format!("The instance did not start within {} s{last}.", view.limits.launch.floor_secs());
+        let text = format!("The instance did not start within {} s{last}.", view.limits.launch.floor_secs());
         return fail_start(row, because("Server.InternalError", text));
     }
     nap(row.deadline.unwrap_or(NEVER), trouble.map(str::to_owned))
@@ -178,8 +173,8 @@ fn run(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
         return come_back(row, view, seen);
     }
     match seen.state {
-        Observed::Running => nap(NEVER, seen.trouble.clone()),
-        Observed::Preparing => nap(NEVER, Some("the host prepares it again though it was running".into())),
+        // A reboot takes a new monitor; it is one run all the same.
+        Observed::Running | Observed::Preparing => nap(NEVER, seen.trouble.clone()),
         Observed::Absent if seen.generation < row.generation => nap(NEVER, None),
         Observed::Stopping | Observed::Stopped | Observed::Failed | Observed::Absent => StepOutcome {
             // While the host is still clearing up, an end that it has not dated yet can still come.

@@ -100,3 +100,13 @@ pub fn release(db: &Transaction<'_>, instance: &InstanceId) -> Result<(), StoreE
     db.execute("DELETE FROM claims WHERE instance_id = ?1", [instance.as_str()])?;
     Ok(())
 }
+
+pub fn claim(db: &Connection, instance: &InstanceId) -> Result<Option<Claim>, StoreError> {
+    let read = |row: &Row<'_>| {
+        let cursor = &mut Cursor::new(row);
+        Ok(Claim { host_id: cursor.parse()?, cpu_milli: cursor.count()?, memory_mib: cursor.count()? })
+    };
+    let mut query =
+        db.prepare_cached("SELECT host_id, cpu_milli, memory_mib FROM claims WHERE instance_id = ?1")?;
+    Ok(query.query_row([instance.as_str()], read).optional()?)
+}

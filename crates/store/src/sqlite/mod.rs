@@ -11,8 +11,8 @@ mod usage;
 
 use crate::error::StoreError;
 use crate::rows::{
-    AccessKeyRow, BlobRow, Change, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow, Launch,
-    Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
+    AccessKeyRow, BlobRow, Change, Claim, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow,
+    Launch, Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
 };
 use crate::traits::Store;
 use roost_types::agent::HostFacts;
@@ -279,6 +279,9 @@ impl Store for SqliteStore {
     }
     fn next_due(&self) -> Result<Option<Micros>, StoreError> {
         self.read(instances::next_due)
+    }
+    fn claim(&self, id: &InstanceId) -> Result<Option<Claim>, StoreError> {
+        self.read(|db| hosts::claim(db, id))
     }
     fn volumes(&self, account: &AccountId) -> Result<Vec<VolumeRow>, StoreError> {
         self.read(|db| instances::volumes(db, account))

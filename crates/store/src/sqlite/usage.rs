@@ -113,7 +113,7 @@ const CONTRADICTIONS: [(&str, &str); 3] = [
     (
         "no claim held by an instance that needs one",
         "SELECT instance_id FROM instances LEFT JOIN claims c USING (instance_id)
-         WHERE state NOT IN ('stopped', 'terminated') AND c.instance_id IS NULL",
+         WHERE state IN ('pending', 'running', 'stopping') AND c.instance_id IS NULL",
     ),
     (
         "an interval open of an instance that is at rest or gone",

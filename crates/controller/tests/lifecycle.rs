@@ -1,0 +1,457 @@
+//! Whole lives of instances, against a simulated host.
+
+mod world;
+
+use roost_controller::engine::EngineSettings;
+use roost_store::Store;
+use roost_testbed::sim::Death;
+use roost_types::api::{DescribeInstanceTiming, ModifyInstanceType};
+use roost_types::state::{InstanceState, Step, VolumeState};
+use roost_types::{ErrorCode, InstanceId, Micros};
+use world::{World, caller, request};
+
+#[test]
+fn an_instance_is_launched_stopped_resized_started_rebooted_terminated_and_billed_to_the_second() {
+    let mut world = World::new();
+    let id = world.one();
+    assert_eq!(world.state(&id), InstanceState::Pending);
+    let shown = world.wait(&id, InstanceState::Running);
+    assert_eq!(shown.private_ip.to_string(), "172.31.0.4");
+    assert_eq!(shown.public_ip.to_string(), "100.64.0.4");
+    let began = shown.running_since.unwrap();
+    for _ in 0..20 {
+        world.tick();
+    }
+    let running = world.show(&id);
+    assert!(running.guest_ready);
+    assert!(running.used_seconds >= 19, "{running:?}");
+
+    let asked = world.now();
+    let changes = world.stop(&id).unwrap().changes;
+    assert_eq!((changes[0].previous, changes[0].current), (InstanceState::Running, InstanceState::Stopping));
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(
+        world.intervals(&id),
+        vec![(1, began, Some(asked))],
+        "the bill ends when the stop was accepted"
+    );
+    let stopped = world.show(&id);
+    assert_eq!(stopped.state_reason.as_ref().unwrap().code, "Client.UserInitiatedShutdown");
+    assert_eq!((stopped.used_seconds, stopped.billed_seconds), (20, 60));
+    assert_eq!(world.store().hosts().unwrap()[0].claims, 0, "a stopped instance holds no capacity");
+    for _ in 0..30 {
+        world.tick();
+    }
+    assert_eq!(world.show(&id).used_seconds, 20, "nothing while stopped");
+
+    let retype = ModifyInstanceType { instance_id: id.to_string(), instance_type: "home1.large".into() };
+    world.engine().modify_instance_type(&caller("alice"), retype.clone()).unwrap();
+    world.start(&id).unwrap();
+    let started = world.wait(&id, InstanceState::Running);
+    assert_eq!((started.vcpus, started.memory_mib, started.incarnation), (2, 2048, 2));
+    assert_eq!(started.public_ip, shown.public_ip, "addresses stay");
+    let error = world.engine().modify_instance_type(&caller("alice"), retype).unwrap_err();
+    assert_eq!(error.code, ErrorCode::IncorrectInstanceState);
+    world.reboot(&id).unwrap();
+    for _ in 0..100 {
+        world.tick();
+    }
+    assert_eq!(world.intervals(&id).len(), 2, "a reboot opens no new interval");
+    world.terminate(&id).unwrap();
+    assert_eq!(world.state(&id), InstanceState::ShuttingDown);
+    let ended = world.wait(&id, InstanceState::Terminated);
+    assert!(ended.billed_seconds >= 60 + 100, "{ended:?}");
+    assert_eq!(ended.host_id, None);
+    assert_eq!(world.terminate(&id).unwrap().changes[0].current, InstanceState::Terminated, "again is fine");
+    world.tick();
+    world.check_nothing_left();
+    let volume = world.record(&id).volume;
+    assert_eq!(volume.state, VolumeState::Deleted);
+}
+
+#[test]
+fn a_failed_launch_terminates_with_its_reason_and_costs_nothing() {
+    let mut world = World::new();
+    world.hosts[0].behaviour.starts_fail = true;
+    let id = world.one();
+    let ended = world.wait(&id, InstanceState::Terminated);
+    assert_eq!(ended.state_reason.unwrap().message, "the simulated start fails");
+    assert_eq!((ended.used_seconds, ended.billed_seconds), (0, 0));
+    world.tick();
+    world.check_nothing_left();
+}
+
+#[test]
+fn a_failed_restart_goes_back_to_stopped_with_its_reason_and_can_be_started_again() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    world.hosts[0].behaviour.starts_fail = true;
+    world.start(&id).unwrap();
+    let stopped = world.wait(&id, InstanceState::Stopped);
+    assert_eq!(stopped.state_reason.unwrap().message, "the simulated start fails");
+    assert_eq!(world.intervals(&id).len(), 1, "the failed start is not billed");
+    world.hosts[0].behaviour.starts_fail = false;
+    world.start(&id).unwrap();
+    world.wait(&id, InstanceState::Running);
+    world.check();
+}
+
+#[test]
+fn a_start_that_takes_too_long_fails_and_says_so() {
+    let settings = EngineSettings { launch_deadline: Micros::from_secs(30), ..Default::default() };
+    let mut world = World::with(settings, &[(8, 16384)]);
+    world.hosts[0].behaviour.prepare = Micros::from_secs(1000);
+    let id = world.one();
+    let ended = world.wait(&id, InstanceState::Terminated);
+    assert!(ended.state_reason.unwrap().message.contains("did not start within 30 s"));
+}
+
+#[test]
+fn a_guest_that_powers_itself_off_is_stopped_and_billed_to_that_moment() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    for _ in 0..70 {
+        world.tick();
+    }
+    let off = world.now();
+    world.hosts[0].end_monitor(&id, Death::PowerOff);
+    let stopped = world.wait(&id, InstanceState::Stopped);
+    assert_eq!(stopped.state_reason.unwrap().code, "Client.InstanceInitiatedShutdown");
+    assert_eq!(world.intervals(&id), vec![(1, began, Some(off))]);
+    world.check();
+}
+
+#[test]
+fn a_killed_monitor_means_stopped_with_the_reason() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    world.hosts[0].end_monitor(&id, Death::Killed);
+    let stopped = world.wait(&id, InstanceState::Stopped);
+    assert!(stopped.state_reason.unwrap().code.starts_with("Server."));
+    world.check();
+}
+
+#[test]
+fn a_silent_agent_is_billed_to_its_last_report_and_goes_on_when_it_is_back() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    for _ in 0..10 {
+        world.tick();
+    }
+    world.hosts[0].connected = false;
+    let last = world.show(&id).used_seconds;
+    for _ in 0..50 {
+        world.tick();
+    }
+    let silent = world.show(&id);
+    assert_eq!(silent.used_seconds, last);
+    assert!(silent.trouble.unwrap().contains("has not reported"), "it says what is wrong");
+    world.hosts[0].connected = true;
+    world.tick();
+    let back = world.show(&id);
+    assert!(back.used_seconds >= last + 50, "the same run goes on: {}", back.used_seconds);
+    assert_eq!(back.incarnation, 1);
+    assert_eq!(world.intervals(&id).len(), 1);
+}
+
+#[test]
+fn a_monitor_that_died_unseen_is_billed_to_its_last_proof_of_life() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    for _ in 0..90 {
+        world.tick();
+    }
+    let last = world.now();
+    world.hosts[0].kill_agent();
+    for _ in 0..10 {
+        world.tick();
+    }
+    world.hosts[0].end_monitor(&id, Death::Killed);
+    for _ in 0..10 {
+        world.tick();
+    }
+    world.hosts[0].start_agent();
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(world.intervals(&id), vec![(1, began, Some(last))]);
+}
+
+#[test]
+fn a_reboot_of_the_host_brings_instances_back_as_a_new_incarnation() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    for _ in 0..15 {
+        world.tick();
+    }
+    let last = world.now();
+    world.hosts[0].reboot();
+    for _ in 0..20 {
+        world.tick();
+    }
+    world.hosts[0].start_agent();
+    world.until("the next incarnation runs", |world| {
+        let row = world.record(&id).row;
+        row.incarnation == 2 && row.step == Step::Run
+    });
+    let intervals = world.intervals(&id);
+    assert_eq!(intervals[0], (1, began, Some(last)));
+    assert_eq!((intervals.len(), intervals[1].0, intervals[1].2), (2, 2, None));
+    world.check();
+}
+
+#[test]
+fn a_stopped_instance_stays_stopped_when_its_host_reboots() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    world.hosts[0].reboot();
+    world.hosts[0].start_agent();
+    for _ in 0..10 {
+        world.tick();
+    }
+    assert_eq!(world.state(&id), InstanceState::Stopped);
+}
+
+#[test]
+fn states_forbid_what_ec2_forbids() {
+    let mut world = World::new();
+    let id = world.one();
+    let code =
+        |result: Result<roost_types::api::StateChanges, roost_types::ApiError>| result.unwrap_err().code;
+    assert_eq!(code(world.stop(&id)), ErrorCode::IncorrectInstanceState, "pending");
+    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "pending");
+    world.wait(&id, InstanceState::Running);
+    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "running");
+    world.stop(&id).unwrap();
+    assert_eq!(world.reboot(&id).unwrap_err().code, ErrorCode::IncorrectInstanceState, "stopping");
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(world.stop(&id).unwrap().changes[0].current, InstanceState::Stopped, "again is fine");
+    world.terminate(&id).unwrap();
+    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "shutting down");
+    world.wait(&id, InstanceState::Terminated);
+    let error = world.start(&id).unwrap_err();
+    assert_eq!(error.code, ErrorCode::IncorrectInstanceState, "terminated");
+    assert!(error.message.contains("terminated") && error.message.contains("stopped"), "{error}");
+}
+
+#[test]
+fn a_call_over_several_instances_changes_all_or_none() {
+    let mut world = World::new();
+    let first = world.one();
+    world.wait(&first, InstanceState::Running);
+    let second = world.one();
+    let both = vec![first.to_string(), second.to_string()];
+    let request = roost_types::api::StopInstances { instance_ids: both, force: false };
+    let error = world.engine().stop_instances(&caller("alice"), request).unwrap_err();
+    assert_eq!(error.code, ErrorCode::IncorrectInstanceState);
+    assert!(error.message.contains(second.as_str()));
+    assert_eq!(world.state(&first), InstanceState::Running);
+}
+
+#[test]
+fn another_accounts_instance_is_not_there() {
+    let world = World::new();
+    let id = world.one();
+    let error = world.describe("bob", &[&id]).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidInstanceIdNotFound);
+    assert!(error.message.contains(id.as_str()));
+    assert!(world.describe("bob", &[]).unwrap().is_empty());
+    assert_eq!(world.describe("alice", &[]).unwrap().len(), 1);
+    let request = roost_types::api::TerminateInstances { instance_ids: vec![id.to_string()] };
+    let error = world.engine().terminate_instances(&caller("bob"), request).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidInstanceIdNotFound);
+}
+
+#[test]
+fn a_client_token_makes_a_launch_happen_once() {
+    let mut world = World::new();
+    let with = |token: &str| {
+        let mut request = request(2);
+        request.client_token = Some(token.into());
+        request
+    };
+    let first = world.engine().run_instances(&caller("alice"), with("t")).unwrap();
+    world.wait(&first.instances[0].instance_id, InstanceState::Running);
+    let again = world.engine().run_instances(&caller("alice"), with("t")).unwrap();
+    assert_eq!(again.reservation_id, first.reservation_id);
+    assert_eq!(again.instances[0].state, InstanceState::Running, "with the state of now");
+    assert_eq!(world.records().len(), 2);
+    let mut other = with("t");
+    other.instance_type = "home1.nano".into();
+    let error = world.engine().run_instances(&caller("alice"), other).unwrap_err();
+    assert_eq!(error.code, ErrorCode::IdempotentParameterMismatch);
+    world.engine().run_instances(&caller("bob"), with("t")).unwrap();
+    assert_eq!(world.records().len(), 4, "tokens are per account");
+}
+
+#[test]
+fn bad_parameters_get_ec2s_code_and_what_is_allowed() {
+    type Spoil = fn(&mut roost_types::api::RunInstances);
+    let world = World::new();
+    let table: &[(Spoil, ErrorCode, &[&str])] = &[
+        (|r| (r.min_count, r.max_count) = (0, 0), ErrorCode::InvalidParameterValue, &["0", "1 to 1000"]),
+        (
+            |r| (r.min_count, r.max_count) = (1, 10_000),
+            ErrorCode::InvalidParameterValue,
+            &["10000", "1 to 1000"],
+        ),
+        (|r| (r.min_count, r.max_count) = (3, 2), ErrorCode::InvalidParameterValue, &["3", "2"]),
+        (|r| r.image = String::new(), ErrorCode::MissingParameter, &["image"]),
+        (|r| r.image = "ami-x".into(), ErrorCode::InvalidAmiIdMalformed, &["ami-x", "17 hexadecimal"]),
+        (|r| r.image = "ami-0123456789abcdef0".into(), ErrorCode::InvalidAmiIdNotFound, &["ami-0123"]),
+        (|r| r.image = "no-such".into(), ErrorCode::InvalidAmiIdNotFound, &["no-such"]),
+        (|r| r.instance_type = "t9.huge".into(), ErrorCode::InvalidParameterValue, &["t9.huge"]),
+        (|r| r.key_name = Some("nokey".into()), ErrorCode::InvalidKeyPairNotFound, &["nokey"]),
+        (|r| r.key_name = Some("bob-key".into()), ErrorCode::InvalidKeyPairNotFound, &["bob-key"]),
+        (|r| r.user_data = Some("not base64!".into()), ErrorCode::InvalidParameterValue, &["base64"]),
+        (|r| r.user_data = Some("AAAA".repeat(6000)), ErrorCode::InvalidParameterValue, &["16384"]),
+        (|r| r.volume_gib = Some(0), ErrorCode::InvalidParameterValue, &["0", "1 to 16384"]),
+        (|r| r.client_token = Some("x".repeat(65)), ErrorCode::InvalidParameterValue, &["65", "64"]),
+        (|r| drop(r.tags.insert("aws:x".into(), "y".into())), ErrorCode::InvalidParameterValue, &["aws:x"]),
+        (|r| r.instance_type = "m5.24xlarge".into(), ErrorCode::Unsupported, &["m5.24xlarge", "96"]),
+        (
+            |r| (r.min_count, r.max_count) = (900, 900),
+            ErrorCode::InsufficientInstanceCapacity,
+            &["31 of at least 900"],
+        ),
+        (|r| r.dry_run = true, ErrorCode::DryRunOperation, &["would have"]),
+    ];
+    for (spoil, code, said) in table {
+        let mut request = request(1);
+        spoil(&mut request);
+        let error = world.engine().run_instances(&caller("alice"), request).unwrap_err();
+        assert_eq!(error.code, *code, "{error}");
+        for part in *said {
+            assert!(error.message.contains(part), "{part:?} in {error}");
+        }
+    }
+    assert!(world.records().is_empty(), "nothing half made");
+    let error = world.stop(&"i-0123456789abcdef0".parse::<InstanceId>().unwrap()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InvalidInstanceIdNotFound);
+}
+
+#[test]
+fn a_start_claims_its_capacity_again_and_is_refused_if_it_is_taken() {
+    let mut world = World::with(EngineSettings::default(), &[(8, 2 * (512 + 16))]);
+    let ids = world.launch("alice", 2, |_| {});
+    world.wait(&ids[1], InstanceState::Running);
+    world.stop(&ids[0]).unwrap();
+    world.wait(&ids[0], InstanceState::Stopped);
+    let third = world.one();
+    let error = world.start(&ids[0]).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InsufficientInstanceCapacity);
+    assert!(error.message.contains("0 MiB free") && error.message.contains("528 MiB"), "{error}");
+    world.terminate(&third).unwrap();
+    world.wait(&third, InstanceState::Terminated);
+    world.start(&ids[0]).unwrap();
+    world.wait(&ids[0], InstanceState::Running);
+    world.check();
+}
+
+#[test]
+fn an_instance_made_from_a_withdrawn_image_goes_on_and_keeps_its_spec() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    let host = world.hosts[0].id().clone();
+    let before = world.engine().desired(&host).unwrap();
+    let image = world.show(&id).image_id;
+    world.store().deregister_image(&image, Micros(1)).unwrap();
+    assert_eq!(world.engine().desired(&host).unwrap(), before);
+    assert_eq!(
+        world.engine().run_instances(&caller("alice"), request(1)).unwrap_err().code,
+        ErrorCode::InvalidAmiIdNotFound
+    );
+}
+
+#[test]
+fn the_timing_of_a_start_has_the_parts_of_every_room() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    for _ in 0..5 {
+        world.tick();
+    }
+    let request = DescribeInstanceTiming { instance_id: id.to_string() };
+    let timing = world.engine().describe_instance_timing(&caller("alice"), request).unwrap();
+    let parts: Vec<_> = timing.parts.iter().map(|part| part.part.as_str()).collect();
+    assert_eq!(parts, ["api", "placement", "store", "agent.prepare", "guest"]);
+    assert_eq!(timing.parts[4].took_us, 3_000_000);
+}
+
+#[test]
+fn what_desired_says_changes_its_version_and_only_then() {
+    let mut world = World::new();
+    let host = world.hosts[0].id().clone();
+    let empty = world.engine().desired(&host).unwrap().version;
+    let id = world.one();
+    let pending = world.engine().desired(&host).unwrap().version;
+    assert_ne!(pending, empty);
+    world.wait(&id, InstanceState::Running);
+    assert_eq!(world.engine().desired(&host).unwrap().version, pending, "that it runs is nothing new to do");
+    world.kill_controller();
+    world.start_controller();
+    assert_eq!(world.engine().desired(&host).unwrap().version, pending, "a restart changes nothing");
+    world.stop(&id).unwrap();
+    assert_ne!(world.engine().desired(&host).unwrap().version, pending);
+    world.terminate(&id).unwrap();
+    world.wait(&id, InstanceState::Terminated);
+    assert_eq!(world.engine().desired(&host).unwrap().version, empty, "what is gone is not wanted any more");
+}
+
+#[tokio::test(flavor = "multi_thread")]
+async fn the_worker_runs_due_steps_until_it_is_told_to_end() {
+    let settings = EngineSettings { place_deadline: Micros(0), ..Default::default() };
+    let mut world = World::with(settings, &[(8, 16384)]);
+    let id = world.one();
+    world.hosts[0].kill_agent();
+    world.clock.advance(Micros::from_secs(60));
+    let (end, ended) = tokio::sync::watch::channel(false);
+    let mut changes = world.engine().subscribe();
+    let work = tokio::spawn(world.shared_engine().work(ended));
+    let deadline = std::time::Duration::from_secs(20);
+    tokio::time::timeout(deadline, changes.wait_for(|_| world.record(&id).row.step == Step::Terminate))
+        .await
+        .expect("a host that does not answer fails the start")
+        .unwrap();
+    end.send(true).unwrap();
+    tokio::time::timeout(deadline, work).await.expect("it ends").unwrap();
+}
+
+#[test]
+fn an_unreachable_hosts_generation_that_ran_ahead_is_overtaken() {
+    // A database restored from a backup: the agent has seen newer generations than the controller knows.
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    let folder = tempfile::tempdir().unwrap();
+    let backup = folder.path().join("backup.db");
+    world.store().backup(&backup).unwrap();
+    world.reboot(&id).unwrap();
+    world.reboot(&id).unwrap();
+    world.tick();
+    let ahead = world.record(&id).row.generation;
+    world.kill_controller();
+    for end in ["", "-wal", "-shm"] {
+        let file = format!("{}{end}", world.database().display());
+        let _ = std::fs::remove_file(file);
+    }
+    std::fs::copy(&backup, world.database()).unwrap();
+    world.start_controller();
+    world.forget_specs();
+    world.until("its word counts again", |world| world.record(&id).row.generation > ahead);
+    world.terminate(&id).unwrap();
+    world.wait(&id, InstanceState::Terminated);
+    world.tick();
+    world.check_nothing_left();
+}
