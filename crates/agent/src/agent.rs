@@ -30,17 +30,16 @@ pub struct Agent<H: Host> {
     entries: Mutex<BTreeMap<InstanceId, Entry>>,
     changed: Arc<watch::Sender<u64>>,
     runtime: Handle,
-    // Held for as long as this agent lives: one agent per state folder.
-    _lock: File,
+    // Held for as long as this agent lives.
+    _lock: StateLock,
 }
 
 impl<H: Host> Agent<H> {
-    /// Takes the state folder and goes on with every instance in it. Must be called inside a tokio runtime.
+    /// Goes on with every instance in the state folder. Must be called inside a tokio runtime.
     ///
     /// # Errors
-    /// Another agent has the folder, or it cannot be read.
-    pub fn open(host: Arc<H>, folders: &Folders, pace: Pace) -> Result<Arc<Self>> {
-        let lock = lock(folders)?;
+    /// The folder cannot be read.
+    pub fn open(lock: StateLock, host: Arc<H>, folders: &Folders, pace: Pace) -> Result<Arc<Self>> {
         let records = Records::new(folders.clone());
         let agent = Arc::new(Self {
             host,
@@ -244,19 +243,31 @@ fn first_state(accepted: &Accepted, run: &Run) -> Observed {
     }
 }
 
-fn lock(folders: &Folders) -> Result<File> {
-    durable::make_folder(&folders.state)?;
-    let path = folders.lock();
-    let file = File::options()
-        .create(true)
-        .truncate(false)
-        .write(true)
-        .open(&path)
-        .map_err(Error::file("open", &path))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(TryLockError::WouldBlock) => Err(Error::Locked { path: folders.state.clone(), lock: path }),
-        Err(TryLockError::Error(error)) => Err(Error::file("lock", &path)(error)),
+/// One agent per state folder: held while it works there, and taken before anything else in it is touched.
+#[derive(Debug)]
+pub struct StateLock {
+    _file: File,
+}
+
+impl StateLock {
+    /// Takes the folder, which is made if it is not there.
+    ///
+    /// # Errors
+    /// Another agent has it.
+    pub fn take(folders: &Folders) -> Result<Self> {
+        durable::make_folder(&folders.state)?;
+        let path = folders.lock();
+        let file = File::options()
+            .create(true)
+            .truncate(false)
+            .write(true)
+            .open(&path)
+            .map_err(Error::file("open", &path))?;
+        match file.try_lock() {
+            Ok(()) => Ok(Self { _file: file }),
+            Err(TryLockError::WouldBlock) => Err(Error::Locked { path: folders.state.clone(), lock: path }),
+            Err(TryLockError::Error(error)) => Err(Error::file("lock", &path)(error)),
+        }
     }
 }
 

@@ -73,12 +73,8 @@ impl Cgroups {
     /// # Errors
     /// There is no cgroup v2 here, or it lacks a controller.
     pub fn open(root: Option<&Path>) -> Result<Self> {
-        let root = match root {
-            Some(root) => root.to_owned(),
-            None => own_delegated().unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup/roost")),
-        };
-        let this = Self { root, pretend: false };
-        if !root_exists(&this.root) {
+        let this = Self::look(root);
+        if !this.root.is_dir() {
             make(&this.root)?;
         }
         this.check_kind()?;
@@ -89,6 +85,12 @@ impl Cgroups {
         }
         enable(&this.root, &CONTROLLERS)?;
         Ok(this)
+    }
+
+    /// The cgroups that are there, to look at only: of `root`, or the agent's own unit, or the default.
+    pub fn look(root: Option<&Path>) -> Self {
+        let root = root.map(Path::to_owned).or_else(own_delegated);
+        Self { root: root.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup/roost")), pretend: false }
     }
 
     /// A folder of plain files, for tests on hosts without cgroup v2. Limits are written and read back, and limit
@@ -191,7 +193,9 @@ impl Cgroups {
         let Ok(path) = self.path(spec, id) else { return false };
         let (instance, threads) = limits(spec, overhead_mib);
         let holds = |folder: &Path, limits: Vec<Limit>| {
-            limits.iter().all(|limit| fs::read_to_string(folder.join(limit.file)).is_ok_and(|got| same(&got, &limit.value)))
+            limits.iter().all(|limit| {
+                fs::read_to_string(folder.join(limit.file)).is_ok_and(|got| same(&got, &limit.value))
+            })
         };
         holds(&path, instance) && holds(&path.join("vcpu"), threads)
     }
@@ -247,7 +251,11 @@ impl Cgroups {
     /// Every cgroup of the instance, whatever its family was.
     pub fn of(&self, id: &InstanceId) -> Vec<PathBuf> {
         let Ok(families) = fs::read_dir(&self.root) else { return vec![] };
-        families.flatten().map(|family| family.path().join(id.as_str())).filter(|path| path.is_dir()).collect()
+        families
+            .flatten()
+            .map(|family| family.path().join(id.as_str()))
+            .filter(|path| path.is_dir())
+            .collect()
     }
 
     /// Processes of the instance.
@@ -357,13 +365,11 @@ fn read(path: &Path) -> Result<String> {
     fs::read_to_string(path).map_err(Error::file("read", path))
 }
 
-fn root_exists(path: &Path) -> bool {
-    path.is_dir()
-}
-
 fn make(path: &Path) -> Result<()> {
     match fs::create_dir(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => Err(Error::file("create", path)(error)),
+        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
+            Err(Error::file("create", path)(error))
+        }
         _ => Ok(()),
     }
 }
@@ -388,7 +394,9 @@ fn enable(path: &Path, controllers: &[&str]) -> Result<()> {
     let have = has()?;
     match controllers.iter().find(|name| !have.iter().any(|h| h == *name)) {
         None => Ok(()),
-        Some(name) => Err(Error::Impossible(format!("the cgroup controller {name:?} is not in {}", file.display()))),
+        Some(name) => {
+            Err(Error::Impossible(format!("the cgroup controller {name:?} is not in {}", file.display())))
+        }
     }
 }
 
@@ -427,9 +435,9 @@ fn own_delegated() -> Option<PathBuf> {
         path.pop();
     }
     let mut mark = [0; 8];
-    let delegated = ["trusted.delegate", "user.delegate"]
-        .iter()
-        .any(|name| rustix::fs::getxattr(&path, *name, &mut mark).is_ok_and(|length| &mark[..length] == b"1"));
+    let delegated = ["trusted.delegate", "user.delegate"].iter().any(|name| {
+        rustix::fs::getxattr(&path, *name, &mut mark).is_ok_and(|length| &mark[..length] == b"1")
+    });
     delegated.then_some(path)
 }
 
@@ -439,8 +447,12 @@ fn vcpu_threads(pid: i32) -> Result<Vec<i32>> {
     let mut threads = Vec::new();
     for entry in fs::read_dir(&folder).map_err(Error::file("list", &folder))?.flatten() {
         let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let number = name.trim().strip_prefix("vcpu").is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-        if let (true, Some(thread)) = (number, entry.file_name().to_str().and_then(|text| text.parse().ok())) {
+        let number = name
+            .trim()
+            .strip_prefix("vcpu")
+            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
+        if let (true, Some(thread)) = (number, entry.file_name().to_str().and_then(|text| text.parse().ok()))
+        {
             threads.push(thread);
         }
     }

@@ -69,11 +69,19 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
         cpus,
         cpu_milli: milli(cpus, shares.cpu_overcommit),
         memory_mib: total_mib(&meminfo).saturating_sub(shares.reserve_memory_mib),
-        disk_gib: disk.f_bavail.saturating_mul(disk.f_frsize) >> 30,
+        // Volumes are counted by their full size when they are placed, so what they take already is free here.
+        disk_gib: (disk.f_bavail.saturating_mul(disk.f_frsize) + taken(&folders.volumes())) >> 30,
         max_vcpus: max_vcpus(),
         overhead_mib: shares.overhead_mib,
         gpus: 0,
     })
+}
+
+/// Bytes that the files of a folder take on the disk.
+fn taken(folder: &Path) -> u64 {
+    use std::os::unix::fs::MetadataExt;
+    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
+    entries.flatten().filter_map(|entry| entry.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
 }
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // clamped to what fits
@@ -123,7 +131,8 @@ mod tests {
     #[test]
     fn memory_and_name_servers_are_read() {
         assert_eq!(total_mib("MemTotal:       24576000 kB\nMemFree: 1 kB\n"), 24000);
-        let servers = parse_resolv("nameserver 127.0.0.53\nnameserver 10.0.2.3\nnameserver fe80::1\nsearch x\n");
+        let servers =
+            parse_resolv("nameserver 127.0.0.53\nnameserver 10.0.2.3\nnameserver fe80::1\nsearch x\n");
         assert_eq!(servers, vec![Ipv4Addr::new(10, 0, 2, 3)]);
     }
 }

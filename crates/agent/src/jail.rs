@@ -19,7 +19,9 @@ use nix::libc;
 use nix::mount::{MntFlags, MsFlags, mount, umount2};
 use nix::sched::{CloneFlags, unshare};
 use nix::sys::resource::{Resource, setrlimit};
-use nix::unistd::{ForkResult, Gid, Uid, chdir, execveat, fork, pivot_root, sethostname, setresgid, setresuid, setsid};
+use nix::unistd::{
+    ForkResult, Gid, Uid, chdir, execveat, fork, pivot_root, sethostname, setresgid, setresuid, setsid,
+};
 use serde::{Deserialize, Serialize};
 use std::ffi::CString;
 use std::fs::File;
@@ -58,8 +60,15 @@ pub struct JailSpec {
 ///
 /// # Errors
 /// The first thing that failed on the way.
-pub fn start(jailer: &Path, mut spec: JailSpec, program: &File, handed: &[&OwnedFd], log: File) -> Result<i32> {
-    let (report, theirs) = nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(Error::sys("making a pipe"))?;
+pub fn start(
+    jailer: &Path,
+    mut spec: JailSpec,
+    program: &File,
+    handed: &[&OwnedFd],
+    log: File,
+) -> Result<i32> {
+    let (report, theirs) =
+        nix::unistd::pipe2(nix::fcntl::OFlag::O_CLOEXEC).map_err(Error::sys("making a pipe"))?;
     spec.program = program.as_raw_fd();
     spec.keep = handed.iter().map(|fd| fd.as_raw_fd()).collect();
     spec.report = theirs.as_raw_fd();
@@ -73,9 +82,7 @@ pub fn start(jailer: &Path, mut spec: JailSpec, program: &File, handed: &[&Owned
     command.stdin(Stdio::null()).stdout(log).stderr(second);
     // SAFETY: only fcntl, which is async-signal-safe, on descriptors that live until the spawn is over.
     unsafe {
-        command.pre_exec(move || {
-            inherited.iter().try_for_each(|fd| inherit(*fd))
-        });
+        command.pre_exec(move || inherited.iter().try_for_each(|fd| inherit(*fd)));
     }
     let mut child = command.spawn().map_err(Error::file("start the jail step of", jailer))?;
     drop(theirs);
@@ -95,7 +102,8 @@ fn told(spec: &JailSpec) -> Result<File> {
     let memory = rustix::fs::memfd_create(c"jail", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(Error::sys("making a memory file"))?;
     let mut file = File::from(memory);
-    let text = serde_json::to_vec(spec).map_err(|source| Error::Damaged { path: "jail spec".into(), source })?;
+    let text =
+        serde_json::to_vec(spec).map_err(|source| Error::Damaged { path: "jail spec".into(), source })?;
     file.write_all(&text).map_err(Error::io("writing the jail spec"))?;
     file.rewind().map_err(Error::io("writing the jail spec"))?;
     Ok(file)
@@ -115,7 +123,9 @@ pub fn enter(spec_fd: RawFd) -> ! {
     let spec: JailSpec = match told.read_to_string(&mut text).map(|_| serde_json::from_str(&text)) {
         Ok(Ok(spec)) => spec,
         _ => {
-            eprintln!("roost-agent jail: descriptor {spec_fd} holds no jail spec; this is the agent's own subcommand");
+            eprintln!(
+                "roost-agent jail: descriptor {spec_fd} holds no jail spec; this is the agent's own subcommand"
+            );
             std::process::exit(2);
         }
     };
@@ -131,7 +141,8 @@ pub fn enter(spec_fd: RawFd) -> ! {
 
 fn run(spec: &JailSpec, report: &mut File) -> Result<std::convert::Infallible> {
     let own = std::process::id().to_string();
-    std::fs::write(&spec.cgroup_procs, own).map_err(Error::file("join the cgroup with", &spec.cgroup_procs))?;
+    std::fs::write(&spec.cgroup_procs, own)
+        .map_err(Error::file("join the cgroup with", &spec.cgroup_procs))?;
     setsid().map_err(Error::sys("starting a session"))?;
     unshare(
         CloneFlags::CLONE_NEWNS
@@ -162,7 +173,8 @@ fn run(spec: &JailSpec, report: &mut File) -> Result<std::convert::Infallible> {
 fn empty_root(mount_point: &Path) -> Result<()> {
     let none = None::<&str>;
     let sys = Error::sys::<nix::Error>;
-    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none).map_err(sys("making mounts private"))?;
+    mount(none, "/", none, MsFlags::MS_REC | MsFlags::MS_PRIVATE, none)
+        .map_err(sys("making mounts private"))?;
     let flags = MsFlags::MS_NOSUID | MsFlags::MS_NODEV | MsFlags::MS_NOEXEC;
     mount(Some("none"), mount_point, Some("tmpfs"), flags, Some("size=4k,nr_inodes=2,mode=555"))
         .map_err(sys("mounting the empty root"))?;
@@ -198,7 +210,9 @@ fn become_nobody(uid: u32) -> Result<()> {
     setresgid(gid, gid, gid).map_err(Error::sys("changing the group"))?;
     setresuid(uid, uid, uid).map_err(Error::sys("changing the user"))?;
     nix::sys::prctl::set_no_new_privs().map_err(Error::sys("giving up new privileges"))?;
-    for set in [caps::CapSet::Effective, caps::CapSet::Permitted, caps::CapSet::Inheritable, caps::CapSet::Bounding] {
+    for set in
+        [caps::CapSet::Effective, caps::CapSet::Permitted, caps::CapSet::Inheritable, caps::CapSet::Bounding]
+    {
         let left = caps::read(None, set).map_err(caps)?;
         if !left.is_empty() {
             return Err(Error::Impossible(format!("capabilities are left in the {set:?} set: {left:?}")));

@@ -114,6 +114,7 @@ fn processes(id: &InstanceId) -> Vec<i32> {
             && arguments.iter().any(|argument| *argument == id.as_str().as_bytes());
         cgroup || monitor
     };
-    let pids = entries(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
+    let pids =
+        entries(Path::new("/proc")).into_iter().filter(|name| name.bytes().all(|byte| byte.is_ascii_digit()));
     pids.filter(|pid| *pid != own && named(pid)).filter_map(|pid| pid.parse().ok()).collect()
 }

@@ -17,11 +17,14 @@
 //! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
 //! | [`leftovers`] | what is still there of an instance |
+//! | [`controller`], [`connection`], [`streams`] | the conversation with the controller |
 //! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
 
 pub mod agent;
 pub mod cgroup;
 pub mod clock;
+pub mod connection;
+pub mod controller;
 pub mod durable;
 pub mod error;
 pub mod facts;
@@ -36,6 +39,7 @@ pub mod real;
 pub mod record;
 pub mod scan;
 pub mod storage;
+pub mod streams;
 pub mod task;
 #[doc(hidden)]
 pub mod testing;

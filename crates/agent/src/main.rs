@@ -1,2 +1,241 @@
-//! The host agent.
-fn main() {}
+//! `roost-agent`: the host's agent.
+
+use clap::{Args, Parser, Subcommand};
+use roost_agent::agent::{Agent, StateLock};
+use roost_agent::cgroup::Cgroups;
+use roost_agent::controller::Controller;
+use roost_agent::error::{Error, Result};
+use roost_agent::facts::{self, Identity, Shares};
+use roost_agent::monitor::Monitors;
+use roost_agent::names::Folders;
+use roost_agent::net::links;
+use roost_agent::real::{HostSettings, RealHost};
+use roost_agent::storage::Images;
+use roost_agent::streams::Streams;
+use roost_agent::task::Pace;
+use roost_agent::{connection, durable, jail, leftovers};
+use roost_types::ids::InstanceId;
+use std::io::Write;
+use std::net::Ipv4Addr;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::Arc;
+use std::time::Duration;
+use tokio::signal::unix::{SignalKind, signal};
+
+/// The host's agent: makes this host match what the controller wants of it. Guests outlive it.
+#[derive(Parser)]
+#[command(version)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    /// Works until it is told to stop.
+    Serve(Box<Serve>),
+    /// Lists what is on this host of an instance, or of any, as JSON; exit code 3 if there is anything.
+    Leftovers(Leftovers),
+    /// The agent's own step into a monitor's jail.
+    #[command(hide = true)]
+    Jail {
+        /// Descriptor of the spec.
+        #[arg(long)]
+        spec_fd: i32,
+    },
+}
+
+#[derive(Args)]
+struct Places {
+    /// Where instances, volumes and images are kept.
+    #[arg(long, value_name = "DIR", default_value = "/var/lib/roost/agent")]
+    state_dir: PathBuf,
+    /// Where sockets of running instances are.
+    #[arg(long, value_name = "DIR", default_value = "/run/roost")]
+    run_dir: PathBuf,
+    /// Where network namespaces get their names (`ip netns` looks in /run/netns).
+    #[arg(long, value_name = "DIR", default_value = "/run/netns")]
+    netns_dir: PathBuf,
+    /// The cgroup below which families and instances are made: by default this agent's own delegated unit, or
+    /// /sys/fs/cgroup/roost.
+    #[arg(long, value_name = "DIR")]
+    cgroup_root: Option<PathBuf>,
+}
+
+#[derive(Args)]
+struct Serve {
+    #[command(flatten)]
+    places: Places,
+    /// Folder with identity.json, cert.pem, key.pem and ca.pem, made by `roost-controller agent-identity`.
+    #[arg(long, value_name = "DIR")]
+    identity: PathBuf,
+    /// The monitor's program.
+    #[arg(long, value_name = "PATH")]
+    vmm: PathBuf,
+    /// Where the controller listens for agents, instead of where the identity says.
+    #[arg(long, value_name = "URL")]
+    controller: Option<String>,
+    /// CPU that instances may claim, per CPU that there is.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    cpu_overcommit: f64,
+    /// Memory that the host keeps for itself, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 512)]
+    reserve_memory_mib: u64,
+    /// Memory that a monitor may take beside its guest's, MiB.
+    #[arg(long, value_name = "MIB", default_value_t = 64)]
+    overhead_mib: u64,
+    /// A name server that guests are told; may be given several times. By default the host's own.
+    #[arg(long, value_name = "ADDRESS")]
+    dns: Vec<Ipv4Addr>,
+    /// From the power button to the kill, seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 60)]
+    stop_grace: u64,
+    /// First of the user ids that monitors run as, one per instance.
+    #[arg(long, value_name = "UID", default_value_t = 100_000)]
+    uid_base: u32,
+    /// How long an image that no instance uses is kept, hours.
+    #[arg(long, value_name = "HOURS", default_value_t = 168)]
+    image_idle_hours: u64,
+}
+
+#[derive(Args)]
+struct Leftovers {
+    #[command(flatten)]
+    places: Places,
+    /// Only this instance.
+    #[arg(long, value_name = "ID")]
+    instance: Option<InstanceId>,
+}
+
+fn main() -> ExitCode {
+    let outcome = match Cli::parse().command {
+        // Before anything that starts a thread.
+        Command::Jail { spec_fd } => jail::enter(spec_fd),
+        Command::Serve(serve) => run(&serve).map(|()| ExitCode::SUCCESS),
+        Command::Leftovers(which) => list(&which),
+    };
+    outcome.unwrap_or_else(|error| {
+        eprintln!("roost-agent: {}", error.chain());
+        ExitCode::FAILURE
+    })
+}
+
+impl Places {
+    fn folders(&self) -> Folders {
+        Folders { state: self.state_dir.clone(), run: self.run_dir.clone(), netns: self.netns_dir.clone() }
+    }
+}
+
+fn cgroup_note(folders: &Folders) -> PathBuf {
+    folders.state.join("cgroup-root.json")
+}
+
+fn list(which: &Leftovers) -> Result<ExitCode> {
+    let folders = which.places.folders();
+    // Where the agent of this state folder has said that its cgroups are.
+    let noted = durable::read_json::<PathBuf>(&cgroup_note(&folders))?;
+    let cgroups = Cgroups::look(which.places.cgroup_root.as_deref().or(noted.as_deref()));
+    let found = match &which.instance {
+        Some(id) => leftovers::of(&folders, &cgroups, id)?,
+        None => leftovers::all(&folders, &cgroups)?,
+    };
+    let text = serde_json::to_string_pretty(&found)
+        .map_err(|source| Error::Damaged { path: "the list".into(), source })?;
+    writeln!(std::io::stdout(), "{text}").map_err(Error::io("writing the list"))?;
+    Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}
+
+fn run(serve: &Serve) -> Result<()> {
+    tracing_subscriber::fmt()
+        .with_env_filter(
+            tracing_subscriber::EnvFilter::try_from_env("ROOST_LOG")
+                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
+        )
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    if !rustix::process::geteuid().is_root() {
+        return Err(Error::Impossible(
+            "the agent makes namespaces, cgroups and jails, and must be started as root".into(),
+        ));
+    }
+    if rustls::crypto::ring::default_provider().install_default().is_err() {
+        return Err(Error::Impossible("another TLS provider is installed already".into()));
+    }
+    let folders = serve.places.folders();
+    let lock = StateLock::take(&folders)?;
+    durable::make_folder(&folders.run)?;
+    let identity = Identity::read(&serve.identity)?;
+    let url = serve.controller.as_ref().unwrap_or(&identity.controller_url);
+    let controller = Controller::new(url, &serve.identity)?;
+    let vmm = serve.vmm.canonicalize().map_err(Error::file("find the monitor", &serve.vmm))?;
+    let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref())?;
+    durable::write_json(&cgroup_note(&folders), &cgroups.root())?;
+    let shares = Shares {
+        cpu_overcommit: serve.cpu_overcommit,
+        reserve_memory_mib: serve.reserve_memory_mib,
+        overhead_mib: serve.overhead_mib,
+    };
+    let monitors = Monitors {
+        folders: folders.clone(),
+        cgroups,
+        program: vmm,
+        jailer: "/proc/self/exe".into(),
+        uid_base: serve.uid_base,
+        mtu: links::uplink_mtu(),
+    };
+    let images = Images::new(folders.clone(), Arc::new(controller.clone()))?;
+    let settings = HostSettings {
+        facts: facts::measure(&identity, &shares, &folders)?,
+        dns: if serve.dns.is_empty() {
+            facts::name_servers(&[Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(1, 1, 1, 1)])
+        } else {
+            serve.dns.clone()
+        },
+        folders: folders.clone(),
+    };
+    let host = Arc::new(RealHost::new(settings, monitors, images)?);
+    let pace = Pace { stop_grace: Duration::from_secs(serve.stop_grace), ..Pace::default() };
+    let idle = Duration::from_secs(serve.image_idle_hours.saturating_mul(3600));
+    tokio::runtime::Builder::new_multi_thread()
+        .enable_all()
+        .build()
+        .map_err(Error::io("starting the runtime"))?
+        .block_on(async {
+            let agent = Agent::open(lock, Arc::clone(&host), &folders, pace)?;
+            let streams = Streams::new(Arc::clone(&agent), controller.clone(), folders);
+            tokio::spawn(prune(Arc::clone(&agent), host, idle));
+            tokio::spawn(connection::run(agent, controller, streams));
+            tracing::info!("ready");
+            if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
+                tracing::debug!(%error, "nobody was told that we are ready");
+            }
+            stopped().await
+        })
+}
+
+async fn stopped() -> Result<()> {
+    let mut term = signal(SignalKind::terminate()).map_err(Error::io("listening for SIGTERM"))?;
+    let mut int = signal(SignalKind::interrupt()).map_err(Error::io("listening for SIGINT"))?;
+    tokio::select! {
+        _ = term.recv() => {}
+        _ = int.recv() => {}
+    }
+    tracing::info!("stopping; guests run on");
+    Ok(())
+}
+
+async fn prune(agent: Arc<Agent<RealHost>>, host: Arc<RealHost>, idle: Duration) {
+    loop {
+        tokio::time::sleep(Duration::from_secs(600)).await;
+        let (agent, host) = (Arc::clone(&agent), Arc::clone(&host));
+        let pruned =
+            tokio::task::spawn_blocking(move || host.images().prune(&agent.blobs_in_use(), idle)).await;
+        match pruned {
+            Ok(Ok(0)) | Err(_) => {}
+            Ok(Ok(count)) => tracing::info!(count, "images that nobody uses were removed"),
+            Ok(Err(error)) => tracing::warn!(error = %error.chain(), "pruning images"),
+        }
+    }
+}

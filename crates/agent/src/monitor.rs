@@ -1,19 +1,20 @@
 //! The monitor process of an instance: its configuration, its files, its start in the jail, its state and its end.
 
 use crate::cgroup::Cgroups;
+use crate::durable;
 use crate::error::{Error, Result};
 use crate::host::{Death, LastWord, MonitorFact, Started};
 use crate::jail::{self, JailSpec};
 use crate::names::Folders;
 use crate::net::links;
 use crate::record::{Accepted, MonitorId, Run};
-use crate::durable;
 use nix::libc;
 use roost_types::agent::{InstanceSpec, TimedPart};
 use roost_types::ids::InstanceId;
 use roost_vmm::client::Client;
 use roost_vmm::config::{
-    BootSource, Drive, DriveFormat, Entropy, MachineConfig, NetworkInterface, SerialConfig, SmbiosConfig, VmConfig,
+    BootSource, Drive, DriveFormat, Entropy, MachineConfig, NetworkInterface, SerialConfig, SmbiosConfig,
+    VmConfig,
 };
 use roost_vmm::console::{self, ConsoleReader};
 use roost_vmm::status::{self, Event};
@@ -50,8 +51,9 @@ pub struct Monitors {
 
 /// The monitor's configuration: names are handed descriptors.
 pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig> {
-    let vcpus = u8::try_from(spec.cpu.vcpus)
-        .map_err(|_| Error::Impossible(format!("{} vCPUs are more than a monitor can have", spec.cpu.vcpus)))?;
+    let vcpus = u8::try_from(spec.cpu.vcpus).map_err(|_| {
+        Error::Impossible(format!("{} vCPUs are more than a monitor can have", spec.cpu.vcpus))
+    })?;
     let uuid = uuid(id);
     let config = VmConfig {
         boot_source: Some(BootSource {
@@ -197,7 +199,10 @@ impl Monitors {
         if let Err(error) = client.start() {
             // An earlier call may have started it without living to hear so.
             let events = read_status(&self.folders.status(id));
-            return events.iter().find_map(ran).ok_or_else(|| Error::NotNow(format!("starting the guest: {error}")));
+            return events
+                .iter()
+                .find_map(ran)
+                .ok_or_else(|| Error::NotNow(format!("starting the guest: {error}")));
         }
         self.wait_for(id, monitor, ran)
     }
@@ -212,7 +217,12 @@ impl Monitors {
     }
 
     /// Waits for an event in the status file, as long as the monitor lives.
-    fn wait_for<T>(&self, id: &InstanceId, monitor: &MonitorId, pick: impl Fn(&Event) -> Option<T>) -> Result<T> {
+    fn wait_for<T>(
+        &self,
+        id: &InstanceId,
+        monitor: &MonitorId,
+        pick: impl Fn(&Event) -> Option<T>,
+    ) -> Result<T> {
         let path = self.folders.status(id);
         let deadline = Instant::now() + PATIENCE;
         loop {
@@ -228,7 +238,10 @@ impl Monitors {
                 return Err(Error::NotNow(format!("the monitor ended: {said}")));
             }
             if Instant::now() > deadline {
-                return Err(Error::NotNow(format!("the monitor is not there after {} s", PATIENCE.as_secs())));
+                return Err(Error::NotNow(format!(
+                    "the monitor is not there after {} s",
+                    PATIENCE.as_secs()
+                )));
             }
             std::thread::sleep(Duration::from_millis(1));
         }
@@ -290,7 +303,9 @@ fn memory_file(bytes: &[u8]) -> Result<File> {
     let memory = rustix::fs::memfd_create(c"monitor config", rustix::fs::MemfdFlags::CLOEXEC)
         .map_err(Error::sys("making a memory file"))?;
     let mut file = File::from(memory);
-    file.write_all(bytes).and_then(|()| file.rewind()).map_err(Error::io("writing the monitor's configuration"))?;
+    file.write_all(bytes)
+        .and_then(|()| file.rewind())
+        .map_err(Error::io("writing the monitor's configuration"))?;
     Ok(file)
 }
 
@@ -335,7 +350,11 @@ fn tail(path: &Path) -> String {
     let text = fs::read(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
     let lines: Vec<&str> = text.lines().rev().take(3).collect();
-    if lines.is_empty() { "without a word".into() } else { lines.into_iter().rev().collect::<Vec<_>>().join("; ") }
+    if lines.is_empty() {
+        "without a word".into()
+    } else {
+        lines.into_iter().rev().collect::<Vec<_>>().join("; ")
+    }
 }
 
 fn read_status(path: &Path) -> Vec<Event> {

@@ -86,11 +86,7 @@ impl RealHost {
     }
 
     fn links(&self, of: &Accepted) -> Links {
-        Links {
-            id: of.id().clone(),
-            interface: of.spec().interface.clone(),
-            mtu: self.monitors.mtu,
-        }
+        Links { id: of.id().clone(), interface: of.spec().interface.clone(), mtu: self.monitors.mtu }
     }
 
     fn lease(&self, of: &Accepted) -> Result<Lease> {
@@ -197,7 +193,10 @@ impl Host for RealHost {
             links.make(&folders)?;
             let rules = firewall::instance_table(&links.interface);
             netns::enter(&namespace, move || firewall::apply("set the instance's rules", &rules))?;
-            firewall::apply("set the host's rules", &firewall::host_table(&links.id, links.interface.public_ip))?;
+            firewall::apply(
+                "set the host's rules",
+                &firewall::host_table(&links.id, links.interface.public_ip),
+            )?;
             firewall::pass_docker()?;
             if has_services {
                 return Ok(None);
@@ -288,4 +287,3 @@ impl Host for RealHost {
         Some((chunk.bytes, chunk.next_offset))
     }
 }
-

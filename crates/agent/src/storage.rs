@@ -60,7 +60,8 @@ impl Images {
         durable::make_folder(&folders.images())?;
         durable::make_folder(&folders.volumes())?;
         // What an earlier agent did not finish is begun again.
-        for entry in fs::read_dir(folders.images()).map_err(Error::file("list", folders.images()))?.flatten() {
+        for entry in fs::read_dir(folders.images()).map_err(Error::file("list", folders.images()))?.flatten()
+        {
             if entry.path().extension().is_some_and(|extension| extension == "part") {
                 durable::remove_file(&entry.path())?;
             }
@@ -108,7 +109,8 @@ impl Images {
             let name = path.file_stem().and_then(|stem| stem.to_str()).unwrap_or_default().to_owned();
             let blob = path.extension().is_some_and(|extension| extension == "raw");
             let touched = entry.metadata().and_then(|meta| Ok(meta.accessed()?.max(meta.modified()?)));
-            let old = touched.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > idle));
+            let old =
+                touched.is_ok_and(|at| SystemTime::now().duration_since(at).is_ok_and(|age| age > idle));
             if blob && old && !used.contains(&name) {
                 durable::remove_file(&path)?;
                 removed += 1;
@@ -179,7 +181,8 @@ fn sparse_copy(packed: &mut impl Read, file: &mut File, path: &Path) -> Result<(
             return Err(Error::Impossible(format!("a blob unpacks to more than {UNPACKED_MAX} bytes")));
         }
         if block[..count].iter().all(|byte| *byte == 0) {
-            file.seek(SeekFrom::Current(i64::try_from(count).unwrap_or(0))).map_err(Error::file("seek in", path))?;
+            file.seek(SeekFrom::Current(i64::try_from(count).unwrap_or(0)))
+                .map_err(Error::file("seek in", path))?;
         } else {
             file.write_all(&block[..count]).map_err(Error::file("write", path))?;
         }
@@ -263,7 +266,8 @@ mod tests {
 
     fn world(blobs: Vec<(BlobId, Vec<u8>)>) -> (tempfile::TempDir, Folders, Arc<Shelf>, Arc<Images>) {
         let folder = tempfile::tempdir().unwrap();
-        let folders = Folders { state: folder.path().into(), run: "/nowhere".into(), netns: "/nowhere".into() };
+        let folders =
+            Folders { state: folder.path().into(), run: "/nowhere".into(), netns: "/nowhere".into() };
         let shelf = Arc::new(Shelf { blobs: blobs.into_iter().collect(), opened: AtomicU32::new(0) });
         let images = Images::new(folders.clone(), shelf.clone()).unwrap();
         (folder, folders, shelf, Arc::new(images))

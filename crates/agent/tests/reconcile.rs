@@ -3,12 +3,12 @@
 
 mod support;
 
-use roost_agent::agent::Agent;
+use roost_agent::agent::StateLock;
 use roost_agent::testing::{ensure, ensure_of};
 use roost_types::agent::{Ensure, Observed};
 use roost_types::state::DesiredState;
 use roost_vmm::status::ExitReason;
-use support::{Bench, FakeHost};
+use support::Bench;
 
 fn next(ensure: &Ensure, change: impl FnOnce(&mut Ensure)) -> Ensure {
     let mut next = ensure.clone();
@@ -361,8 +361,7 @@ async fn a_console_tells_readiness_and_the_host_key_and_both_are_remembered() {
 #[tokio::test]
 async fn a_second_agent_on_the_same_state_folder_is_refused_clearly() {
     let bench = Bench::new();
-    let error =
-        Agent::open(FakeHost::new(&bench.shared), &bench.folders, Bench::pace()).err().unwrap().to_string();
+    let error = StateLock::take(&bench.folders).unwrap_err().to_string();
     assert!(error.contains("another roost-agent already works on"), "{error}");
     assert!(error.contains("--state-dir"), "{error}");
 }

@@ -3,7 +3,7 @@
 
 #![allow(dead_code, clippy::unwrap_used)] // each test file uses its own part; a test may panic
 
-use roost_agent::agent::Agent;
+use roost_agent::agent::{Agent, StateLock};
 use roost_agent::error::{Error, Result};
 use roost_agent::host::{Death, Facts, Host, LastWord, MonitorFact, Started};
 use roost_agent::names::Folders;
@@ -369,7 +369,8 @@ impl Bench {
 
     pub fn start_agent(&mut self) {
         let host = FakeHost::new(&self.shared);
-        let agent = Agent::open(host, &self.folders, Self::pace()).unwrap();
+        let lock = StateLock::take(&self.folders).unwrap();
+        let agent = Agent::open(lock, host, &self.folders, Self::pace()).unwrap();
         agent.apply(&self.desired).unwrap();
         self.agent = Some(agent);
     }
