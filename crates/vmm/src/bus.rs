@@ -73,7 +73,7 @@ mod tests {
 
     impl BusDevice for Echo {
         fn read(&self, offset: u64, data: &mut [u8]) {
-            data.fill(offset as u8);
+            data.fill(u8::try_from(offset).unwrap());
         }
         fn write(&self, offset: u64, _data: &[u8]) -> Outcome {
             if offset == 1 { Outcome::Reset } else { Outcome::Done }

@@ -14,6 +14,9 @@
 //! | [`seccomp`], [`threads`] | the lock-down |
 //! | [`probe`] | the probe guest behind `roost doctor` |
 
+// Tests build bytes out of numbers whose size they know.
+#![cfg_attr(test, allow(clippy::cast_possible_truncation))]
+
 pub mod acpi;
 pub mod api;
 pub mod boot;

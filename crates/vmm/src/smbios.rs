@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout::{SMBIOS_SIZE, SMBIOS_START};
 use crate::memory::Memory;
 
-const ENTRY_SIZE: u64 = 24;
+const ENTRY_SIZE: u8 = 24;
 const TABLE_START: u64 = SMBIOS_START + 32;
 
 /// Writes the tables.
@@ -29,7 +29,7 @@ pub fn write(memory: &Memory, config: &SmbiosConfig) -> Result<()> {
 fn entry_point(table_length: u32) -> Vec<u8> {
     let mut entry = b"_SM3_".to_vec();
     entry.push(0); // checksum, below
-    entry.push(ENTRY_SIZE as u8);
+    entry.push(ENTRY_SIZE);
     entry.extend([3, 2, 0]); // version 3.2, document revision 0
     entry.extend([1, 0]); // entry point revision, reserved
     entry.extend(table_length.to_le_bytes());

@@ -59,8 +59,7 @@ pub fn write_zero_page(
     initrd: Option<Loaded>,
     rsdp: Option<u64>,
 ) -> Result<()> {
-    let mut params = boot_params::default();
-    params.hdr = header.unwrap_or_else(|| setup_header {
+    let hdr = header.unwrap_or_else(|| setup_header {
         header: HEADER_MAGIC,
         boot_flag: BOOT_FLAG,
         version: MIN_VERSION,
@@ -68,6 +67,7 @@ pub fn write_zero_page(
         loadflags: LOADED_HIGH,
         ..setup_header::default()
     });
+    let mut params = boot_params { hdr, ..boot_params::default() };
     params.hdr.type_of_loader = LOADER_UNDEFINED;
     params.hdr.cmd_line_ptr = low32(layout::CMDLINE_START);
     params.hdr.cmdline_size = u32::try_from(cmdline.len()).unwrap_or(u32::MAX);

@@ -271,7 +271,7 @@ mod tests {
 
     #[test]
     fn an_elf_beyond_the_memory_is_refused() {
-        let image = crate::boot::tests_support::elf(0x20_0000, 64 << 20, &[0xf4]);
+        let image = tests_support::elf(0x20_0000, 64 << 20, &[0xf4]);
         let memory = crate::memory::create(16, false).unwrap();
         let error = load(&memory, &mut payload(&image), &description()).unwrap_err();
         assert!(error.to_string().contains("memory"), "{error}");
@@ -279,7 +279,7 @@ mod tests {
 
     #[test]
     fn an_elf_is_entered_in_long_mode_with_its_zero_page() {
-        let image = crate::boot::tests_support::elf(0x10_0000, 0x10_0000, &[0xf4]);
+        let image = tests_support::elf(0x10_0000, 0x10_0000, &[0xf4]);
         let memory = crate::memory::create(16, false).unwrap();
         let entry = load(&memory, &mut payload(&image), &description()).unwrap();
         assert_eq!(entry, Entry::Long { rip: 0x10_0000, rsi: layout::ZERO_PAGE_START });

@@ -59,11 +59,57 @@ impl fmt::Display for Answer {
     }
 }
 
-/// Runs code; returns how it ended and how long it ran.
+/// Runs code; returns how it ended.
 ///
 /// # Errors
 /// The machine cannot be made.
-pub fn run(kvm: &Kvm, code: &[u8], xsave: bool, limit: Duration) -> Result<(Answer, Duration), String> {
+pub fn run(kvm: &Kvm, code: &[u8], xsave: bool, limit: Duration) -> Result<Answer, String> {
+    with_machine(kvm, code, xsave, limit, enter)?.unwrap_or(Ok(Answer::TimedOut))
+}
+
+/// Runs code that reaches its end again and again, each time with another number of rounds in RSI: a warm-up, then
+/// longer and longer until one run lasts `enough`. Returns the rounds of that run and how long it took.
+///
+/// # Errors
+/// How it ended instead.
+pub fn measure(kvm: &Kvm, code: &[u8], enough: Duration, limit: Duration) -> Result<(u32, Duration), String> {
+    let measured = with_machine(kvm, code, false, limit, move |vcpu| {
+        let mut rounds = 1_000_u32;
+        loop {
+            let time = timed(vcpu, rounds)?;
+            if time >= enough || rounds >= MAX_ROUNDS {
+                // Once more: the shorter time is the one that less else has disturbed.
+                return Ok((rounds, time.min(timed(vcpu, rounds)?)));
+            }
+            rounds = rounds.saturating_mul(4).min(MAX_ROUNDS);
+        }
+    })?;
+    measured.unwrap_or_else(|| Err(Answer::TimedOut.to_string()))
+}
+
+/// Rounds of one run at most.
+const MAX_ROUNDS: u32 = 1 << 28;
+
+fn timed(vcpu: &mut VcpuFd, rounds: u32) -> Result<Duration, String> {
+    let mut regs = vcpu.get_regs().map_err(|error| error.to_string())?;
+    regs.rsi = u64::from(rounds);
+    vcpu.set_regs(&regs).map_err(|error| error.to_string())?;
+    let start = Instant::now();
+    match enter(vcpu)? {
+        Answer::Reached => Ok(start.elapsed()),
+        other => Err(other.to_string()),
+    }
+}
+
+/// Makes a machine and lets a thread of its own do something with its vCPU; `None` when that was not over in time and
+/// had to be interrupted without giving a result.
+fn with_machine<T: Send + 'static>(
+    kvm: &Kvm,
+    code: &[u8],
+    xsave: bool,
+    limit: Duration,
+    body: impl FnOnce(&mut VcpuFd) -> Result<T, String> + Send + 'static,
+) -> Result<Option<Result<T, String>>, String> {
     let memory = memory::create(MEMORY_MIB, false).map_err(|error| error.chain())?;
     write_guest(&memory, code).map_err(|error| format!("writing the guest: {error}"))?;
     let (vm, mut vcpu) = make(kvm, &memory, xsave).map_err(|error| format!("making the machine: {error}"))?;
@@ -71,16 +117,14 @@ pub fn run(kvm: &Kvm, code: &[u8], xsave: bool, limit: Duration) -> Result<(Answ
     let (sender, receiver) = channel();
     let thread = std::thread::spawn(move || {
         unblock_signal();
-        let start = Instant::now();
-        let answer = enter(&mut vcpu);
-        let _ = sender.send((answer, start.elapsed()));
+        let _ = sender.send(body(&mut vcpu));
     });
     let mut deadline = limit;
     let result = loop {
         match receiver.recv_timeout(deadline) {
-            Ok(result) => break result,
+            Ok(result) => break Some(result),
             Err(RecvTimeoutError::Timeout) => kick.kick(Some(&thread)),
-            Err(RecvTimeoutError::Disconnected) => break (Answer::Stopped("the probe's thread ended".into()), limit),
+            Err(RecvTimeoutError::Disconnected) => break None,
         }
         deadline = Duration::from_millis(20);
     };
@@ -89,8 +133,8 @@ pub fn run(kvm: &Kvm, code: &[u8], xsave: bool, limit: Duration) -> Result<(Answ
     Ok(result)
 }
 
-fn enter(vcpu: &mut VcpuFd) -> Answer {
-    match vcpu.run() {
+fn enter(vcpu: &mut VcpuFd) -> Result<Answer, String> {
+    Ok(match vcpu.run() {
         Ok(VcpuExit::IoOut(port, _)) if port == u16::from(END_PORT) => Answer::Reached,
         Ok(VcpuExit::IoOut(port, data)) if port == u16::from(EXCEPTION_PORT) => {
             Answer::Exception(data.first().copied().unwrap_or(u8::MAX))
@@ -100,7 +144,7 @@ fn enter(vcpu: &mut VcpuFd) -> Answer {
         Ok(other) => Answer::Stopped(format!("KVM stops with {other:?}")),
         Err(error) if error.errno() == libc::EINTR => Answer::TimedOut,
         Err(error) => Answer::Stopped(format!("KVM_RUN fails: {error}")),
-    }
+    })
 }
 
 fn make(kvm: &Kvm, memory: &Memory, xsave: bool) -> Result<(VmFd, VcpuFd), kvm_ioctls::Error> {

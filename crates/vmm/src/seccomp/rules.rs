@@ -62,6 +62,15 @@ const FILES: &[i64] = &[
     libc::SYS_writev,
 ];
 
+const PROT_EXEC: u64 = bits(libc::PROT_EXEC);
+const F_GETFD: u64 = bits(libc::F_GETFD);
+const EPOLL_CTL_DEL: u64 = bits(libc::EPOLL_CTL_DEL);
+
+/// A C constant as the kernel sees it in a register's lower half.
+const fn bits(constant: i32) -> u64 {
+    constant.cast_unsigned() as u64
+}
+
 // KVM's calls on a vCPU: `_IO('…', 0xae, nr)` with direction and size of the argument.
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
@@ -91,14 +100,14 @@ pub fn rules(kind: Kind) -> Result<Rules, BackendError> {
     allow(&mut rules, COMMON);
     // Memory for the allocator and for buffers: never executable.
     for call in [libc::SYS_mmap, libc::SYS_mprotect] {
-        rules.insert(call, vec![rule(2, SeccompCmpOp::MaskedEq(libc::PROT_EXEC as u64), 0)?]);
+        rules.insert(call, vec![rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC), 0)?]);
     }
     let advice = [libc::MADV_DONTNEED, libc::MADV_HUGEPAGE, libc::MADV_DONTDUMP, libc::MADV_FREE];
-    rules.insert(libc::SYS_madvise, any_of(2, &advice.map(|a| a as u64))?);
+    rules.insert(libc::SYS_madvise, any_of(2, &advice.map(bits))?);
     // A thread may signal only threads of its own process (KVM kicks, abort).
     rules.insert(libc::SYS_tgkill, vec![rule(0, SeccompCmpOp::Eq, u64::from(std::process::id()))?]);
     // Debug builds of the standard library check descriptors before they close them.
-    rules.insert(libc::SYS_fcntl, any_of(1, &[libc::F_GETFD as u64])?);
+    rules.insert(libc::SYS_fcntl, any_of(1, &[F_GETFD])?);
     match kind {
         Kind::Vcpu => {
             let calls = [
@@ -113,7 +122,7 @@ pub fn rules(kind: Kind) -> Result<Rules, BackendError> {
         Kind::Devices => {
             allow(&mut rules, FILES);
             allow(&mut rules, &[libc::SYS_epoll_wait, libc::SYS_epoll_pwait, libc::SYS_getrandom]);
-            rules.insert(libc::SYS_epoll_ctl, vec![rule(1, SeccompCmpOp::Eq, libc::EPOLL_CTL_DEL as u64)?]);
+            rules.insert(libc::SYS_epoll_ctl, vec![rule(1, SeccompCmpOp::Eq, EPOLL_CTL_DEL)?]);
             allow(&mut rules, &[libc::SYS_fallocate]);
         }
         Kind::Api => {
@@ -133,9 +142,9 @@ pub fn rules(kind: Kind) -> Result<Rules, BackendError> {
                 ],
             );
             let flags = [libc::F_GETFL, libc::F_SETFL, libc::F_DUPFD_CLOEXEC, libc::F_GETFD];
-            rules.insert(libc::SYS_fcntl, any_of(1, &flags.map(|f| f as u64))?);
+            rules.insert(libc::SYS_fcntl, any_of(1, &flags.map(bits))?);
             // The terminal's mode is put back at the end.
-            let calls = [KVM_SET_IRQCHIP, KVM_SET_PIT2, libc::TCSETS as u64, libc::FIONBIO as u64];
+            let calls = [KVM_SET_IRQCHIP, KVM_SET_PIT2, libc::TCSETS, libc::FIONBIO];
             rules.insert(libc::SYS_ioctl, any_of(1, &calls)?);
         }
     }

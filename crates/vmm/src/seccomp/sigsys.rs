@@ -31,8 +31,10 @@ pub fn install(status: Option<RawFd>) -> Result<()> {
 const SI_SYSCALL_OFFSET: usize = 24;
 
 extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context: *mut libc::c_void) {
-    // SAFETY: the kernel hands a siginfo of 128 bytes; for SIGSYS the call's number lies at this offset.
-    let number = unsafe { info.cast::<u8>().add(SI_SYSCALL_OFFSET).cast::<libc::c_int>().read_unaligned() };
+    // SAFETY: the kernel hands a siginfo of 128 bytes, so the offset lies inside.
+    let number = unsafe { info.cast::<u8>().add(SI_SYSCALL_OFFSET) }.cast::<libc::c_int>();
+    // SAFETY: for SIGSYS the call's number lies there.
+    let number = unsafe { number.read_unaligned() };
     let mut thread = [0_u8; 16];
     if let Ok(length) = thread_name(&mut thread) {
         report(&thread[..length], i64::from(number));

@@ -276,14 +276,14 @@ impl BusDevice for Transport {
             for (byte, value) in data.iter_mut().zip(config.iter().skip(from)) {
                 *byte = *value;
             }
-        } else if data.len() == 4 && offset % 4 == 0 {
+        } else if data.len() == 4 && offset.is_multiple_of(4) {
             data.copy_from_slice(&self.read_register(offset).to_le_bytes());
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         if offset < CONFIG
-            && offset % 4 == 0
+            && offset.is_multiple_of(4)
             && let Ok(bytes) = <[u8; 4]>::try_from(data)
         {
             self.write_register(offset, u32::from_le_bytes(bytes));

@@ -12,6 +12,8 @@ pub mod entropy;
 pub mod mmio;
 pub mod net;
 pub mod queue;
+#[cfg(test)]
+mod testing;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;

@@ -118,7 +118,7 @@ fn request(memory: &Memory, chain: DescriptorChain<&Memory>, disk: &Disk<'_>, me
 fn range(sector: u64, count: u64, size: u64) -> Option<u64> {
     let offset = sector.checked_mul(SECTOR)?;
     let end = offset.checked_add(count)?;
-    (count % SECTOR == 0 && end <= size / SECTOR * SECTOR).then_some(offset)
+    (count.is_multiple_of(SECTOR) && end <= size / SECTOR * SECTOR).then_some(offset)
 }
 
 fn refused(metrics: &mut Metrics, status: u32) -> (u32, u64) {
