@@ -260,18 +260,18 @@ impl VirtualHost {
     }
 
     fn boot(options: &HostOptions, seat: Seat, life: Life) -> Result<Self> {
+        let mut record = BTreeMap::new();
+        let data = if options.data == Data::Kept { "kept" } else { "throw-away" };
+        record.insert("data".to_owned(), data.to_owned());
+        // Said before anything is there, so that a start that is killed leaves nothing for ever.
+        seat.write_record(&record)?;
+
         let image = build_image()?;
         let manifest = fs::read_to_string(Path::new(&image).join("manifest.json"))
             .map_err(Error::file("cannot read", Path::new(&image).join("manifest.json")))?;
         let boot_args = manifest_string(&manifest, "boot_args").ok_or_else(|| {
             Error::program("guest-images/build", format!("no boot_args in {image}/manifest.json"))
         })?;
-
-        let mut record = BTreeMap::new();
-        let data = if options.data == Data::Kept { "kept" } else { "throw-away" };
-        record.insert("data".to_owned(), data.to_owned());
-        // Said before anything is there, so that a start that is killed leaves nothing for ever.
-        seat.write_record(&record)?;
 
         let mut share_disks = Vec::new();
         for share in &options.shares {
