@@ -44,7 +44,7 @@ impl Share {
         LAYOUT.hash(&mut hasher);
         self.name.hash(&mut hasher);
         self.walk(&mut |path, meta| {
-            (path, meta.len(), meta.mtime(), meta.mtime_nsec(), meta.mode()).hash(&mut hasher)
+            (path, meta.len(), meta.mtime(), meta.mtime_nsec(), meta.mode()).hash(&mut hasher);
         })?;
         Ok(format!("{:016x}", hasher.finish()))
     }
