@@ -3,9 +3,10 @@
 //! Power: `_S5` and the sleep registers end the guest, the reset register restarts it, the power button arrives
 //! through the generic event device (ACPI 6.5, 5.6.9).
 
+use acpi_tables::Aml;
 use acpi_tables::aml::{
-    self, Device, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, Interrupt, Memory32Fixed,
-    Method, Name, OpRegion, OpRegionSpace, Package, ResourceTemplate, Scope,
+    self, Device, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, Interrupt,
+    Memory32Fixed, Method, Name, OpRegion, OpRegionSpace, Package, ResourceTemplate, Scope,
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
@@ -13,7 +14,6 @@ use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, P
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
-use acpi_tables::Aml;
 use vm_memory::{Bytes, GuestAddress};
 
 use crate::devices::power;
@@ -167,10 +167,7 @@ fn processors(vcpus: u8) -> Vec<u8> {
         let name = format!("C{id:03}");
         all.extend(in_sb(&Device::new(
             name.as_str().into(),
-            vec![
-                &Name::new("_HID".into(), &"ACPI0007"),
-                &Name::new("_UID".into(), &id),
-            ],
+            vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &id)],
         )));
     }
     all
@@ -181,7 +178,10 @@ fn power_button() -> Vec<u8> {
     let event_port = usize::from(layout::POWER_PORT + power::EVENT);
     let button = in_sb(&Device::new(
         "PWRB".into(),
-        vec![&Name::new("_HID".into(), &aml::EISAName::new("PNP0C0C")), &Name::new("_UID".into(), &aml::ZERO)],
+        vec![
+            &Name::new("_HID".into(), &aml::EISAName::new("PNP0C0C")),
+            &Name::new("_UID".into(), &aml::ZERO),
+        ],
     ));
     let region = OpRegion::new("EVTR".into(), OpRegionSpace::SystemIO, &event_port, &aml::ONE);
     let field = Field::new(
@@ -271,7 +271,11 @@ mod tests {
         assert_eq!(&fadt[..4], b"FACP");
         assert_eq!(u16::from_le_bytes([fadt[109], fadt[110]]) & (1 << 5), 1 << 5, "no CMOS clock");
         assert_eq!(u16::from_le_bytes([fadt[109], fadt[110]]) & (1 << 1), 0, "no 8042");
-        assert_eq!(u32::from_le_bytes(fadt[112..116].try_into().unwrap()) & (1 << 20), 1 << 20, "hardware reduced");
+        assert_eq!(
+            u32::from_le_bytes(fadt[112..116].try_into().unwrap()) & (1 << 20),
+            1 << 20,
+            "hardware reduced"
+        );
         let dsdt = table(&memory, u64::from_le_bytes(fadt[140..148].try_into().unwrap()));
         assert_eq!(&dsdt[..4], b"DSDT");
         for name in [&b"VR00"[..], b"VR14", b"COM1", b"GED_", b"PWRB", b"C031", b"_S5_", b"VGEN"] {

@@ -34,7 +34,10 @@ impl Bus {
     /// # Panics
     /// If the range is empty or overlaps another: the machine's layout is fixed, so that is a fault of this program.
     pub fn insert(&mut self, base: u64, size: u64, device: Arc<dyn BusDevice>) {
-        assert!(size > 0 && self.find(base).is_none() && self.find(base + size - 1).is_none(), "overlap at {base:#x}");
+        assert!(
+            size > 0 && self.find(base).is_none() && self.find(base + size - 1).is_none(),
+            "overlap at {base:#x}"
+        );
         self.devices.insert(base, (size, device));
     }
 

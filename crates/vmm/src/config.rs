@@ -288,7 +288,9 @@ impl BootSource {
     fn check(&self) -> Result<()> {
         let args = self.boot_args.as_deref().unwrap_or_default();
         if let Some(bad) = args.chars().find(|c| !c.is_ascii() || c.is_ascii_control()) {
-            return Err(Error::Config(format!("boot-source: boot_args holds {bad:?}; printable ASCII is allowed")));
+            return Err(Error::Config(format!(
+                "boot-source: boot_args holds {bad:?}; printable ASCII is allowed"
+            )));
         }
         if args.len() >= layout::CMDLINE_MAX {
             return Err(Error::Config(format!(
@@ -308,7 +310,10 @@ impl Drive {
     /// [`Error::Config`].
     pub fn check(&self) -> Result<()> {
         if self.drive_id.is_empty() || self.drive_id.len() > 20 || !self.drive_id.is_ascii() {
-            return Err(Error::Config(format!("drives: drive_id {:?} is not 1–20 ASCII characters", self.drive_id)));
+            return Err(Error::Config(format!(
+                "drives: drive_id {:?} is not 1–20 ASCII characters",
+                self.drive_id
+            )));
         }
         if self.backing.is_some() && self.format == DriveFormat::Raw {
             return Err(Error::Config(format!(
@@ -426,11 +431,20 @@ mod tests {
             (r#"{"machine-config":{"vcpu_count":0,"mem_size_mib":64}}"#, "vcpu_count 0"),
             (r#"{"machine-config":{"vcpu_count":33,"mem_size_mib":64}}"#, "vcpu_count 33"),
             (r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":0}}"#, "mem_size_mib 0"),
-            (r#"{"drives":[{"drive_id":"a","path_on_host":"a"},{"drive_id":"a","path_on_host":"b"}]}"#, "twice"),
+            (
+                r#"{"drives":[{"drive_id":"a","path_on_host":"a"},{"drive_id":"a","path_on_host":"b"}]}"#,
+                "twice",
+            ),
             (r#"{"drives":[{"drive_id":"a","path_on_host":"a","backing":"b"}]}"#, "backing"),
             (r#"{"drives":[{"drive_id":"a","path_on_host":"a","format":"vmdk"}]}"#, "vmdk"),
-            (r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"01:00:00:00:00:00"}]}"#, "guest_mac"),
-            (r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"6:0:0:0:0:0"}]}"#, "guest_mac"),
+            (
+                r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"01:00:00:00:00:00"}]}"#,
+                "guest_mac",
+            ),
+            (
+                r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"6:0:0:0:0:0"}]}"#,
+                "guest_mac",
+            ),
             (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
             (r#"{"smbios":{"serial":"ä"}}"#, "serial"),
             (r#"{"boot-source":{"kernel_image_path":"k","boot_args":"a\nb"}}"#, "boot_args"),

@@ -67,7 +67,8 @@ impl Header {
     fn read(file: &File) -> io::Result<Self> {
         let mut bytes = [0; 32];
         file.read_exact_at(&mut bytes, 0)?;
-        let invalid = |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no console ring: {what}"));
+        let invalid =
+            |what: &str| io::Error::new(io::ErrorKind::InvalidData, format!("no console ring: {what}"));
         let (magic, rest) = bytes.split_at(8);
         if magic != MAGIC {
             return Err(invalid("wrong magic"));

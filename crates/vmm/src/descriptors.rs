@@ -26,7 +26,9 @@ impl Descriptors {
         for option in options {
             let parsed = option.split_once('=').and_then(|(name, n)| Some((name, n.parse::<RawFd>().ok()?)));
             let Some((name, number)) = parsed.filter(|(name, number)| !name.is_empty() && *number > 2) else {
-                return Err(Error::Config(format!("--fd {option:?} is not of the form NAME=N with N above 2")));
+                return Err(Error::Config(format!(
+                    "--fd {option:?} is not of the form NAME=N with N above 2"
+                )));
             };
             if !numbers.insert(number) || this.handed.contains_key(name) {
                 return Err(Error::Config(format!("--fd {option:?}: that name or number is there twice")));
@@ -52,7 +54,8 @@ impl Descriptors {
     /// # Errors
     /// [`Error::NotHanded`], [`Error::Io`].
     pub fn handed(&self, name: &str, what: &'static str) -> Result<OwnedFd> {
-        let descriptor = self.handed.get(name).ok_or_else(|| Error::NotHanded { what, name: name.to_owned() })?;
+        let descriptor =
+            self.handed.get(name).ok_or_else(|| Error::NotHanded { what, name: name.to_owned() })?;
         descriptor.try_clone().map_err(Error::io(format!("duplicating the descriptor {name:?}")))
     }
 

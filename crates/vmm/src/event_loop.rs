@@ -197,7 +197,11 @@ impl EventLoop {
                     LOG.line(|| "console input is lost: the guest does not read it".into());
                 }
             }
-            Err(error) if matches!(error.kind(), std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock) => {}
+            Err(error)
+                if matches!(
+                    error.kind(),
+                    std::io::ErrorKind::Interrupted | std::io::ErrorKind::WouldBlock
+                ) => {}
             // The other side is gone; the guest lives on without input.
             _ => {
                 let _ = self.epoll.ctl(ControlOperation::Delete, file.as_raw_fd(), EpollEvent::default());

@@ -1,8 +1,9 @@
 //! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
 
 use std::fs::File;
-use std::os::unix::net::UnixListener;
-use std::path::PathBuf;
+use std::io::ErrorKind;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
 use std::process::exit;
 
 use clap::{Args, Parser, Subcommand};
@@ -103,9 +104,7 @@ fn prepare(run: &Run, status: &mut StatusWriter) -> Result<Server> {
     let descriptors = Descriptors::from_options(&run.fds)?;
     let config = read_config(run)?;
     let listener = match (&run.api_sock, run.api_fd) {
-        (Some(path), _) => {
-            Some(UnixListener::bind(path).map_err(|source| Error::Open { what: "API socket", path: path.clone(), source })?)
-        }
+        (Some(path), _) => Some(bind(path)?),
         (None, Some(number)) => Some(UnixListener::from(take(number, "--api-fd")?)),
         (None, None) => None,
     };
@@ -129,10 +128,20 @@ fn prepare(run: &Run, status: &mut StatusWriter) -> Result<Server> {
     Ok(server.with(machine))
 }
 
+/// Makes the API's socket. One that a dead monitor left behind is replaced, one that answers is not.
+fn bind(path: &Path) -> Result<UnixListener> {
+    let dead = UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    if dead {
+        std::fs::remove_file(path)
+            .map_err(Error::io(format!("removing the dead API socket {}", path.display())))?;
+    }
+    UnixListener::bind(path).map_err(Error::io(format!("making the API socket {}", path.display())))
+}
+
 fn read_config(run: &Run) -> Result<Option<VmConfig>> {
     let text = if let Some(path) = &run.config {
         std::fs::read_to_string(path)
-            .map_err(|source| Error::Open { what: "configuration", path: path.clone(), source })?
+            .map_err(|error| Error::Config(format!("{}: {error}", path.display())))?
     } else if let Some(number) = run.config_fd {
         let file = File::from(take(number, "--config-fd")?);
         std::io::read_to_string(file).map_err(Error::io("reading the configuration"))?
@@ -151,7 +160,6 @@ fn end_process_on_panic() {
         unsafe { libc::_exit(ExitCode::Internal.code()) };
     }));
 }
-
 
 fn run_probe(json: bool) -> ExitCode {
     let report = probe::run();

@@ -38,8 +38,8 @@ pub fn create(mem_size_mib: u64, huge_pages: bool) -> Result<Memory> {
         .map(|range| Ok((GuestAddress(range.start), usize::try_from(range.size)?)))
         .collect::<std::result::Result<_, std::num::TryFromIntError>>()
         .map_err(|error| Error::Memory(error.to_string()))?;
-    let memory =
-        Memory::from_ranges(&ranges).map_err(|error| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}")))?;
+    let memory = Memory::from_ranges(&ranges)
+        .map_err(|error| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}")))?;
     for region in memory.iter() {
         if huge_pages {
             advise(region, libc::MADV_HUGEPAGE);

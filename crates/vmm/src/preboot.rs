@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::VirtioWindow;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
-    BootSource, DEFAULT_BOOT_ARGS, Drive, Entropy, MachineConfig, NetworkInterface, SerialConfig, SmbiosConfig,
-    VmConfig, parse_mac,
+    BootSource, DEFAULT_BOOT_ARGS, Drive, Entropy, MachineConfig, NetworkInterface, SerialConfig,
+    SmbiosConfig, VmConfig, parse_mac,
 };
 use crate::console::ConsoleWriter;
 use crate::cpu::registers::Entry;
@@ -153,7 +153,8 @@ impl Preboot {
         let mut payload = self.payload()?;
 
         let memory = memory::create(machine.mem_size_mib, machine.huge_pages)?;
-        let handed = self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
+        let handed =
+            self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
         let kvm = open_kvm(handed)?;
         let vm = Vm::new(&kvm, &memory)?;
 
@@ -227,7 +228,8 @@ impl Preboot {
 
     fn payload(&self) -> Result<Payload> {
         let boot = self.config.boot_source.as_ref();
-        let boot = boot.ok_or_else(|| Error::Config("boot-source is missing: what should be booted?".into()))?;
+        let boot =
+            boot.ok_or_else(|| Error::Config("boot-source is missing: what should be booted?".into()))?;
         let initrd = match &boot.initrd_path {
             Some(name) => Some(self.descriptors.file(name, "initrd", Access::Read)?),
             None => None,
@@ -252,7 +254,8 @@ impl Preboot {
         if !self.config.machine_config.acpi {
             for window in windows {
                 let size = layout::VIRTIO_MMIO_SIZE >> 10;
-                cmdline.push_str(&format!(" virtio_mmio.device={size}K@{:#x}:{}", window.address, window.gsi));
+                cmdline
+                    .push_str(&format!(" virtio_mmio.device={size}K@{:#x}:{}", window.address, window.gsi));
             }
         }
         cmdline.trim_start().to_owned()
@@ -302,7 +305,8 @@ impl Preboot {
             devices.push(Arc::new(std::sync::Mutex::new(self.net(interface, index)?)));
         }
         if self.config.entropy.is_some() {
-            devices.push(Arc::new(std::sync::Mutex::new(crate::devices::virtio::entropy::Entropy::default())));
+            devices
+                .push(Arc::new(std::sync::Mutex::new(crate::devices::virtio::entropy::Entropy::default())));
         }
         Ok(devices)
     }
@@ -314,11 +318,12 @@ impl Preboot {
             Some(name) => Some(self.descriptors.file(name, "base image", Access::Read)?),
             None => None,
         };
-        let image = Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
-            id: drive.drive_id.clone(),
-            what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
-            source,
-        })?;
+        let image =
+            Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
+                id: drive.drive_id.clone(),
+                what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
+                source,
+            })?;
         Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image)))
     }
 

@@ -212,7 +212,10 @@ impl Running {
     /// [`Error::State`] when there is no room for it.
     pub fn console_input(&self, bytes: &[u8]) -> Result<()> {
         self.parts.serial.input(bytes).map_err(|room| {
-            Error::State(format!("{} bytes of console input, but there is room for {room}: the guest does not read", bytes.len()))
+            Error::State(format!(
+                "{} bytes of console input, but there is room for {room}: the guest does not read",
+                bytes.len()
+            ))
         })
     }
 
@@ -240,7 +243,9 @@ impl Running {
             },
             Stop::Reset => end(ExitCode::GuestReset, ExitReason::Reset, "the guest reset itself".into()),
             Stop::PowerOff => end(ExitCode::PowerOff, ExitReason::PowerOff, "the guest powered off".into()),
-            Stop::Crash(report) => end(ExitCode::GuestCrash, ExitReason::Crash, format!("the guest crashed: {report}")),
+            Stop::Crash(report) => {
+                end(ExitCode::GuestCrash, ExitReason::Crash, format!("the guest crashed: {report}"))
+            }
             Stop::Kvm(error) => Some(End::error(&error)),
         };
         ended.map(|end| self.flush_for(end))
@@ -249,7 +254,11 @@ impl Running {
     /// Ends the machine from outside, at once; the guest is not asked.
     pub fn kill(&mut self, why: &str) -> End {
         let _ = self.park();
-        self.flush_for(End { code: ExitCode::Killed, reason: ExitReason::KilledByApi, message: why.to_owned() })
+        self.flush_for(End {
+            code: ExitCode::Killed,
+            reason: ExitReason::KilledByApi,
+            message: why.to_owned(),
+        })
     }
 
     /// Puts all disks on stable storage before the process ends.

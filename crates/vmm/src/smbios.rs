@@ -23,7 +23,9 @@ pub fn write(memory: &Memory, config: &SmbiosConfig) -> Result<()> {
     }
     let length = u32::try_from(table.len()).unwrap_or(u32::MAX);
     memory.write_slice(&table, GuestAddress(TABLE_START)).map_err(Error::memory("SMBIOS table"))?;
-    memory.write_slice(&entry_point(length), GuestAddress(SMBIOS_START)).map_err(Error::memory("SMBIOS entry point"))
+    memory
+        .write_slice(&entry_point(length), GuestAddress(SMBIOS_START))
+        .map_err(Error::memory("SMBIOS entry point"))
 }
 
 fn entry_point(table_length: u32) -> Vec<u8> {

@@ -134,7 +134,12 @@ mod tests {
             Event::Built { boottime_ns: 1, pid: 7, version: "0.1.0".into() },
             Event::VcpusRunning { boottime_ns: 2 },
             Event::GuestReset { boottime_ns: 3 },
-            Event::Exited { boottime_ns: 4, reason: ExitReason::Crash, code: 4, message: "triple fault".into() },
+            Event::Exited {
+                boottime_ns: 4,
+                reason: ExitReason::Crash,
+                code: 4,
+                message: "triple fault".into(),
+            },
         ];
         for event in &events {
             writer.append(event);

@@ -22,7 +22,10 @@ const STACK: usize = 512 * 1024;
 ///
 /// # Errors
 /// [`Error::Io`].
-pub fn spawn<T: Send + 'static>(name: String, body: impl FnOnce() -> T + Send + 'static) -> Result<JoinHandle<T>> {
+pub fn spawn<T: Send + 'static>(
+    name: String,
+    body: impl FnOnce() -> T + Send + 'static,
+) -> Result<JoinHandle<T>> {
     let what = format!("starting thread {name}");
     let noted = name.clone();
     let body = move || {

@@ -85,7 +85,8 @@ impl Vm {
             unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.set_tss_address(layout::KVM_TSS_ADDR).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
-        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_ADDR).map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
+        fd.set_identity_map_address(layout::KVM_IDENTITY_MAP_ADDR)
+            .map_err(Error::kvm("KVM_SET_IDENTITY_MAP_ADDR"))?;
         fd.create_irq_chip().map_err(Error::kvm("KVM_CREATE_IRQCHIP"))?;
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         fd.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
@@ -188,7 +189,9 @@ impl CpuModel {
 }
 
 /// KVM_CREATE_VM may be interrupted by a signal on a busy host.
-fn retry_interrupted<T>(mut call: impl FnMut() -> std::result::Result<T, kvm_ioctls::Error>) -> std::result::Result<T, kvm_ioctls::Error> {
+fn retry_interrupted<T>(
+    mut call: impl FnMut() -> std::result::Result<T, kvm_ioctls::Error>,
+) -> std::result::Result<T, kvm_ioctls::Error> {
     for _ in 0..4 {
         match call() {
             Err(error) if error.errno() == libc::EINTR => {}

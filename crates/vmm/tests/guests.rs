@@ -20,7 +20,8 @@ fn a_guest_prints_and_powers_off() {
 #[test]
 fn a_triple_fault_ends_with_registers_and_code() {
     // mov rbx, 0x1122334455667788; ud2, without any handler
-    let code = Code::default().bytes(&[0x48, 0xbb, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0x0f, 0x0b]);
+    let code =
+        Code::default().bytes(&[0x48, 0xbb, 0x88, 0x77, 0x66, 0x55, 0x44, 0x33, 0x22, 0x11, 0x0f, 0x0b]);
     let ended = Machine::new(&code).run();
     assert_eq!(ended.code, ExitCode::GuestCrash.code());
     for part in ["triple fault", "RBX=1122334455667788", "RIP=000000000010000a", "[0f] 0b", "mode=64-bit"] {
@@ -38,9 +39,10 @@ fn an_instruction_that_kvm_cannot_run_is_no_hang() {
     let code = Code::default().bytes(&[0xbf, 0, 0, 0x12, 0, 0xf0, 0x48, 0x0f, 0xc7, 0x0f]).power_off();
     let ended = Machine::new(&code).run();
     let probe = roost_vmm::probe::run();
-    let works = probe.instructions.iter().any(|i| {
-        i.name == "lock cmpxchg16b" && i.outcome == roost_vmm::probe::Outcome::Ok
-    });
+    let works = probe
+        .instructions
+        .iter()
+        .any(|i| i.name == "lock cmpxchg16b" && i.outcome == roost_vmm::probe::Outcome::Ok);
     if works {
         assert_eq!(ended.code, ExitCode::PowerOff.code(), "{}", ended.stderr);
     } else {
@@ -146,9 +148,13 @@ fn a_bare_metal_driver_gets_random_bytes() {
         code = register(code, offset, value);
     }
     // One descriptor: buffer, 16 bytes, writable. It is made available, and the bell rings.
-    for (address, value) in
-        [(descriptors, buffer), (descriptors + 8, 16), (descriptors + 12, 2), (available + 4, 0), (available, 1 << 16)]
-    {
+    for (address, value) in [
+        (descriptors, buffer),
+        (descriptors + 8, 16),
+        (descriptors + 12, 2),
+        (available + 4, 0),
+        (available, 1 << 16),
+    ] {
         code = memory(code, address, value);
     }
     code = register(code, 0x50, 0);
@@ -184,6 +190,7 @@ fn console_input_reaches_the_guest() {
 fn the_console_goes_on_over_two_runs() {
     let mut machine = Machine::new(&Code::default().print("x").power_off());
     machine.run();
-    std::fs::remove_file(machine.path("api")).unwrap();
+    // The first run's API socket is still there, and is replaced.
+    assert!(machine.path("api").exists());
     assert_eq!(machine.run().console, "xx");
 }

@@ -53,7 +53,8 @@ fn child() {
 
 fn breaks(case: &str, thread: &str, call: &str) {
     let program = std::env::current_exe().unwrap();
-    let output = Command::new(program).args(["--exact", "child", "--nocapture"]).env(CASE, case).output().unwrap();
+    let output =
+        Command::new(program).args(["--exact", "child", "--nocapture"]).env(CASE, case).output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(ExitCode::Seccomp.code()), "{case}: {message}");
     let expected = format!("thread {thread} made the forbidden system call {call}");

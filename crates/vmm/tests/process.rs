@@ -104,10 +104,19 @@ fn everything_can_be_handed_over_as_descriptors() {
     std::fs::write(machine.path("config"), machine.config.to_string()).unwrap();
     common::disk(&machine.path("root"), 1 << 20);
     let open = |name: &str| {
-        File::options().read(true).append(name == "status").write(true).create(true).truncate(false).open(machine.path(name)).unwrap()
+        File::options()
+            .read(true)
+            .append(name == "status")
+            .write(true)
+            .create(true)
+            .truncate(false)
+            .open(machine.path(name))
+            .unwrap()
     };
-    let files: Vec<(&str, File)> =
-        ["config", "kernel", "root", "console", "status"].into_iter().map(|name| (name, open(name))).collect();
+    let files: Vec<(&str, File)> = ["config", "kernel", "root", "console", "status"]
+        .into_iter()
+        .map(|name| (name, open(name)))
+        .collect();
     let kvm = File::options().read(true).write(true).open("/dev/kvm").unwrap();
     let mut arguments = vec!["run".to_owned()];
     for (name, file) in files.iter().map(|(name, file)| (*name, file)).chain([("kvm", &kvm)]) {
@@ -129,7 +138,11 @@ fn everything_can_be_handed_over_as_descriptors() {
 #[test]
 fn bad_configurations_end_with_their_code_and_a_sentence() {
     let cases = [
-        (json!({ "machine-config": { "vcpu_count": 40, "mem_size_mib": 16 } }), ExitCode::Config, "vcpu_count 40"),
+        (
+            json!({ "machine-config": { "vcpu_count": 40, "mem_size_mib": 16 } }),
+            ExitCode::Config,
+            "vcpu_count 40",
+        ),
         (json!({ "boot-source": { "kernel_image_path": "/no/such" } }), ExitCode::HostIo, "/no/such"),
         (json!({ "flavour": 1 }), ExitCode::Config, "flavour"),
         (json!({}), ExitCode::Config, "boot-source is missing"),
@@ -191,7 +204,10 @@ fn all_threads_are_named_and_locked_down() {
 
 #[test]
 fn the_probe_prints_a_report_that_parses() {
-    let output = std::process::Command::new(env!("CARGO_BIN_EXE_roost-vmm")).args(["probe", "--json"]).output().unwrap();
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_roost-vmm"))
+        .args(["probe", "--json"])
+        .output()
+        .unwrap();
     let report: roost_vmm::probe::Report = serde_json::from_slice(&output.stdout).unwrap();
     assert_eq!(output.status.code(), Some(if report.usable() { 0 } else { ExitCode::Kvm.code() }));
     assert!(report.kvm.present && report.kvm.permitted, "{report:?}");

@@ -31,7 +31,11 @@ const MAX_BODY: usize = 256 * 1024;
 #[must_use]
 pub fn parse(buffer: &[u8]) -> Parsed<'_> {
     let Some(head_length) = buffer.windows(4).position(|window| window == b"\r\n\r\n") else {
-        return if buffer.len() > MAX_HEAD { Parsed::Bad("the request's head is too long") } else { Parsed::Incomplete };
+        return if buffer.len() > MAX_HEAD {
+            Parsed::Bad("the request's head is too long")
+        } else {
+            Parsed::Incomplete
+        };
     };
     let Ok(head) = std::str::from_utf8(&buffer[..head_length]) else {
         return Parsed::Bad("the request's head is not text");
@@ -120,7 +124,10 @@ mod tests {
             assert_eq!(parse(&text[..length]), Parsed::Incomplete, "{length}");
         }
         let Parsed::Request(request, used) = parse(text) else { panic!("no request") };
-        assert_eq!((request.method, request.path, request.body, used), ("PUT", "/actions", &b"body"[..], end));
+        assert_eq!(
+            (request.method, request.path, request.body, used),
+            ("PUT", "/actions", &b"body"[..], end)
+        );
     }
 
     #[test]

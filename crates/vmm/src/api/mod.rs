@@ -8,7 +8,7 @@
 //! | `GET /machine-config`, `GET /vm/config` | always | the configuration |
 //! | `GET /metrics` | built | counters of all devices |
 //! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/serial`, `/smbios` | before the build | configures |
-//! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; once running `SendPowerButton` (or `SendCtrlAltDel`), `ForceStop` |
+//! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
 //! | `PUT /serial/input` | running | the body's bytes become console input |
 //!
@@ -137,7 +137,7 @@ impl Server {
             self.accept();
             None
         } else if descriptor == self.signals.as_raw_fd() {
-            Some(self.end_by_signal())
+            Some(self.kill("ended by a signal"))
         } else if self.connections.contains_key(&descriptor) {
             self.connection(descriptor, status)
         } else if let Some(Machine::Running(running)) = &mut self.machine {
@@ -147,11 +147,11 @@ impl Server {
         }
     }
 
-    fn end_by_signal(&mut self) -> End {
-        let message = "ended by a signal".to_owned();
+    /// Ends the machine at once, in whatever phase it is.
+    fn kill(&mut self, why: &str) -> End {
         match &mut self.machine {
-            Some(Machine::Running(running)) => running.kill(&message),
-            _ => End { code: ExitCode::Killed, reason: ExitReason::KilledByApi, message },
+            Some(Machine::Running(running)) => running.kill(why),
+            _ => End { code: ExitCode::Killed, reason: ExitReason::KilledByApi, message: why.to_owned() },
         }
     }
 

@@ -46,13 +46,19 @@ enum Answer {
 
 impl Server {
     /// Answers one request. `Some`: the machine has ended.
-    pub(super) fn handle(&mut self, request: &Request<'_>, status: &mut StatusWriter) -> (Response, Option<End>) {
+    pub(super) fn handle(
+        &mut self,
+        request: &Request<'_>,
+        status: &mut StatusWriter,
+    ) -> (Response, Option<End>) {
         if request.path == "/actions" && request.method == "PUT" {
             return self.action(request.body, status);
         }
         let answer = match request.method {
             "GET" => self.get(request.path),
-            "PUT" if request.path == "/serial/input" => self.running().and_then(|r| r.console_input(request.body)).map(|()| Answer::Done),
+            "PUT" if request.path == "/serial/input" => {
+                self.running().and_then(|r| r.console_input(request.body)).map(|()| Answer::Done)
+            }
             "PUT" => self.configure(request.path, request.body),
             "PATCH" if request.path == "/vm" => self.change_state(request.body),
             _ => Err(unknown(request)),
@@ -73,11 +79,12 @@ impl Server {
                 Err((error, false)) => Err(error),
                 Ok(()) => Ok(()),
             },
-            Ok(ActionType::SendPowerButton) => self.running().and_then(|running| running.press_power_button()),
-            Ok(ActionType::ForceStop) => match self.running() {
-                Ok(running) => return (Response::no_content(), Some(running.kill("ended by ForceStop"))),
-                Err(error) => Err(error),
-            },
+            Ok(ActionType::SendPowerButton) => {
+                self.running().and_then(|running| running.press_power_button())
+            }
+            Ok(ActionType::ForceStop) => {
+                return (Response::no_content(), Some(self.kill("ended by ForceStop")));
+            }
             Err(error) => Err(error),
         };
         (result.map_or_else(|error| Response::fault(&error.chain()), |()| Response::no_content()), None)

@@ -81,9 +81,7 @@ pub fn write_zero_page(
         *entry = boot_e820_entry { addr: *addr, size: *size, r#type: *kind };
     }
     params.e820_entries = u8::try_from(map.len()).unwrap_or(0);
-    memory
-        .write_obj(params, GuestAddress(layout::ZERO_PAGE_START))
-        .map_err(Error::memory("zero page"))
+    memory.write_obj(params, GuestAddress(layout::ZERO_PAGE_START)).map_err(Error::memory("zero page"))
 }
 
 /// Everything that the protocol points to lies below 4 GiB.

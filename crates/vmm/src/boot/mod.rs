@@ -162,11 +162,7 @@ fn load_kernel(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Res
     let mut magic = [0; 4];
     let start = image.seek(SeekFrom::Start(0)).and_then(|_| image.read_exact(&mut magic));
     start.map_err(|error| Error::Kernel(format!("cannot be read: {error}")))?;
-    if magic == ELF_MAGIC {
-        load_elf(memory, image, protocol)
-    } else {
-        load_bzimage(memory, image)
-    }
+    if magic == ELF_MAGIC { load_elf(memory, image, protocol) } else { load_bzimage(memory, image) }
 }
 
 fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
@@ -257,13 +253,25 @@ mod tests {
     }
 
     fn description() -> Description {
-        Description { vcpus: 1, windows: Vec::new(), acpi: true, smbios: SmbiosConfig::default(), generation_id: [7; 16] }
+        Description {
+            vcpus: 1,
+            windows: Vec::new(),
+            acpi: true,
+            smbios: SmbiosConfig::default(),
+            generation_id: [7; 16],
+        }
     }
 
     #[test]
     fn what_is_no_kernel_is_refused_with_a_reason() {
         let memory = crate::memory::create(16, false).unwrap();
-        for image in [&b""[..], b"abc", b"\x7fELF", &[0; 4096], b"\x7fELF\x02\x01\x01 and then rubbish to fill a header of sixty-four bytes"] {
+        for image in [
+            &b""[..],
+            b"abc",
+            b"\x7fELF",
+            &[0; 4096],
+            b"\x7fELF\x02\x01\x01 and then rubbish to fill a header of sixty-four bytes",
+        ] {
             let error = load(&memory, &mut payload(image), &description()).unwrap_err();
             assert!(matches!(error, Error::Kernel(_)), "{image:?} gave {error}");
         }

@@ -31,7 +31,8 @@ pub fn write_start_info(memory: &Memory, initrd: Option<Loaded>, rsdp: Option<u6
     };
     put(memory, layout::PVH_INFO_START, Info(info))?;
     if let Some(initrd) = initrd {
-        let module = hvm_modlist_entry { paddr: initrd.start, size: initrd.size, ..hvm_modlist_entry::default() };
+        let module =
+            hvm_modlist_entry { paddr: initrd.start, size: initrd.size, ..hvm_modlist_entry::default() };
         put(memory, MODULES, Module(module))?;
     }
     let size = size_of::<hvm_memmap_table_entry>() as u64;

@@ -34,12 +34,8 @@ impl Topology {
 /// # Errors
 /// The table would be longer than KVM takes.
 pub fn for_vcpu(supported: &CpuId, topology: Topology, id: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
-    let mut entries: Vec<kvm_cpuid_entry2> = supported
-        .as_slice()
-        .iter()
-        .copied()
-        .filter(|entry| !matches!(entry.function, 0xb | 0x1f))
-        .collect();
+    let mut entries: Vec<kvm_cpuid_entry2> =
+        supported.as_slice().iter().copied().filter(|entry| !matches!(entry.function, 0xb | 0x1f)).collect();
     for entry in &mut entries {
         adapt(entry, topology, u32::from(id));
     }
@@ -99,10 +95,7 @@ fn leaf_b(topology: Topology, id: u32) -> [kvm_cpuid_entry2; 2] {
         edx: id,
         ..kvm_cpuid_entry2::default()
     };
-    [
-        level(0, LEVEL_THREAD, 0, 1),
-        level(1, LEVEL_CORE, topology.core_bits(), u32::from(topology.vcpus)),
-    ]
+    [level(0, LEVEL_THREAD, 0, 1), level(1, LEVEL_CORE, topology.core_bits(), u32::from(topology.vcpus))]
 }
 
 const fn set(register: &mut u32, bit: u32, on: bool) {

@@ -1,8 +1,8 @@
 //! A vCPU's whole state, taken right after its creation: putting it back is what a reset line does.
 
 use kvm_bindings::{
-    Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs, kvm_vcpu_events,
-    kvm_xcrs, kvm_xsave,
+    Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
+    kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
 
@@ -89,12 +89,15 @@ impl VcpuState {
 /// Reads as many of the MSRs as this KVM reads: one that it lists but refuses is stepped over.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
     let mut found = Vec::with_capacity(indices.len());
-    let wanted: Vec<u32> = indices.iter().copied().filter(|i| !matches!(*i, MSR_TSC | MSR_TSC_ADJUST)).collect();
+    let wanted: Vec<u32> =
+        indices.iter().copied().filter(|i| !matches!(*i, MSR_TSC | MSR_TSC_ADJUST)).collect();
     let mut rest = wanted.as_slice();
     while !rest.is_empty() {
         let now = rest.len().min(MSRS_PER_CALL);
-        let entries: Vec<_> =
-            rest[..now].iter().map(|index| kvm_msr_entry { index: *index, ..kvm_msr_entry::default() }).collect();
+        let entries: Vec<_> = rest[..now]
+            .iter()
+            .map(|index| kvm_msr_entry { index: *index, ..kvm_msr_entry::default() })
+            .collect();
         let Ok(mut msrs) = Msrs::from_entries(&entries) else { break };
         let read = vcpu.get_msrs(&mut msrs).unwrap_or(0).min(now);
         found.extend_from_slice(&msrs.as_slice()[..read]);

@@ -131,7 +131,11 @@ pub fn judge(kvm: &KvmReport, speed: Option<&Speed>, instructions: &[Instruction
         kvm.capabilities.iter().filter(|c| c.needed && !c.present).map(|c| c.name.as_str()).collect();
     let failed: Vec<&str> =
         instructions.iter().filter(|i| i.outcome == Outcome::Failed).map(|i| i.name.as_str()).collect();
-    let also = if failed.is_empty() { String::new() } else { format!("; these instructions fail: {}", failed.join(", ")) };
+    let also = if failed.is_empty() {
+        String::new()
+    } else {
+        format!("; these instructions fail: {}", failed.join(", "))
+    };
     if !kvm.present {
         return (Verdict::Missing, "there is no /dev/kvm".into());
     }
@@ -140,7 +144,13 @@ pub fn judge(kvm: &KvmReport, speed: Option<&Speed>, instructions: &[Instruction
         return (Verdict::Forbidden, format!("/dev/kvm cannot be opened: {why}"));
     }
     if kvm.api_version != Some(12) || !lacking.is_empty() {
-        return (Verdict::Unfit, format!("KVM lacks {}", if lacking.is_empty() { "API version 12".into() } else { lacking.join(", ") }));
+        return (
+            Verdict::Unfit,
+            format!(
+                "KVM lacks {}",
+                if lacking.is_empty() { "API version 12".into() } else { lacking.join(", ") }
+            ),
+        );
     }
     match speed {
         None => {
@@ -154,12 +164,16 @@ pub fn judge(kvm: &KvmReport, speed: Option<&Speed>, instructions: &[Instruction
                 speed.instructions_per_second as f64 / 1e6
             ),
         ),
-        Some(_) if !failed.is_empty() => {
-            (Verdict::Incomplete, format!("instructions that kernels need do not work: {}", failed.join(", ")))
-        }
+        Some(_) if !failed.is_empty() => (
+            Verdict::Incomplete,
+            format!("instructions that kernels need do not work: {}", failed.join(", ")),
+        ),
         Some(speed) => (
             Verdict::Good,
-            format!("kernel-mode code runs at {} million instructions per second", speed.instructions_per_second / 1_000_000),
+            format!(
+                "kernel-mode code runs at {} million instructions per second",
+                speed.instructions_per_second / 1_000_000
+            ),
         ),
     }
 }
@@ -205,7 +219,11 @@ fn capabilities(kvm: &Kvm) -> Vec<Capability> {
         (Cap::VcpuEvents, "VCPU_EVENTS", false),
     ];
     list.into_iter()
-        .map(|(cap, name, needed)| Capability { name: name.to_owned(), present: kvm.check_extension(cap), needed })
+        .map(|(cap, name, needed)| Capability {
+            name: name.to_owned(),
+            present: kvm.check_extension(cap),
+            needed,
+        })
         .collect()
 }
 

@@ -11,7 +11,7 @@ use super::{Instruction, Outcome, Speed};
 /// One answer takes at most this long.
 const LIMIT: Duration = Duration::from_secs(5);
 /// A measurement is long enough to be one when it lasts this.
-const ENOUGH: Duration = Duration::from_millis(20);
+const ENOUGH: Duration = Duration::from_millis(50);
 
 /// Measures a counted loop.
 ///
@@ -59,7 +59,8 @@ fn questions() -> Vec<Question> {
     // mov eax, 3; xor edx, edx: the mask of xsave and xrstor
     let mask = [0xb8, 3, 0, 0, 0, 0x31, 0xd2];
     let with = |parts: &[&[u8]]| parts.concat();
-    let plain = |name, code: Vec<u8>| Question { name, code, feature: None, xsave: false, expected: Answer::Reached };
+    let plain =
+        |name, code: Vec<u8>| Question { name, code, feature: None, xsave: false, expected: Answer::Reached };
     let needs = |name, feature, code: Vec<u8>| Question {
         name,
         code,
@@ -83,11 +84,27 @@ fn questions() -> Vec<Question> {
         // sgdt [rdi]; lgdt [rdi]
         plain("lgdt", with(&[&edi, &[0x0f, 0x01, 0x07, 0x0f, 0x01, 0x17]])),
         // mov rax, rsp; push 0x18; push rax; pushfq; push 0x10; lea rax, [rip + 3]; push rax; iretq
-        plain("iretq", vec![
-            0x48, 0x89, 0xe0, 0x6a, 0x18, 0x50, 0x9c, 0x6a, 0x10, 0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50, 0x48, 0xcf,
-        ]),
-        Question { name: "int3", code: vec![0xcc], feature: None, xsave: false, expected: Answer::Exception(3) },
-        Question { name: "ud2", code: vec![0x0f, 0x0b], feature: None, xsave: false, expected: Answer::Exception(6) },
+        plain(
+            "iretq",
+            vec![
+                0x48, 0x89, 0xe0, 0x6a, 0x18, 0x50, 0x9c, 0x6a, 0x10, 0x48, 0x8d, 0x05, 3, 0, 0, 0, 0x50,
+                0x48, 0xcf,
+            ],
+        ),
+        Question {
+            name: "int3",
+            code: vec![0xcc],
+            feature: None,
+            xsave: false,
+            expected: Answer::Exception(3),
+        },
+        Question {
+            name: "ud2",
+            code: vec![0x0f, 0x0b],
+            feature: None,
+            xsave: false,
+            expected: Answer::Exception(6),
+        },
         plain("mfence", vec![0x0f, 0xae, 0xf0]),
         // mov [rdi], ds; verw [rdi]
         plain("verw", with(&[&edi, &[0x8c, 0x1f, 0x0f, 0x00, 0x2f]])),
@@ -124,7 +141,9 @@ fn ask(kvm: &Kvm, cpuid: Option<&CpuId>, question: Question) -> Instruction {
     }
     let (outcome, why) = match guest::run(kvm, &ended(question.code), question.xsave, LIMIT) {
         Ok(answer) if answer == question.expected => (Outcome::Ok, None),
-        Ok(Answer::Reached) => (Outcome::Failed, Some("the exception that it should raise does not come".into())),
+        Ok(Answer::Reached) => {
+            (Outcome::Failed, Some("the exception that it should raise does not come".into()))
+        }
         Ok(answer) => answer.judged(),
         Err(why) => (Outcome::Failed, Some(why)),
     };

@@ -26,7 +26,8 @@ pub fn compile(kind: Kind) -> Result<Filter> {
     let rules = rules::rules(kind).map_err(|error| Error::Seccomp(error.to_string()))?;
     let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)
         .map_err(|error| Error::Seccomp(error.to_string()))?;
-    let program: BpfProgram = filter.try_into().map_err(|error: seccompiler::BackendError| Error::Seccomp(error.to_string()))?;
+    let program: BpfProgram =
+        filter.try_into().map_err(|error: seccompiler::BackendError| Error::Seccomp(error.to_string()))?;
     Ok(Arc::new(program))
 }
 

@@ -111,9 +111,21 @@ pub fn rules(kind: Kind) -> Result<Rules, BackendError> {
     match kind {
         Kind::Vcpu => {
             let calls = [
-                KVM_RUN, KVM_GET_REGS, KVM_SET_REGS, KVM_GET_SREGS, KVM_SET_SREGS, KVM_TRANSLATE, KVM_SET_MSRS,
-                KVM_SET_FPU, KVM_SET_LAPIC, KVM_SET_MP_STATE, KVM_SET_VCPU_EVENTS, KVM_SET_DEBUGREGS, KVM_SET_XSAVE,
-                KVM_SET_XCRS, KVM_KVMCLOCK_CTRL,
+                KVM_RUN,
+                KVM_GET_REGS,
+                KVM_SET_REGS,
+                KVM_GET_SREGS,
+                KVM_SET_SREGS,
+                KVM_TRANSLATE,
+                KVM_SET_MSRS,
+                KVM_SET_FPU,
+                KVM_SET_LAPIC,
+                KVM_SET_MP_STATE,
+                KVM_SET_VCPU_EVENTS,
+                KVM_SET_DEBUGREGS,
+                KVM_SET_XSAVE,
+                KVM_SET_XCRS,
+                KVM_KVMCLOCK_CTRL,
                 // A driver that activates its interface sets the tap's offload from here.
                 u64::from(u32::try_from(tap::TUNSETOFFLOAD).unwrap_or(0)),
             ];

@@ -24,7 +24,11 @@ pub fn install(status: Option<RawFd>) -> Result<()> {
     action.sa_flags = libc::SA_SIGINFO | libc::SA_NODEFER;
     // SAFETY: the action is valid and the handler is async-signal-safe.
     let result = unsafe { libc::sigaction(libc::SIGSYS, &raw const action, std::ptr::null_mut()) };
-    if result < 0 { Err(Error::io("installing the SIGSYS handler")(std::io::Error::last_os_error())) } else { Ok(()) }
+    if result < 0 {
+        Err(Error::io("installing the SIGSYS handler")(std::io::Error::last_os_error()))
+    } else {
+        Ok(())
+    }
 }
 
 /// `si_syscall` of a SIGSYS: behind signal number, errno, code (with padding) and the calling address.
@@ -71,7 +75,10 @@ pub fn note_thread_name(name: &str) {
 fn report(thread: &[u8], number: i64) {
     let mut line = Line::default();
     line.text(b"roost-vmm: thread ").text(thread).text(b" made the forbidden system call ");
-    line.text(names::name(number).as_bytes()).text(b" (").number(number.unsigned_abs()).text(b"); the machine ends\n");
+    line.text(names::name(number).as_bytes())
+        .text(b" (")
+        .number(number.unsigned_abs())
+        .text(b"); the machine ends\n");
     line.write(libc::STDERR_FILENO);
     let status = STATUS_FD.load(Ordering::SeqCst);
     if status >= 0 {

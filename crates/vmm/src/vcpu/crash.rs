@@ -29,11 +29,7 @@ pub fn internal_error(run: &kvm_run) -> String {
     };
     let count = (internal.ndata as usize).min(internal.data.len());
     let data: Vec<String> = internal.data[..count].iter().map(|word| format!("{word:#x}")).collect();
-    format!(
-        "{meaning} (KVM_EXIT_INTERNAL_ERROR, suberror {}, data [{}])",
-        internal.suberror,
-        data.join(", ")
-    )
+    format!("{meaning} (KVM_EXIT_INTERNAL_ERROR, suberror {}, data [{}])", internal.suberror, data.join(", "))
 }
 
 /// The whole report of one vCPU.
@@ -59,9 +55,38 @@ fn registers(text: &mut String, r: &kvm_regs, s: &kvm_sregs) {
          RSI={:016x} RDI={:016x} RSP={:016x} RBP={:016x}\n  R8 ={:016x} R9 ={:016x} R10={:016x} R11={:016x}\n  \
          R12={:016x} R13={:016x} R14={:016x} R15={:016x}\n  CR0={:016x} CR2={:016x} CR3={:016x} CR4={:016x}\n  \
          EFER={:x} CS={:x} SS={:x} DS={:x} GDT={:x}+{:x} IDT={:x}+{:x}",
-        r.rip, r.rflags, s.cs.selector & 3, mode(s), r.rax, r.rbx, r.rcx, r.rdx, r.rsi, r.rdi, r.rsp, r.rbp, r.r8,
-        r.r9, r.r10, r.r11, r.r12, r.r13, r.r14, r.r15, s.cr0, s.cr2, s.cr3, s.cr4, s.efer, s.cs.selector,
-        s.ss.selector, s.ds.selector, s.gdt.base, s.gdt.limit, s.idt.base, s.idt.limit,
+        r.rip,
+        r.rflags,
+        s.cs.selector & 3,
+        mode(s),
+        r.rax,
+        r.rbx,
+        r.rcx,
+        r.rdx,
+        r.rsi,
+        r.rdi,
+        r.rsp,
+        r.rbp,
+        r.r8,
+        r.r9,
+        r.r10,
+        r.r11,
+        r.r12,
+        r.r13,
+        r.r14,
+        r.r15,
+        s.cr0,
+        s.cr2,
+        s.cr3,
+        s.cr4,
+        s.efer,
+        s.cs.selector,
+        s.ss.selector,
+        s.ds.selector,
+        s.gdt.base,
+        s.gdt.limit,
+        s.idt.base,
+        s.idt.limit,
     );
 }
 

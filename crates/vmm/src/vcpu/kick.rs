@@ -81,7 +81,11 @@ fn register_handler() -> Result<()> {
     action.sa_sigaction = ignore as *const () as libc::sighandler_t;
     // SAFETY: the action is valid and its handler does nothing, so it is safe in any context.
     let result = unsafe { libc::sigaction(signal(), &raw const action, std::ptr::null_mut()) };
-    if result < 0 { Err(Error::io("installing the vCPU signal")(std::io::Error::last_os_error())) } else { Ok(()) }
+    if result < 0 {
+        Err(Error::io("installing the vCPU signal")(std::io::Error::last_os_error()))
+    } else {
+        Ok(())
+    }
 }
 
 /// vCPU threads take the signal, whatever the thread that started them blocks.

@@ -17,7 +17,9 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_msr_entry};
+use kvm_bindings::{
+    KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_msr_entry,
+};
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::{Bus, Outcome};
@@ -316,12 +318,17 @@ impl Vcpu {
             }
             Ok(VcpuExit::Intr) => return self.look(),
             Err(error) if matches!(error.errno(), libc::EINTR | libc::EAGAIN) => return self.look(),
-            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_)) => Outcome::Done,
+            Ok(VcpuExit::Hlt | VcpuExit::IrqWindowOpen | VcpuExit::SetTpr | VcpuExit::IoapicEoi(_)) => {
+                Outcome::Done
+            }
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => Outcome::PowerOff,
             Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => Outcome::Reset,
-            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => return self.crash("the guest reported a crash"),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_CRASH, _)) => {
+                return self.crash("the guest reported a crash");
+            }
             Ok(VcpuExit::Shutdown) => {
-                return self.crash("triple fault: an exception that the guest could not handle (KVM_EXIT_SHUTDOWN)");
+                return self
+                    .crash("triple fault: an exception that the guest could not handle (KVM_EXIT_SHUTDOWN)");
             }
             Ok(VcpuExit::InternalError) => {
                 let reason = crash::internal_error(self.fd.get_kvm_run());
@@ -334,11 +341,14 @@ impl Vcpu {
                 return self.crash(&reason);
             }
             Ok(VcpuExit::MemoryFault { gpa, size, .. }) => {
-                let reason = format!("the host could not give memory for {size} bytes at {gpa:#x} (KVM_EXIT_MEMORY_FAULT)");
+                let reason = format!(
+                    "the host could not give memory for {size} bytes at {gpa:#x} (KVM_EXIT_MEMORY_FAULT)"
+                );
                 return self.crash(&reason);
             }
             Ok(other) => {
-                let reason = format!("KVM left the guest for a reason that the monitor does not handle: {other:?}");
+                let reason =
+                    format!("KVM left the guest for a reason that the monitor does not handle: {other:?}");
                 return self.crash(&reason);
             }
             Err(source) => return Step::Stop(Stop::Kvm(Error::Kvm { what: "KVM_RUN", source })),

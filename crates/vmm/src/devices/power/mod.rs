@@ -73,7 +73,9 @@ impl BusDevice for Power {
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
         let Some(value) = data.first().copied() else { return Outcome::Done };
         match u16::try_from(offset) {
-            Ok(SLEEP_CONTROL) if value & SLEEP_ENABLE != 0 && value >> 2 & 7 == SLEEP_TYPE_S5 => Outcome::PowerOff,
+            Ok(SLEEP_CONTROL) if value & SLEEP_ENABLE != 0 && value >> 2 & 7 == SLEEP_TYPE_S5 => {
+                Outcome::PowerOff
+            }
             Ok(RESET) if value == RESET_VALUE => Outcome::Reset,
             _ => Outcome::Done,
         }

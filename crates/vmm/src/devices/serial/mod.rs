@@ -20,7 +20,7 @@ pub const MAX_PENDING_INPUT: usize = 64 * 1024;
 pub enum Sink {
     /// A console ring.
     Ring(ConsoleWriter),
-    /// A terminal or pipe; what it does not take is dropped, a guest never waits for a reader.
+    /// A terminal or pipe, in stand-alone mode: a reader that stops reading stops the guest's output. What fails is lost.
     File(File),
     /// Nowhere.
     Null,
@@ -93,7 +93,12 @@ impl SerialPort {
     /// # Errors
     /// The descriptor cannot be duplicated.
     pub fn new(line: EventFd, sink: Sink) -> io::Result<Self> {
-        let port = Port { uart: Serial::new(Line(line.try_clone()?), sink), pending: VecDeque::new(), bytes_out: 0, bytes_in: 0 };
+        let port = Port {
+            uart: Serial::new(Line(line.try_clone()?), sink),
+            pending: VecDeque::new(),
+            bytes_out: 0,
+            bytes_in: 0,
+        };
         Ok(Self { port: Mutex::new(port), line })
     }
 
@@ -126,7 +131,11 @@ impl SerialPort {
     #[must_use]
     pub fn metrics(&self) -> SerialMetrics {
         let port = self.lock();
-        SerialMetrics { bytes_out: port.bytes_out, bytes_in: port.bytes_in, bytes_pending: port.pending.len() as u64 }
+        SerialMetrics {
+            bytes_out: port.bytes_out,
+            bytes_in: port.bytes_in,
+            bytes_pending: port.pending.len() as u64,
+        }
     }
 
     /// As after power-on; the output stream goes on.

@@ -77,7 +77,16 @@ impl Transport {
             queues: fresh_queues(&queue_sizes),
             active: false,
         };
-        Self { registers: Mutex::new(registers), device, kind, features, queue_sizes, bells, interrupt, memory }
+        Self {
+            registers: Mutex::new(registers),
+            device,
+            kind,
+            features,
+            queue_sizes,
+            bells,
+            interrupt,
+            memory,
+        }
     }
 
     /// The device behind the window.
@@ -135,13 +144,15 @@ impl Transport {
     fn write_register(&self, offset: u64, value: u32) {
         let mut registers = self.registers();
         let configuring = registers.status & (STATUS_DRIVER_OK | STATUS_FEATURES_OK) == STATUS_FEATURES_OK;
-        let negotiating = registers.status & (STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK) == STATUS_DRIVER;
+        let negotiating =
+            registers.status & (STATUS_DRIVER | STATUS_FEATURES_OK | STATUS_DRIVER_OK) == STATUS_DRIVER;
         match offset {
             0x14 => registers.device_features_select = value,
             0x20 if negotiating => match registers.driver_features_select {
                 0 => registers.driver_features = registers.driver_features >> 32 << 32 | u64::from(value),
                 1 => {
-                    registers.driver_features = registers.driver_features & 0xffff_ffff | u64::from(value) << 32;
+                    registers.driver_features =
+                        registers.driver_features & 0xffff_ffff | u64::from(value) << 32;
                 }
                 _ => {}
             },

@@ -66,7 +66,10 @@ where
 ///
 /// # Errors
 /// [`Broken`] for an available index that is out of bounds.
-pub fn next<'m>(queue: &mut Queue, memory: &'m Memory) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
+pub fn next<'m>(
+    queue: &mut Queue,
+    memory: &'m Memory,
+) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
     Ok(queue.iter(memory)?.next())
 }
 

@@ -50,7 +50,9 @@ impl Image {
             DriveFormat::Raw => Ok(Self(FormatAccess::new(Raw::open_image(storage, writable)?))),
             DriveFormat::Qcow2 => {
                 let backing = match backing {
-                    Some(base) => Some(FormatAccess::new(Raw::open_image(self::storage(base, false)?, false)?)),
+                    Some(base) => {
+                        Some(FormatAccess::new(Raw::open_image(self::storage(base, false)?, false)?))
+                    }
                     None => None,
                 };
                 let qcow2 = Qcow2::builder(storage)

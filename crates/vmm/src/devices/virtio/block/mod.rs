@@ -7,7 +7,9 @@ pub mod queue;
 #[cfg(test)]
 mod tests;
 
-use virtio_bindings::virtio_blk::{VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX};
+use virtio_bindings::virtio_blk::{
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+};
 
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use backend::Backend;

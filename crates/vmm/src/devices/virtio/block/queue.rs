@@ -34,7 +34,12 @@ pub struct Disk<'a> {
 ///
 /// # Errors
 /// [`Broken`]: the guest broke the queue.
-pub fn process(queue: &mut Queue, memory: &Memory, disk: &Disk<'_>, metrics: &mut Metrics) -> Result<Turn, Broken> {
+pub fn process(
+    queue: &mut Queue,
+    memory: &Memory,
+    disk: &Disk<'_>,
+    metrics: &mut Metrics,
+) -> Result<Turn, Broken> {
     drain(queue, memory, |chain| request(memory, chain, disk, metrics))
 }
 
@@ -80,7 +85,8 @@ fn request(memory: &Memory, chain: DescriptorChain<&Memory>, disk: &Disk<'_>, me
             match range(sector, count, disk.backend.size()) {
                 Some(offset) if !disk.read_only => {
                     let result = disk.backend.write(offset, &source);
-                    let result = if disk.write_through { result.and_then(|()| disk.backend.flush()) } else { result };
+                    let result =
+                        if disk.write_through { result.and_then(|()| disk.backend.flush()) } else { result };
                     match result {
                         Ok(()) => {
                             metrics.writes += 1;

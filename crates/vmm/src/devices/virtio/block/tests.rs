@@ -5,8 +5,8 @@ use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
 
-use imago::qcow2::Qcow2;
 use imago::FormatCreateBuilder;
+use imago::qcow2::Qcow2;
 use proptest::prelude::*;
 use vm_memory::VolatileSlice;
 
@@ -43,7 +43,14 @@ fn raw(content: &[u8]) -> (tempfile::NamedTempFile, Image) {
 }
 
 /// Makes one request and returns (status, bytes used, data).
-fn ask(backend: &dyn Backend, read_only: bool, kind: u32, sector: u64, source: &[u8], target: u32) -> (u8, u32, Vec<u8>) {
+fn ask(
+    backend: &dyn Backend,
+    read_only: bool,
+    kind: u32,
+    sector: u64,
+    source: &[u8],
+    target: u32,
+) -> (u8, u32, Vec<u8>) {
     let mut driver = Driver::new(16);
     let head = driver.give(&header(kind, sector));
     let data = if source.is_empty() { driver.want(target) } else { driver.give(source) };

@@ -11,7 +11,8 @@ use std::os::fd::RawFd;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
+    VIRTIO_NET_F_MTU,
 };
 
 use super::queue::{Broken, Turn};
@@ -47,7 +48,16 @@ impl Net {
     #[must_use]
     pub fn new(id: String, mac: [u8; 6], mtu: Option<u16>, tap: TapDevice) -> Self {
         let scratch = vec![0; MAX_PACKET].into_boxed_slice();
-        Self { id, mac, mtu, tap, active: None, waiting: Waiting::default(), scratch, metrics: Metrics::default() }
+        Self {
+            id,
+            mac,
+            mtu,
+            tap,
+            active: None,
+            waiting: Waiting::default(),
+            scratch,
+            metrics: Metrics::default(),
+        }
     }
 
     fn transmit(&mut self) -> bool {
@@ -129,8 +139,11 @@ impl VirtioDevice for Net {
             (VIRTIO_NET_F_GUEST_TSO4, TUN_F_TSO4),
             (VIRTIO_NET_F_GUEST_TSO6, TUN_F_TSO6),
         ];
-        let flags = offload.iter().filter(|(feature, _)| active.features & 1 << feature != 0).fold(0, |f, o| f | o.1);
-        self.tap.set_offload(flags).map_err(|error| format!("the tap refuses offload {flags:#x}: {error}"))?;
+        let flags =
+            offload.iter().filter(|(feature, _)| active.features & 1 << feature != 0).fold(0, |f, o| f | o.1);
+        self.tap
+            .set_offload(flags)
+            .map_err(|error| format!("the tap refuses offload {flags:#x}: {error}"))?;
         self.active = Some(active);
         Ok(())
     }

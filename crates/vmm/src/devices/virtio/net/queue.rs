@@ -138,7 +138,12 @@ enum Delivery {
     TooLong,
 }
 
-fn deliver(queue: &mut Queue, memory: &Memory, packet: &mut [u8], mergeable: bool) -> Result<Delivery, Broken> {
+fn deliver(
+    queue: &mut Queue,
+    memory: &Memory,
+    packet: &mut [u8],
+    mergeable: bool,
+) -> Result<Delivery, Broken> {
     let mut used: Vec<(u16, u32)> = Vec::new();
     let mut lists = Vec::new();
     let mut room = 0;

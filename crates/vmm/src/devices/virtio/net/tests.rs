@@ -83,7 +83,8 @@ fn without_mergeable_buffers_a_packet_that_does_not_fit_is_dropped() {
         driver.add(&[buffer]);
     }
     let mut metrics = Metrics::default();
-    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), false, &mut metrics).unwrap();
+    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), false, &mut metrics)
+        .unwrap();
     assert_eq!((metrics.rx_dropped, metrics.rx_packets), (1, 1));
 }
 
@@ -95,7 +96,8 @@ fn too_few_mergeable_buffers_lose_the_packet_but_not_the_buffers() {
     let buffer = driver.want(100);
     driver.add(&[buffer]);
     let mut metrics = Metrics::default();
-    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), true, &mut metrics).unwrap();
+    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), true, &mut metrics)
+        .unwrap();
     assert_eq!((metrics.rx_dropped, metrics.rx_packets), (1, 1));
     assert_eq!(driver.used(), [(0, 62)]);
 }
