@@ -20,13 +20,13 @@ use tokio::io::AsyncWriteExt;
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 /// Kept free for the database, which may share the disk.
 const RESERVE: u64 = 256 << 20;
-/// Longest wait for the next piece of an upload.
-const PATIENCE: Duration = Duration::from_secs(30);
 
 /// The folder of uploaded files.
 pub struct BlobStore {
     dir: PathBuf,
     max_bytes: u64,
+    /// Longest wait for the next piece of an upload.
+    patience: Duration,
 }
 
 impl BlobStore {
@@ -34,13 +34,13 @@ impl BlobStore {
     ///
     /// # Errors
     /// If the folder cannot be made or cleared.
-    pub fn open(dir: PathBuf, max_bytes: u64) -> io::Result<Self> {
+    pub fn open(dir: PathBuf, max_bytes: u64, patience: Duration) -> io::Result<Self> {
         let incoming = dir.join("incoming");
         match std::fs::remove_dir_all(&incoming) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
             _ => std::fs::create_dir_all(&incoming)?,
         }
-        Ok(Self { dir, max_bytes })
+        Ok(Self { dir, max_bytes, patience })
     }
 
     /// Where a blob lies, whether it is there or not.
@@ -115,8 +115,8 @@ impl BlobStore {
         let mut file = File::create_new(path).await.map_err(disk)?;
         let (mut hash, mut size, mut head) = (Sha256::new(), 0_u64, Vec::with_capacity(4));
         loop {
-            let frame = tokio::time::timeout(PATIENCE, body.frame()).await.map_err(|_| {
-                broken(&format!("nothing came for {} s after {size} bytes", PATIENCE.as_secs()))
+            let frame = tokio::time::timeout(self.patience, body.frame()).await.map_err(|_| {
+                broken(&format!("nothing came for {} s after {size} bytes", self.patience.as_secs()))
             })?;
             let Some(frame) = frame else { break };
             let frame = frame.map_err(|error| broken(&format!("it ended after {size} bytes: {error}")))?;

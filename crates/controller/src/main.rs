@@ -7,6 +7,7 @@ use ipnet::Ipv4Net;
 use roost_controller::config::{StartError, StateDir};
 use roost_controller::offline::{self, RecomputeOptions};
 use roost_controller::serve::{Controller, ServeOptions};
+use roost_controller::server::Limits;
 use roost_controller::setup::{self, InitOptions};
 use roost_types::api::BillBy;
 use roost_types::{AccountId, Micros};
@@ -165,11 +166,7 @@ fn log_to_stderr() {
         .with_env_var("ROOST_LOG")
         .from_env_lossy();
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt()
-        .with_env_filter(filter)
-        .with_ansi(colours)
-        .with_writer(std::io::stderr)
-        .init();
+    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }
 
 fn run(command: Command) -> Result<(), StartError> {
@@ -195,7 +192,9 @@ fn run(command: Command) -> Result<(), StartError> {
         }
         Command::Serve { state, listen, agent_listen, types, prices, public_pool, max_blob_gib } => {
             let max_blob_bytes = max_blob_gib << 30;
-            let options = ServeOptions { listen, agent_listen, types, prices, public_pool, max_blob_bytes };
+            let limits = Limits::default();
+            let options =
+                ServeOptions { listen, agent_listen, types, prices, public_pool, max_blob_bytes, limits };
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime =
                 runtime.map_err(|error| StartError::Other(format!("cannot start threads: {error}")))?;

@@ -4,7 +4,7 @@ use crate::auth::{Authenticator, Sealer};
 use crate::blobs::BlobStore;
 use crate::config::{Settings, StartError, StateDir, file_error};
 use crate::engine::{Clock, Engine, EngineSettings, Random, SystemClock, SystemRandom};
-use crate::server::{Front, Listeners, serve};
+use crate::server::{Front, Limits, Listeners, serve};
 use crate::streams::Broker;
 use crate::tls;
 use ipnet::Ipv4Net;
@@ -37,6 +37,8 @@ pub struct ServeOptions {
     pub public_pool: Ipv4Net,
     /// Largest upload in bytes.
     pub max_blob_bytes: u64,
+    /// What clients may take.
+    pub limits: Limits,
 }
 
 /// A controller that has everything it needs and listens, but does not answer yet.
@@ -123,8 +125,10 @@ impl Controller {
             random,
             sealer,
             authenticator,
-            blobs: BlobStore::open(blobs.clone(), options.max_blob_bytes).map_err(file_error(&blobs))?,
+            blobs: BlobStore::open(blobs.clone(), options.max_blob_bytes, options.limits.body)
+                .map_err(file_error(&blobs))?,
             streams: Arc::new(Broker::default()),
+            limits: options.limits.clone(),
             region,
             zones: vec![zone],
             shutdown,

@@ -17,8 +17,6 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{oneshot, watch};
 
-/// How long an agent may take to dial in.
-pub const AGENT_PATIENCE: Duration = Duration::from_secs(10);
 /// Most streams of one account at once.
 pub const MAX_PER_ACCOUNT: usize = 64;
 /// After one side has said all it has to say, the other may be silent for so long.
@@ -139,11 +137,11 @@ impl Opened {
     ///
     /// # Errors
     /// `Unavailable` if it does not come.
-    pub async fn agent(&mut self) -> Result<AgentEnd, ApiError> {
-        match tokio::time::timeout(AGENT_PATIENCE, &mut self.agent).await {
+    pub async fn agent(&mut self, patience: Duration) -> Result<AgentEnd, ApiError> {
+        match tokio::time::timeout(patience, &mut self.agent).await {
             Ok(Ok(agent)) => Ok(agent),
             Ok(Err(_)) => Err(self.unavailable("broke off while it was opening the stream")),
-            Err(_) => Err(self.unavailable(&format!("did not answer within {} s", AGENT_PATIENCE.as_secs()))),
+            Err(_) => Err(self.unavailable(&format!("did not answer within {} s", patience.as_secs()))),
         }
     }
 
@@ -239,7 +237,7 @@ mod tests {
         assert_eq!(requests[0].stream, "s1");
         let (near, mut far) = tokio::io::duplex(64);
         assert!(broker.join(&host, "s1").unwrap().send(Box::new(near)).is_ok());
-        opened.agent().await.unwrap().write_all(b"hello").await.unwrap();
+        opened.agent(Duration::from_secs(10)).await.unwrap().write_all(b"hello").await.unwrap();
         let mut bytes = [0; 5];
         far.read_exact(&mut bytes).await.unwrap();
         assert_eq!(&bytes, b"hello");
@@ -261,7 +259,7 @@ mod tests {
         let broker = Arc::new(Broker::default());
         let (_, host, _) = ids();
         let mut opened = open(&broker, "s1").unwrap();
-        let Err(error) = opened.agent().await else { panic!("nobody dialled in") };
+        let Err(error) = opened.agent(Duration::from_secs(10)).await else { panic!("nobody dialled in") };
         assert_eq!(error.code, ErrorCode::Unavailable);
         assert!(error.message.contains(host.as_str()), "{error}");
         drop(opened);

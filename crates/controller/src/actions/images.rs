@@ -52,7 +52,15 @@ pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -
         root_bytes: request.root_bytes,
         deregistered_at: None,
     };
-    front.store.register_image(&row).map_err(|error| match error {
+    let registered = front.store.register_image(&row);
+    if let Err(StoreError::Duplicate { .. }) = registered {
+        // The same image again is no mistake: an import that was cut off is simply repeated.
+        let known = front.store.find_image(&caller.account_id, &row.image.name).map_err(internal)?;
+        if let Some(known) = known.filter(|known| is_same(known, &row)) {
+            return Ok(known.image);
+        }
+    }
+    registered.map_err(|error| match error {
         StoreError::Duplicate { .. } => ApiError::new(
             ErrorCode::InvalidAmiNameDuplicate,
             format!("an image {:?} exists already: deregister it or choose another name", row.image.name),
@@ -63,6 +71,16 @@ pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -
         other => internal(other),
     })?;
     Ok(row.image)
+}
+
+/// Whether two images of one name are of one owner and of the same parts.
+fn is_same(one: &ImageRow, other: &ImageRow) -> bool {
+    let parts = |row: &ImageRow| {
+        let image = &row.image;
+        let words = [&image.description, &image.boot_args, &image.default_user].map(String::clone);
+        (image.owner.clone(), row.kernel.clone(), row.initrd.clone(), row.root.clone(), row.root_bytes, words)
+    };
+    parts(one) == parts(other)
 }
 
 pub(super) fn describe(front: &Front, caller: &Caller, _: &DescribeImages) -> Answer<Images> {

@@ -174,7 +174,7 @@ fn normalize(path: &str) -> String {
             other => kept.push(other),
         }
     }
-    let trailing = path.ends_with('/') && !kept.is_empty();
+    let trailing = ["/", "/.", "/.."].iter().any(|end| path.ends_with(end)) && !kept.is_empty();
     format!("/{}{}", kept.join("/"), if trailing { "/" } else { "" })
 }
 
@@ -326,6 +326,8 @@ mod tests {
     #[test]
     fn paths_queries_and_header_values_take_their_canonical_form() {
         assert_eq!(normalize("//a/./b/../c/"), "/a/c/");
+        assert_eq!(normalize("/a/b/."), "/a/b/");
+        assert_eq!(normalize("/a/b/.."), "/a/");
         assert_eq!(normalize(""), "/");
         assert_eq!(normalize("/../.."), "/");
         assert_eq!(canonical_query("b=2&a=%7e+x&a=1&c"), b"a=1&a=~%20x&b=2&c=".to_vec());

@@ -68,7 +68,7 @@ async fn run_action(front: &Arc<Front>, action: &str, request: Request<Incoming>
         let code = ErrorCode::MissingAuthenticationToken;
         return Err(ApiError::new(code, ClaimError::Missing.to_string()));
     }
-    let body = body::read(body, MAX_BODY).await?;
+    let body = body::read(body, MAX_BODY, front.limits.body).await?;
     let (front, action) = (Arc::clone(front), action.to_owned());
     let bytes = blocking(move || {
         let hash = hex::encode(Sha256::digest(&body));
@@ -212,7 +212,7 @@ async fn open_stream(
     })?;
     let stream = reply::request_id(front.random.as_ref());
     let mut opened = front.streams.open(&account, &host, id.clone(), target, stream.clone())?;
-    let agent = opened.agent().await?;
+    let agent = opened.agent(front.limits.agent).await?;
     let mut shutdown = front.shutdown.clone();
     tokio::spawn(async move {
         // Forgotten when the pump ends, however it ends.

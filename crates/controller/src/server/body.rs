@@ -6,22 +6,19 @@ use roost_types::{ApiError, ErrorCode};
 use serde::de::DeserializeOwned;
 use std::time::Duration;
 
-/// Longest time for a whole body.
-const PATIENCE: Duration = Duration::from_secs(30);
-
-/// Reads a whole body of at most `limit` bytes.
+/// Reads a whole body of at most `limit` bytes, for no longer than `patience`.
 ///
 /// # Errors
 /// `MalformedQueryString` if it is longer, slower, or breaks off.
-pub async fn read(body: Incoming, limit: usize) -> Result<Bytes, ApiError> {
+pub async fn read(body: Incoming, limit: usize, patience: Duration) -> Result<Bytes, ApiError> {
     let refuse = |message: String| ApiError::new(ErrorCode::MalformedRequest, message);
-    match tokio::time::timeout(PATIENCE, Limited::new(body, limit).collect()).await {
+    match tokio::time::timeout(patience, Limited::new(body, limit).collect()).await {
         Ok(Ok(collected)) => Ok(collected.to_bytes()),
         Ok(Err(error)) if error.is::<LengthLimitError>() => {
             Err(refuse(format!("the body is too long: allowed are {limit} bytes")))
         }
         Ok(Err(error)) => Err(refuse(format!("the body broke off: {error}"))),
-        Err(_) => Err(refuse(format!("the body did not come within {} s", PATIENCE.as_secs()))),
+        Err(_) => Err(refuse(format!("the body did not come within {} s", patience.as_secs()))),
     }
 }
 
@@ -31,6 +28,11 @@ pub async fn read(body: Incoming, limit: usize) -> Result<Bytes, ApiError> {
 /// `UnknownParameter`, `MissingParameter`, `InvalidParameterValue` or `MalformedQueryString`, naming the parameter.
 pub fn parse<T: DeserializeOwned>(body: &[u8]) -> Result<T, ApiError> {
     let body = if body.is_empty() { b"{}" } else { body };
+    // serde would take an array for the fields in their order.
+    if body.trim_ascii_start().first() != Some(&b'{') {
+        let message = "the body is not a JSON object, such as {}".to_owned();
+        return Err(ApiError::new(ErrorCode::MalformedRequest, message));
+    }
     let mut input = serde_json::Deserializer::from_slice(body);
     let value = serde_path_to_error::deserialize(&mut input).map_err(|error| {
         let path = error.path().to_string();
@@ -92,10 +94,11 @@ mod tests {
         let (code, message) = refusal::<StopInstances>(r#"{"instance_ids":["a", 5]}"#);
         assert_eq!(code, ErrorCode::InvalidParameterValue);
         assert!(message.contains("instance_ids[1]"), "{message}");
-        for broken in ["{", "nonsense", "{} {}", r#"{"instance_ids":[]"#, "\u{0}"] {
+        let twice = r#"{"instance_ids":[]} {}"#;
+        for broken in ["{", "nonsense", twice, r#"{"instance_ids":[]"#, "\u{0}", "[[\"i-1\"], true]", "null"]
+        {
             assert_eq!(refusal::<StopInstances>(broken).0, ErrorCode::MalformedRequest, "{broken}");
         }
-        assert_eq!(refusal::<StopInstances>("[1]").0, ErrorCode::InvalidParameterValue);
     }
 
     #[test]

@@ -33,14 +33,35 @@ use tokio::sync::{Semaphore, watch};
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::TaskTracker;
 
-/// Most connections at once, for each listener.
-const MAX_CONNECTIONS: usize = 1024;
-/// Longest TLS handshake.
-const HANDSHAKE: Duration = Duration::from_secs(10);
-/// Longest time for a request's head; also how long a connection may be idle.
-const HEAD: Duration = Duration::from_secs(20);
-/// How long a request that is under way may take to finish at shutdown.
-const GRACE: Duration = Duration::from_secs(3);
+/// What clients may take of the controller's patience.
+#[derive(Debug, Clone)]
+pub struct Limits {
+    /// Most connections at once, for each listener.
+    pub connections: usize,
+    /// Longest TLS handshake.
+    pub handshake: Duration,
+    /// Longest time for a request's head; also how long a connection may be idle.
+    pub head: Duration,
+    /// Longest time for a whole body, or between two pieces of an upload.
+    pub body: Duration,
+    /// How long an agent may take to dial in for a stream.
+    pub agent: Duration,
+    /// How long what is under way may take to finish at shutdown.
+    pub grace: Duration,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Self {
+            connections: 1024,
+            handshake: Duration::from_secs(10),
+            head: Duration::from_secs(20),
+            body: Duration::from_secs(30),
+            agent: Duration::from_secs(10),
+            grace: Duration::from_secs(3),
+        }
+    }
+}
 
 /// Everything that requests are answered with.
 pub struct Front {
@@ -62,6 +83,8 @@ pub struct Front {
     pub blobs: BlobStore,
     /// Consoles and tunnels.
     pub streams: Arc<Broker>,
+    /// What clients may take.
+    pub limits: Limits,
     /// Region of this controller.
     pub region: String,
     /// Zones that a new account gets a subnet in.
@@ -86,7 +109,7 @@ pub async fn serve(front: Arc<Front>, listeners: Listeners) {
     tokio::join!(api, agents);
     tracker.close();
     // Streams may be longer than anybody's patience: they end with the process.
-    if tokio::time::timeout(GRACE, tracker.wait()).await.is_err() {
+    if tokio::time::timeout(front.limits.grace, tracker.wait()).await.is_err() {
         tracing::info!(connections = tracker.len(), "closing connections that did not finish");
     }
 }
@@ -104,7 +127,7 @@ async fn accept(
     of_agents: bool,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let room = Arc::new(Semaphore::new(MAX_CONNECTIONS));
+    let room = Arc::new(Semaphore::new(front.limits.connections));
     let mut shutdown = front.shutdown.clone();
     loop {
         let accepted = tokio::select! {
@@ -152,7 +175,7 @@ async fn connection(
     if let Err(error) = keep_alive(&stream) {
         tracing::debug!(%peer, "socket options: {error}");
     }
-    let stream = match tokio::time::timeout(HANDSHAKE, acceptor.accept(stream)).await {
+    let stream = match tokio::time::timeout(front.limits.handshake, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!(%peer, "TLS handshake: {error}"),
         Err(_) => return tracing::debug!(%peer, "TLS handshake took too long"),
@@ -162,16 +185,16 @@ async fn connection(
     if of_agents && host.is_none() {
         return tracing::warn!(%peer, "an agent's certificate names no host");
     }
-    let mut shutdown = front.shutdown.clone();
+    let (mut shutdown, limits) = (front.shutdown.clone(), front.limits.clone());
     let service = service_fn(move |request| {
         let (front, host) = (Arc::clone(&front), host.clone());
         async move { Ok::<_, Infallible>(answer(front, host, request).await) }
     });
     let connection = http1::Builder::new()
         .timer(TokioTimer::new())
-        .header_read_timeout(HEAD)
+        .header_read_timeout(limits.head)
         .max_headers(64)
-        .max_buf_size(64 * 1024)
+        .max_header_size(64 * 1024)
         .serve_connection(TokioIo::new(stream), service)
         .with_upgrades();
     let mut connection = std::pin::pin!(connection);
@@ -179,7 +202,7 @@ async fn connection(
         ended = connection.as_mut() => ended,
         () = stopped(&mut shutdown) => {
             connection.as_mut().graceful_shutdown();
-            tokio::time::timeout(GRACE, connection).await.unwrap_or(Ok(()))
+            tokio::time::timeout(limits.grace, connection).await.unwrap_or(Ok(()))
         }
     };
     if let Err(error) = ended {
