@@ -212,7 +212,7 @@ fn launch_of(numbers: &[u8], token: Option<&str>) -> Launch {
         reservation: ReservationRow { reservation_id, account_id: account_id(1), created_at: NOW },
         token: token.map(|token| (token.to_owned(), "hash".to_owned())),
         instances,
-        public_pool: (Ipv4Addr::new(100, 64, 0, 0), 29),
+        public_pool: (Ipv4Addr::new(100, 64, 0, 0), 24),
     }
 }
 
@@ -323,13 +323,17 @@ fn capacity(empty: Factory<'_>) {
 
 fn addresses(empty: Factory<'_>) {
     let store = furnished(empty);
+    let launch = |numbers: &[u8]| {
+        let pool = (Ipv4Addr::new(100, 64, 0, 0), 29);
+        store.launch(&Launch { public_pool: pool, ..launch_of(numbers, None) })
+    };
     // A pool of /29 has 8 addresses: 4 reserved, 3 to give, 1 broadcast.
-    let Launched::New(records) = store.launch(&launch_of(&[1, 2, 3], None)).unwrap() else { panic!("new") };
+    let Launched::New(records) = launch(&[1, 2, 3]).unwrap() else { panic!("new") };
     let public: Vec<_> = records.iter().map(|record| record.interface.public_ip.to_string()).collect();
     assert_eq!(public, ["100.64.0.4", "100.64.0.5", "100.64.0.6"]);
     let private: Vec<_> = records.iter().map(|record| record.interface.private_ip.to_string()).collect();
     assert_eq!(private, ["172.31.0.4", "172.31.0.5", "172.31.0.6"]);
-    assert!(matches!(store.launch(&launch_of(&[4], None)), Err(StoreError::NoAddress(_))));
+    assert!(matches!(launch(&[4]), Err(StoreError::NoAddress(_))));
     let mut gone = Change::of(records[1].row.clone());
     gone.row.step = Step::Gone;
     gone.row.terminated_at = Some(NOW);
@@ -339,7 +343,7 @@ fn addresses(empty: Factory<'_>) {
     store.commit(&[gone], NOW).unwrap();
     let old = store.instance(&instance_id(2)).unwrap().unwrap();
     assert_eq!((old.interface.released_at, old.volume.state), (Some(NOW), VolumeState::Deleted));
-    let Launched::New(records) = store.launch(&launch_of(&[4], None)).unwrap() else { panic!("new") };
+    let Launched::New(records) = launch(&[4]).unwrap() else { panic!("new") };
     assert_eq!(records[0].interface.public_ip.to_string(), "100.64.0.5");
     assert_eq!(store.volumes(&account_id(1)).unwrap().len(), 3, "a deleted volume is not listed");
 }

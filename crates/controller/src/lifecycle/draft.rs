@@ -108,7 +108,6 @@ impl Draft {
                 row.timing = roost_store::Timing { incarnation: row.incarnation, ..Default::default() };
             }
             Step::Stop => row.desired = DesiredState::Stopped,
-            Step::Rest => row.force = false,
             Step::Terminate => {
                 row.desired = DesiredState::Terminated;
                 // The volume's bill ends where its removal is accepted.
@@ -122,7 +121,7 @@ impl Draft {
                 row.terminated_at = Some(now);
                 self.set_volume(VolumeState::Deleted);
             }
-            Step::Launch | Step::Run => {}
+            Step::Launch | Step::Run | Step::Rest => {}
         }
     }
 

@@ -81,8 +81,8 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
     };
     let mut next = row.clone();
     if own {
-        // Until it runs, a reboot of the host costs nothing but time: it just begins again.
-        if row.boot_id.is_none() || (word.state == Observed::Preparing && row.open_since.is_none()) {
+        // Until it is seen to run, a reboot of the host costs nothing but time: it just begins again.
+        if row.boot_id.is_none() || (!over && row.open_since.is_none()) {
             next.boot_id = Some(boot_id.to_owned());
         }
         if !word.timing.is_empty() {
