@@ -1,5 +1,7 @@
 //! The program as a user meets it: help, exit codes, messages. No controller is needed for any of this.
 
+#![allow(clippy::unwrap_used, reason = "a failing test is what an unwrap is for here")]
+
 use std::path::Path;
 use std::process::{Command, Output};
 

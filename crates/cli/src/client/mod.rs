@@ -113,13 +113,11 @@ impl Client {
         match response.status().as_u16() {
             200 | 204 => Ok(true),
             404 => Ok(false),
-            // An answer to HEAD has no body that could say more; any action does.
-            401 | 403 => {
+            // An answer to HEAD has no body that could say why; that of an action does.
+            status @ (400 | 401 | 403) => {
                 self.call(&roost_types::api::GetCallerIdentity {}).await?;
-                Err(self.refusal(response.status().as_u16(), b""))
+                Err(self.refusal(status, b""))
             }
-            // EC2's own habit: what is not found is a 400 as well.
-            400 => Ok(false),
             status => Err(self.refusal(status, b"")),
         }
     }

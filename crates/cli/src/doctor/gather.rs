@@ -8,7 +8,7 @@ use nix::sys::statvfs::statvfs;
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
+use std::process::{ExitStatus, Stdio};
 use std::time::Duration;
 use tokio::process::Command;
 
@@ -71,27 +71,50 @@ pub fn program(name: &str) -> Option<PathBuf> {
         .find(|path| path.is_file())
 }
 
-/// What a program says on success, or why it did not succeed.
-pub async fn said(program: &Path, args: &[&str]) -> Result<String, String> {
+/// What a program left behind when it ended.
+pub struct Ended {
+    /// How it ended.
+    pub status: ExitStatus,
+    /// Its output, without surrounding white space.
+    pub stdout: String,
+    /// The last line of its errors.
+    pub last_error: String,
+}
+
+impl Ended {
+    /// Why it failed, in a line.
+    pub fn failure(&self, program: &Path) -> String {
+        let colon = if self.last_error.is_empty() { "" } else { ": " };
+        format!("{} ended with {}{colon}{}", program.display(), self.status, self.last_error)
+    }
+}
+
+/// Runs a program to its end, or says why that was not possible.
+pub async fn run(program: &Path, args: &[&str]) -> Result<Ended, String> {
     let run = Command::new(program).args(args).stdin(Stdio::null()).kill_on_drop(true).output();
     let shown = program.display();
     let output = match tokio::time::timeout(PATIENCE, run).await {
         Ok(Ok(output)) => output,
-        Ok(Err(error)) => return Err(format!("{shown}: {error}")),
+        Ok(Err(error)) => return Err(format!("{shown} cannot be run: {error}")),
         Err(_) => return Err(format!("{shown} did not end within {} s", PATIENCE.as_secs())),
     };
     let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).trim().to_owned();
-    if output.status.success() {
-        return Ok(text(&output.stdout));
-    }
-    let errors = text(&output.stderr);
-    let last = errors.lines().last().unwrap_or_default();
-    Err(format!("{shown}: {}{}{last}", output.status, if last.is_empty() { "" } else { ": " }))
+    Ok(Ended {
+        status: output.status,
+        stdout: text(&output.stdout),
+        last_error: text(&output.stderr).lines().last().unwrap_or_default().to_owned(),
+    })
+}
+
+/// What a program says on success, or why it did not succeed.
+async fn said(program: &Path, args: &[&str]) -> Result<String, String> {
+    let ended = run(program, args).await?;
+    if ended.status.success() { Ok(ended.stdout) } else { Err(ended.failure(program)) }
 }
 
 async fn kvm(vmm: Option<&Path>, cpu: &str) -> Kvm {
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
-        Ok(_) => probe::run(vmm).await,
+        Ok(_) => probe::run(vmm, can_virtualise(cpu)).await,
         Err(error) if error.kind() == ErrorKind::PermissionDenied => Kvm::Forbidden,
         Err(error) if error.kind() == ErrorKind::NotFound => {
             Kvm::Missing { processor_can: can_virtualise(cpu) }

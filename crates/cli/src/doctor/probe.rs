@@ -1,21 +1,65 @@
-//! `roost-vmm probe --json`: a guest of a few instructions tells what KVM can do.
+//! `roost-vmm probe --json`: guests of a few instructions tell what KVM can do.
 //!
-//! Read tolerantly: a newer monitor may say more.
+//! Of the monitor's report only what decides is read, so that a newer one may say more.
 
 use super::decision::Kvm;
-use super::gather::{program, said};
-use serde_json::Value;
+use super::gather::{program, run as run_program};
+use serde::Deserialize;
 use std::path::{Path, PathBuf};
 
-/// Runs the probe guest in this monitor, in the one beside this program, or in one on the PATH.
-pub async fn run(vmm: Option<&Path>) -> Kvm {
+/// The one version of the KVM API that there ever was.
+const API_VERSION: i64 = 12;
+
+#[derive(Deserialize)]
+struct Report {
+    kvm: Device,
+    #[serde(rename = "loop")]
+    speed: Option<Speed>,
+    #[serde(default)]
+    instructions: Vec<Instruction>,
+    #[serde(default)]
+    summary: String,
+}
+
+#[derive(Deserialize)]
+struct Device {
+    present: bool,
+    permitted: bool,
+    api_version: Option<i64>,
+    #[serde(default)]
+    capabilities: Vec<Capability>,
+    error: Option<String>,
+}
+
+#[derive(Deserialize)]
+struct Capability {
+    name: String,
+    present: bool,
+    needed: bool,
+}
+
+#[derive(Deserialize)]
+struct Speed {
+    instructions_per_second: u64,
+}
+
+#[derive(Deserialize)]
+struct Instruction {
+    name: String,
+    outcome: String,
+}
+
+/// Runs the probe guests in this monitor, in the one beside this program, or in one on the PATH.
+pub async fn run(vmm: Option<&Path>, processor_can: bool) -> Kvm {
     let Some(vmm) = vmm.map(Path::to_owned).or_else(beside).or_else(|| program("roost-vmm")) else {
         return Kvm::Unknown(
             "the monitor roost-vmm is neither beside this program nor on the PATH".to_owned(),
         );
     };
-    match said(&vmm, &["probe", "--json"]).await {
-        Ok(text) => read(&text),
+    // It reports a bad KVM by its exit code as well; the report says more.
+    match run_program(&vmm, &["probe", "--json"]).await {
+        Ok(output) if output.stdout.is_empty() => Kvm::Unknown(output.failure(&vmm)),
+        Ok(output) => read(&output.stdout, processor_can),
         Err(why) => Kvm::Unknown(why),
     }
 }
@@ -26,91 +70,87 @@ fn beside() -> Option<PathBuf> {
 }
 
 /// Reads the monitor's report.
-fn read(text: &str) -> Kvm {
-    let Ok(report) = serde_json::from_str::<Value>(text) else {
-        return Kvm::Unknown("the monitor's report is no JSON".to_owned());
+fn read(text: &str, processor_can: bool) -> Kvm {
+    let report: Report = match serde_json::from_str(text) {
+        Ok(report) => report,
+        Err(error) => return Kvm::Unknown(format!("the monitor's report cannot be read ({error})")),
     };
-    let flag = |names: &[&str]| names.iter().find_map(|name| find(&report, name)).and_then(Value::as_bool);
-    if flag(&["present", "exists"]) == Some(false) {
-        return Kvm::Missing { processor_can: false };
+    if !report.kvm.present {
+        return Kvm::Missing { processor_can };
     }
-    if flag(&["permission", "permitted", "accessible", "openable"]) == Some(false) {
+    if !report.kvm.permitted {
         return Kvm::Forbidden;
     }
-    if let Some(version) = find(&report, "api_version").and_then(Value::as_i64)
-        && version != 12
-    {
-        return Kvm::Broken(format!("KVM speaks API version {version}, and 12 is needed"));
+    if let Some(version) = report.kvm.api_version.filter(|version| *version != API_VERSION) {
+        return Kvm::Broken(format!("KVM speaks API version {version}, and {API_VERSION} is needed"));
     }
-    let speed = ["cpl0_instructions_per_second", "instructions_per_second"]
-        .iter()
-        .find_map(|name| find(&report, name))
-        .and_then(whole);
-    match speed {
-        Some(cpl0_per_second) => Kvm::Probed { cpl0_per_second, failed: failed(&report) },
-        None => {
-            let why = find(&report, "error").and_then(Value::as_str).unwrap_or("the report has no speed");
-            Kvm::Broken(format!("the probe guest did not run: {why}"))
-        }
+    let lacking = |capability: &&Capability| capability.needed && !capability.present;
+    let lacking: Vec<&str> =
+        report.kvm.capabilities.iter().filter(lacking).map(|capability| capability.name.as_str()).collect();
+    if !lacking.is_empty() {
+        return Kvm::Broken(format!("KVM lacks {}", lacking.join(", ")));
     }
-}
-
-/// A number without its fraction.
-fn whole(number: &Value) -> Option<u64> {
-    number.as_u64().or_else(|| number.to_string().split('.').next()?.parse().ok())
-}
-
-/// The first field of this name, at any depth, that is not null.
-fn find<'a>(value: &'a Value, name: &str) -> Option<&'a Value> {
-    match value {
-        Value::Object(fields) => fields
-            .get(name)
-            .filter(|found| !found.is_null())
-            .or_else(|| fields.values().find_map(|inner| find(inner, name))),
-        Value::Array(items) => items.iter().find_map(|inner| find(inner, name)),
-        _ => None,
-    }
-}
-
-/// Names of the instructions that did not run.
-fn failed(report: &Value) -> Vec<String> {
-    let passed = |value: &Value| value.as_bool() == Some(true) || value["ok"].as_bool() == Some(true);
-    match find(report, "instructions") {
-        Some(Value::Array(items)) => items
-            .iter()
-            .filter(|item| !passed(item))
-            .map(|item| item["name"].as_str().unwrap_or("one without a name").to_owned())
-            .collect(),
-        Some(Value::Object(fields)) => {
-            fields.iter().filter(|(_, value)| !passed(value)).map(|(name, _)| name.clone()).collect()
-        }
-        _ => vec![],
-    }
+    let Some(speed) = report.speed else {
+        return Kvm::Broken(report.kvm.error.unwrap_or(report.summary));
+    };
+    // What the processor model does not offer, no kernel uses.
+    let failed = report
+        .instructions
+        .into_iter()
+        .filter(|instruction| !matches!(instruction.outcome.as_str(), "ok" | "not_offered"))
+        .map(|instruction| instruction.name)
+        .collect();
+    Kvm::Probed { cpl0_per_second: speed.instructions_per_second, failed }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use serde_json::{Value, json};
+
+    fn report() -> Value {
+        json!({
+            "kvm": {
+                "present": true, "permitted": true, "api_version": 12, "max_vcpus": 64, "error": null,
+                "capabilities": [{ "name": "IRQCHIP", "present": true, "needed": true },
+                                 { "name": "X", "present": false, "needed": false }],
+            },
+            "loop": { "instructions": 1000, "micros": 1, "instructions_per_second": 1_000_000_000 },
+            "instructions": [{ "name": "clac", "outcome": "ok" }, { "name": "xrstor", "outcome": "not_offered" }],
+            "verdict": "good", "summary": "s", "news": [],
+        })
+    }
+
+    fn with(pointer: &str, value: Value) -> Kvm {
+        let mut report = report();
+        *report.pointer_mut(pointer).unwrap() = value;
+        read(&report.to_string(), true)
+    }
 
     #[test]
-    fn a_good_and_a_slow_kvm_are_read() {
-        let good = r#"{"kvm":{"present":true,"permission":true,"api_version":12},
-            "cpl0_instructions_per_second":1800000000.5,"instructions":[{"name":"clac","ok":true}],"new":[1]}"#;
-        assert_eq!(read(good), Kvm::Probed { cpl0_per_second: 1_800_000_000, failed: vec![] });
-        let slow = r#"{"api_version":12,"cpl0":{"instructions_per_second":1700000},
-            "instructions":{"clac":{"ok":false,"detail":"suberror 1"},"rdtsc":true}}"#;
-        assert_eq!(read(slow), Kvm::Probed { cpl0_per_second: 1_700_000, failed: vec!["clac".to_owned()] });
+    fn a_good_a_slow_and_an_incomplete_kvm_are_read() {
+        let good = read(&report().to_string(), true);
+        assert_eq!(good, Kvm::Probed { cpl0_per_second: 1_000_000_000, failed: vec![] });
+        let slow = with("/loop/instructions_per_second", json!(1_700_000));
+        assert_eq!(slow, Kvm::Probed { cpl0_per_second: 1_700_000, failed: vec![] });
+        let incomplete = with("/instructions/0/outcome", json!("failed"));
+        assert!(matches!(incomplete, Kvm::Probed { failed, .. } if failed == ["clac"]));
     }
 
     #[test]
     fn what_did_not_run_is_never_taken_for_good() {
-        assert_eq!(read(r#"{"kvm":{"present":false}}"#), Kvm::Missing { processor_can: false });
-        assert_eq!(read(r#"{"present":true,"permission":false}"#), Kvm::Forbidden);
-        assert!(matches!(read(r#"{"api_version":11}"#), Kvm::Broken(why) if why.contains("11")));
+        assert_eq!(with("/kvm/present", json!(false)), Kvm::Missing { processor_can: true });
+        assert_eq!(with("/kvm/permitted", json!(false)), Kvm::Forbidden);
+        assert!(matches!(with("/kvm/api_version", json!(11)), Kvm::Broken(why) if why.contains("11")));
         assert!(
-            matches!(read(r#"{"api_version":12,"error":"no VM"}"#), Kvm::Broken(why) if why.contains("no VM"))
+            matches!(with("/kvm/capabilities/0/present", json!(false)), Kvm::Broken(why) if why.contains("IRQCHIP"))
         );
-        assert!(matches!(read("{}"), Kvm::Broken(_)));
-        assert!(matches!(read("Segmentation fault"), Kvm::Unknown(_)));
+        assert!(matches!(with("/loop", Value::Null), Kvm::Broken(why) if why == "s"));
+        assert!(
+            matches!(with("/instructions/0/outcome", json!("odd")), Kvm::Probed { failed, .. } if failed.len() == 1)
+        );
+        for unreadable in ["{}", "", "Segmentation fault"] {
+            assert!(matches!(read(unreadable, true), Kvm::Unknown(_)), "{unreadable}");
+        }
     }
 }

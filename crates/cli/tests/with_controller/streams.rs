@@ -1,0 +1,92 @@
+//! Consoles, tunnels and ssh.
+
+use crate::agent::{Agent, HOST_KEY};
+use crate::stack::{Ran, Stack};
+use std::io::Write;
+use std::os::unix::fs::PermissionsExt;
+use std::process::Stdio;
+
+fn launched() -> (Stack, Agent) {
+    let stack = Stack::start();
+    let folder = stack.image_folder("tiny", 1);
+    stack.roost(&["image", "import", &folder]).ok();
+    let agent = Agent::start(&stack);
+    stack.roost(&["launch", "-t", "t3.nano", "-i", "tiny", "--name", "web", "--wait"]).ok();
+    (stack, agent)
+}
+
+fn with_input(stack: &Stack, args: &[&str], input: &[u8]) -> Ran {
+    let mut child = stack
+        .command(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(input).unwrap();
+    Ran::of(child.wait_with_output().unwrap())
+}
+
+#[test]
+fn a_console_is_shown_without_what_a_terminal_would_obey() {
+    let (stack, _agent) = launched();
+    assert_eq!(stack.roost(&["console", "web"]).ok(), "Linux version 6.1\r\n\u{fffd}31mlogin: ");
+}
+
+#[test]
+fn what_is_typed_reaches_the_guest_and_its_answer_comes_back() {
+    let (stack, _agent) = launched();
+    let shown = with_input(&stack, &["console", "web", "--attach"], b"root\rq").ok();
+    assert!(shown.ends_with("login: ROOT\rQ"), "{shown:?}");
+}
+
+#[test]
+fn a_tunnel_carries_bytes_both_ways_to_the_end() {
+    let (stack, _agent) = launched();
+    let sent: Vec<u8> = (0..200_000_u32).flat_map(|number| format!("{number}\n").into_bytes()).collect();
+    let mut child =
+        stack.command(&["tunnel", "web", "22"]).stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut stdin = child.stdin.take().unwrap();
+    let input = sent.clone();
+    let writer = std::thread::spawn(move || stdin.write_all(&input).unwrap());
+    let output = child.wait_with_output().unwrap();
+    writer.join().unwrap();
+    assert!(output.status.success());
+    let got = output.stdout.strip_prefix(b"SSH-2.0-simulated\r\n").unwrap();
+    assert!(got == sent, "{} of {} bytes came back", got.len(), sent.len());
+}
+
+#[test]
+fn a_port_that_nothing_listens_on_is_named() {
+    let (stack, _agent) = launched();
+    stack.roost(&["tunnel", "web", "80"]).fails(8, &["port 80", "Connection refused"]);
+}
+
+#[test]
+fn ssh_is_given_a_pinned_host_key_and_a_proxy_that_reaches_the_instance() {
+    let (stack, _agent) = launched();
+    stack.roost(&["key", "create", "home"]).ok();
+    let id = stack.roost(&["launch", "-t", "t3.nano", "-i", "tiny", "--key", "home", "--wait"]).ok();
+    let id = id.trim();
+    // Stands in for ssh: prints its arguments, and reads the server's greeting through the proxy as ssh would.
+    let bin = stack.path("bin");
+    std::fs::create_dir(&bin).unwrap();
+    let script = "#!/bin/sh\nprintf '%s\\n' \"$@\"\nfor word; do case $word in ProxyCommand=*) \
+                  eval \"${word#ProxyCommand=}\" </dev/null | head -n 1;; esac; done\nexit 7\n";
+    std::fs::write(bin.join("ssh"), script).unwrap();
+    std::fs::set_permissions(bin.join("ssh"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let mut command = stack.command(&["ssh", id, "--", "echo", "a b"]);
+    command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+    let ran = Ran::of(command.stdin(Stdio::null()).output().unwrap());
+    assert_eq!(ran.code, 7, "the exit code is ssh's own: {ran:?}");
+    let lines: Vec<&str> = ran.stdout.lines().collect();
+    for option in ["StrictHostKeyChecking=yes", "IdentitiesOnly=yes", "UpdateHostKeys=no"] {
+        assert!(lines.contains(&option), "{option}: {lines:#?}");
+    }
+    let end = ["-l", "admin", "--", id, "echo", "a b", "SSH-2.0-simulated"];
+    assert!(lines.ends_with(&end), "{lines:#?}");
+    assert!(lines.contains(&stack.path("cli/keys/home.pem").to_str().unwrap()), "{lines:#?}");
+    let pinned = std::fs::read_to_string(stack.path("cli/known_hosts").join(id)).unwrap();
+    let key: Vec<&str> = HOST_KEY.split(' ').collect();
+    assert_eq!(pinned, format!("{id} ssh-ed25519 {}\n", key[1]));
+}
