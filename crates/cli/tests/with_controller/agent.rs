@@ -116,7 +116,7 @@ fn live(link: Link, host_id: HostId, stop: &AtomicBool) {
         host.pass_time(now());
         // A controller that is gone is tried again, as a real agent does.
         let _ = host.round(&wire);
-        runtime.block_on(tokio::time::sleep(Duration::from_millis(30)));
+        runtime.block_on(async { tokio::time::sleep(Duration::from_millis(30)).await });
     }
     runtime.shutdown_background();
 }
