@@ -45,6 +45,13 @@ fn today(now: Micros) -> (i32, u8, u8) {
 /// [`StartError`]: a value that contradicts what is there, a running controller, files that cannot be written.
 pub fn init(state: &StateDir, options: &InitOptions) -> Result<AdminFile, StartError> {
     let (clock, random) = (SystemClock::new(), SystemRandom);
+    // A whole directory that shall stay as it is may belong to a running controller.
+    if let (Some(before), Some(mut admin)) = (state.settings()?, state.read_json::<AdminFile>("admin.json")?)
+        && settle(Some(&before), options)? == before
+    {
+        admin.secret_access_key.zeroize();
+        return Ok(admin);
+    }
     state.create()?;
     let _held = state.lock()?;
     let before = state.settings()?;
@@ -256,6 +263,11 @@ mod tests {
         let first = read();
         init(&state, &InitOptions::default()).unwrap();
         assert!(first == read());
+        let running = state.lock().unwrap();
+        init(&state, &InitOptions::default()).unwrap();
+        let changed = InitOptions { names: vec!["roost.lan".into()], ..InitOptions::default() };
+        assert!(matches!(init(&state, &changed), Err(StartError::Running { .. })));
+        drop(running);
         assert_eq!(state.made().unwrap().region, "home-1");
         let store = SqliteStore::open(&state.database()).unwrap();
         assert_eq!(store.accounts().unwrap().len(), 1);
@@ -272,7 +284,8 @@ mod tests {
         let state = StateDir::new(dir.path());
         init(&state, &InitOptions::default()).unwrap();
         let before = admin(&state);
-        // As if it had ended right after writing the file: the account is missing.
+        // As if it had ended right after writing the file: the account is missing, and so are the settings.
+        std::fs::remove_file(state.path("controller.json")).unwrap();
         std::fs::remove_file(state.database()).unwrap();
         for side in ["roost.db-wal", "roost.db-shm"] {
             let _ = std::fs::remove_file(state.path(side));
@@ -313,6 +326,7 @@ mod tests {
         let state = StateDir::new(dir.path());
         init(&state, &InitOptions::default()).unwrap();
         std::fs::remove_file(state.path("sealing.key")).unwrap();
+        std::fs::remove_file(state.path("controller.json")).unwrap();
         let Err(error) = init(&state, &InitOptions::default()) else { panic!("a new key was made") };
         assert!(error.to_string().contains("sealing.key"), "{error}");
     }

@@ -52,7 +52,7 @@ async fn a_blob_that_is_not_what_it_says_leaves_nothing() {
         let refused = refusal(put(id.as_str(), &bytes).await.unwrap()).await;
         assert_eq!(refused.code, ErrorCode::InvalidParameterValue);
         assert!(refused.message.contains(named), "{refused:?}");
-        assert_eq!(files(&server), [PathBuf::new(); 0]);
+        assert_eq!(files(&server), Vec::<PathBuf>::new());
     }
     let refused = refusal(put("../../etc/passwd", b"").await.unwrap()).await;
     assert!(matches!(refused.code, ErrorCode::InvalidAction | ErrorCode::InvalidParameterValue));
@@ -71,7 +71,7 @@ async fn the_name_is_signed_and_the_upload_must_be() {
     let other =
         client.signed(Method::PUT, &path, bytes, Some(blob_id(b"other").as_str())).send().await.unwrap();
     assert_eq!(refusal(other).await.code, ErrorCode::AuthFailure);
-    assert_eq!(files(&server), [PathBuf::new(); 0]);
+    assert_eq!(files(&server), Vec::<PathBuf>::new());
 }
 
 #[tokio::test]
