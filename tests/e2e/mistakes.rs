@@ -119,6 +119,11 @@ fn a_broken_image_makes_a_failed_launch_with_a_reason() {
         ),
     )
     .unwrap();
+    // What is no kernel at all is refused before anything is uploaded; what only begins like one, when launched.
+    let refused = rig.admin(&["image", "import", folder.to_str().unwrap()]);
+    assert_eq!(refused.code, Some(3), "{refused:?}");
+    assert!(refused.stderr.contains("is no kernel"), "{}", refused.stderr);
+    std::fs::write(folder.join("kernel"), [b"\x7fELF".as_slice(), &[0; 4096]].concat()).unwrap();
     rig.admin(&["image", "import", folder.to_str().unwrap()]).ok();
     let tenant = rig.tenant("broken");
     let id = tenant.launch(&name, "home1.nano", &[]);
