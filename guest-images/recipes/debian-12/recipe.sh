@@ -5,13 +5,14 @@
 # shellcheck shell=bash disable=SC2034
 
 PACKAGES=(systemd-sysv udev dbus procps openssh-server sudo iproute2 iputils-ping e2fsprogs ca-certificates
-    netbase less)
+    netbase less curl)
 ROOT_SIZE=900M
 # Inode tables of a grown file system are written lazily; 16 MiB of journal are enough for small volumes.
 MKE2FS=(-J size=16 -i 8192)
 DEFAULT_USER=debian
 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh'
-BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 net.ifnames=0 systemd.show_status=auto'
+# A boot log that can be read, without colours: whoever reads the console may have no terminal.
+BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 net.ifnames=0 systemd.show_status=true TERM=dumb'
 for extra in "${WITH[@]}"; do
     case $extra in
     cloud-init) PACKAGES+=(cloud-init) ROOT_SIZE=1200M MIN_VOLUME_GIB=2 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh and cloud-init' ;;
