@@ -128,18 +128,29 @@ fn questions() -> Vec<Question> {
     ]
 }
 
+/// Machines at a time: making and unmaking one is mostly waiting.
+const AT_A_TIME: usize = 8;
+
 /// Tries every instruction.
 pub fn instructions(kvm: &Kvm) -> Vec<Instruction> {
     let cpuid = kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES).ok();
-    questions().into_iter().map(|question| ask(kvm, cpuid.as_ref(), question)).collect()
+    let (questions, cpuid) = (questions(), cpuid.as_ref());
+    let share = questions.len().div_ceil(AT_A_TIME);
+    std::thread::scope(|scope| {
+        let workers: Vec<_> = questions
+            .chunks(share)
+            .map(|some| scope.spawn(move || some.iter().map(|one| ask(kvm, cpuid, one)).collect::<Vec<_>>()))
+            .collect();
+        workers.into_iter().flat_map(|worker| worker.join().unwrap_or_default()).collect()
+    })
 }
 
-fn ask(kvm: &Kvm, cpuid: Option<&CpuId>, question: Question) -> Instruction {
+fn ask(kvm: &Kvm, cpuid: Option<&CpuId>, question: &Question) -> Instruction {
     let name = question.name.to_owned();
     if !question.feature.is_none_or(|feature| cpuid.is_some_and(|cpuid| offers(cpuid, feature))) {
         return Instruction { name, outcome: Outcome::NotOffered, why: None };
     }
-    let (outcome, why) = match guest::run(kvm, &ended(question.code), question.xsave, LIMIT) {
+    let (outcome, why) = match guest::run(kvm, &ended(question.code.clone()), question.xsave, LIMIT) {
         Ok(answer) if answer == question.expected => (Outcome::Ok, None),
         Ok(Answer::Reached) => {
             (Outcome::Failed, Some("the exception that it should raise does not come".into()))
