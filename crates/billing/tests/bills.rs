@@ -121,6 +121,15 @@ fn a_replayed_event_changes_nothing() {
 }
 
 #[test]
+fn events_that_contradict_each_other_give_one_answer_in_any_order() {
+    let mut events = ran("i-a", 1, NEW_YEAR, NEW_YEAR + 100, "t3.micro").to_vec();
+    events.extend(ran("i-a", 1, NEW_YEAR + 30, NEW_YEAR + 200, "m5.large"));
+    let forwards = ever(&events, BillBy::Instance);
+    events.reverse();
+    assert_eq!(forwards, ever(&events, BillBy::Instance));
+}
+
+#[test]
 fn a_gib_month_costs_the_same_in_every_month_however_long() {
     for (first, days) in
         [(NEW_YEAR, 31), (NEW_YEAR + 31 * DAY, 28), (NEW_YEAR + 59 * DAY, 31), (1_706_745_600, 29)]
