@@ -54,17 +54,21 @@ fn table(checks: &[Check]) -> Table {
 /// The fixes, and the decision in a sentence.
 fn summary(checks: &[Check], decision: &Decision) -> String {
     let mut text = String::new();
-    for check in checks {
-        if let Some(fix) = &check.fix {
-            text.push_str(&format!("\n{}:\n  {}\n", check.check, fix.replace('\n', "\n  ")));
+    for (at, check) in checks.iter().enumerate() {
+        let Some(fix) = &check.fix else { continue };
+        // One fix may mend several things: it is said once, for all of them.
+        if checks[..at].iter().any(|earlier| earlier.fix.as_ref() == Some(fix)) {
+            continue;
         }
+        let mended: Vec<&str> =
+            checks.iter().filter(|other| other.fix.as_ref() == Some(fix)).map(|other| other.check).collect();
+        text.push_str(&format!("\n{}:\n  {}\n", mended.join(", "), fix.replace('\n', "\n  ")));
     }
     text.push_str(&match decision {
         Decision::BareHost => "\nInstances can run on this machine itself.\n".to_owned(),
-        Decision::VirtualHost(why) => format!(
-            "\nInstances need the virtual host here (scripts/virtual-host up): {why}.\nWith all of that mended they \
-             run on this machine itself.\n"
-        ),
+        Decision::VirtualHost(why) => {
+            format!("\nInstances need the virtual host here (scripts/virtual-host up): {why}.\n")
+        }
         Decision::Refuse(why) => format!("\nInstances cannot run here: {why}.\n"),
     });
     text

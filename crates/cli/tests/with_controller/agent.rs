@@ -193,16 +193,22 @@ async fn console(stream: &mut Upgraded, offset: u64, follow: bool, input: bool) 
     let from = usize::try_from(offset).unwrap().min(CONSOLE.len());
     stream.write_all(&CONSOLE[from..]).await.unwrap();
     stream.flush().await.unwrap();
+    if follow && input {
+        echo(stream).await;
+    }
+    let _ = stream.shutdown().await;
+}
+
+/// Sends back in capitals what comes, until `q`.
+async fn echo(stream: &mut Upgraded) {
     let mut typed = [0; 256];
-    while follow && input {
-        let Ok(count @ 1..) = stream.read(&mut typed).await else { break };
+    while let Ok(count @ 1..) = stream.read(&mut typed).await {
         stream.write_all(&typed[..count].to_ascii_uppercase()).await.unwrap();
         stream.flush().await.unwrap();
         if typed[..count].contains(&b'q') {
-            break;
+            return;
         }
     }
-    let _ = stream.shutdown().await;
 }
 
 /// Port 22 greets and sends back what it gets; nothing listens elsewhere.

@@ -1,10 +1,14 @@
 //! Consoles, tunnels and ssh.
 
 use crate::agent::{Agent, HOST_KEY};
-use crate::stack::{Ran, Stack};
-use std::io::Write;
+use crate::stack::{DEADLINE, Ran, Stack};
+use nix::sys::termios::{LocalFlags, Termios, tcgetattr};
+use std::fs::File;
+use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::process::Stdio;
+use std::process::{Child, Stdio};
+use std::sync::mpsc;
+use std::time::Instant;
 
 fn launched() -> (Stack, Agent) {
     let stack = Stack::start();
@@ -38,6 +42,90 @@ fn what_is_typed_reaches_the_guest_and_its_answer_comes_back() {
     let (stack, _agent) = launched();
     let shown = with_input(&stack, &["console", "web", "--attach"], b"root\rq").ok();
     assert!(shown.ends_with("login: ROOT\rQ"), "{shown:?}");
+}
+
+/// A terminal with the command on it, attached to a console.
+struct Attached {
+    terminal: nix::pty::OpenptyResult,
+    before: Termios,
+    child: Child,
+    shown: mpsc::Receiver<Vec<u8>>,
+}
+
+impl Attached {
+    fn to(stack: &Stack) -> Self {
+        let terminal = nix::pty::openpty(None, None).unwrap();
+        let before = tcgetattr(&terminal.slave).unwrap();
+        let end = || Stdio::from(terminal.slave.try_clone().unwrap());
+        let child = stack
+            .command(&["console", "web", "-a"])
+            .stdin(end())
+            .stdout(end())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut screen = File::from(terminal.master.try_clone().unwrap());
+        let (sender, shown) = mpsc::channel();
+        std::thread::spawn(move || {
+            let mut bytes = [0; 4096];
+            while let Ok(count @ 1..) = screen.read(&mut bytes) {
+                if sender.send(bytes[..count].to_vec()).is_err() {
+                    break;
+                }
+            }
+        });
+        Self { terminal, before, child, shown }
+    }
+
+    /// Waits until the screen shows this text, and returns all that it showed up to then.
+    fn wait_for(&self, text: &str) -> String {
+        let deadline = Instant::now() + DEADLINE;
+        let mut screen = Vec::new();
+        while !String::from_utf8_lossy(&screen).contains(text) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let more = self.shown.recv_timeout(left);
+            screen.extend(
+                more.unwrap_or_else(|_| panic!("{text:?} is not on {:?}", String::from_utf8_lossy(&screen))),
+            );
+        }
+        String::from_utf8(screen).unwrap()
+    }
+
+    fn keys(&self, keys: &[u8]) {
+        File::from(self.terminal.master.try_clone().unwrap()).write_all(keys).unwrap();
+    }
+
+    fn is_as_before(&self) -> bool {
+        tcgetattr(&self.terminal.slave).unwrap() == self.before
+    }
+}
+
+#[test]
+fn an_attached_terminal_is_raw_painted_on_and_put_back() {
+    let (stack, _agent) = launched();
+    let mut attached = Attached::to(&stack);
+    let screen = attached.wait_for("login: ");
+    assert!(screen.contains("\u{1b}[32mLinux\u{1b}[0m"), "colours pass: {screen:?}");
+    assert!(!screen.contains("pwned"), "titles do not: {screen:?}");
+    let raw = tcgetattr(&attached.terminal.slave).unwrap().local_flags;
+    assert!(!raw.intersects(LocalFlags::ECHO | LocalFlags::ISIG | LocalFlags::ICANON), "{raw:?}");
+    attached.keys(b"hi\x03~.\r");
+    // The guest got Ctrl-C as a key; its echo of a control character is not printed.
+    attached.wait_for("HI~.");
+    attached.keys(b"~.");
+    assert_eq!(attached.child.wait().unwrap().code(), Some(0));
+    assert!(attached.is_as_before());
+}
+
+#[test]
+fn a_signal_puts_the_terminal_back_as_well() {
+    let (stack, _agent) = launched();
+    let mut attached = Attached::to(&stack);
+    attached.wait_for("login: ");
+    let pid = nix::unistd::Pid::from_raw(attached.child.id().try_into().unwrap());
+    nix::sys::signal::kill(pid, nix::sys::signal::Signal::SIGTERM).unwrap();
+    assert_eq!(attached.child.wait().unwrap().code(), Some(130));
+    assert!(attached.is_as_before());
 }
 
 #[test]
