@@ -1,4 +1,5 @@
 //! Whole lives of instances, against a simulated host.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod world;
 

@@ -1,4 +1,5 @@
 //! Properties of placement, against brute force.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use proptest::prelude::*;
 use roost_placement::{Host, PlacementError, Refusal, Wanted, place, refusal, unsupported};

@@ -33,8 +33,11 @@ use std::net::Ipv4Addr;
 /// Makes an empty store.
 pub type Factory<'a> = &'a dyn Fn() -> Box<dyn Store>;
 
+/// One case: it panics where a store fails it.
+pub type Case = fn(Factory<'_>);
+
 /// Every case with its name.
-pub const CASES: &[(&str, fn(Factory<'_>))] = &[
+pub const CASES: &[(&str, Case)] = &[
     ("an account comes with its key and its default network", accounts),
     ("names are unique and a refused account leaves nothing", duplicates),
     ("an image needs its files, and a withdrawn one is found by nobody new", images),

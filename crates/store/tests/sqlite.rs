@@ -1,4 +1,5 @@
 //! SQLite behind the trait: the conformance suite, and what a file can go through.
+#![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 use roost_store::{SqliteStore, Store, StoreError, conformance};
 use std::cell::RefCell;

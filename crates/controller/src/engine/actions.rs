@@ -43,6 +43,10 @@ fn at_least_one(texts: &[String]) -> Answer<Vec<InstanceId>> {
     parse_ids(texts)
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a request is taken as it came off the wire, and is done with"
+)]
 impl Engine {
     /// The caller's instances of these ids. Another account's instance is not there, and so is one that is gone
     /// for longer than gone ones are shown.

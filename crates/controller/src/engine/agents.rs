@@ -20,6 +20,10 @@ fn same_host(host: &HostId, facts: &HostFacts) -> Answer<()> {
     ))
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a request is taken as it came off the wire, and is done with"
+)]
 impl Engine {
     /// Welcomes an agent and notes what its host can hold.
     ///
@@ -108,7 +112,7 @@ impl Engine {
             self.remember().written(host, &report.boot_id, now);
         }
         if !changes.is_empty() {
-            self.commit_report(changes, &report.boot_id, now)?;
+            self.commit_report(&changes, &report.boot_id, now)?;
             self.announce();
         }
         Ok(ReportAck { version: self.desired(host)?.version })
@@ -164,7 +168,7 @@ impl Engine {
     /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile, one by one anew.
     fn commit_report(
         &self,
-        changes: Vec<(InstanceId, Observation, Draft)>,
+        changes: &[(InstanceId, Observation, Draft)],
         boot_id: &str,
         now: Micros,
     ) -> Answer<()> {

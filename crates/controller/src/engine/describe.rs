@@ -26,6 +26,10 @@ fn admins_only(caller: &Caller, what: &str) -> Answer<()> {
     ))
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a request is taken as it came off the wire, and is done with"
+)]
 impl Engine {
     /// Lists instances.
     ///
@@ -60,7 +64,7 @@ impl Engine {
             .into_iter()
             .map(|host| (host.facts.host_id.clone(), host))
             .collect();
-        self.with_proofs(|proofs| proofs.clone()).map(|proofs| {
+        self.with_proofs(Proofs::clone).map(|proofs| {
             let none = Vec::new();
             records
                 .iter()

@@ -161,6 +161,10 @@ struct Found<'a> {
     volume_gib: u64,
 }
 
+#[expect(
+    clippy::needless_pass_by_value,
+    reason = "a request is taken as it came off the wire, and is done with"
+)]
 impl Engine {
     /// The type of this name.
     pub(super) fn instance_type(&self, name: &str) -> Answer<&InstanceType> {

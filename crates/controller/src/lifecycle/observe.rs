@@ -30,7 +30,7 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
     let obeys = word.generation >= row.generation;
     let final_word = matches!(word.state, Observed::Stopped | Observed::Failed | Observed::Absent);
     // A word on an earlier incarnation counts only where it answers our newest generation.
-    if !own && !(obeys && final_word) {
+    if !(own || obeys && final_word) {
         return None;
     }
     // Nothing but its end is of interest once it is at rest: a late word on its run would only confuse.

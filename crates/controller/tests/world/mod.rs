@@ -347,7 +347,7 @@ impl World {
 
     pub fn describe(&self, name: &str, ids: &[&InstanceId]) -> Result<Vec<Instance>, ApiError> {
         let request = DescribeInstances {
-            instance_ids: ids.iter().map(|id| id.to_string()).collect(),
+            instance_ids: ids.iter().map(ToString::to_string).collect(),
             include_terminated: true,
             all_accounts: false,
         };

@@ -222,9 +222,9 @@ pub fn list(db: &Connection, filter: &InstanceFilter) -> Result<Vec<InstanceReco
             conditions.push(format!("i.{column} = ?{}", arguments.len()));
         }
     };
-    demand("account_id", filter.account_id.as_ref().map(|id| id.as_str()));
-    demand("reservation_id", filter.reservation_id.as_ref().map(|id| id.as_str()));
-    demand("host_id", filter.host_id.as_ref().map(|id| id.as_str()));
+    demand("account_id", filter.account_id.as_ref().map(AccountId::as_str));
+    demand("reservation_id", filter.reservation_id.as_ref().map(roost_types::ReservationId::as_str));
+    demand("host_id", filter.host_id.as_ref().map(roost_types::HostId::as_str));
     match filter.gone_since {
         None => conditions.push("i.terminated_at IS NULL".to_owned()),
         Some(since) => {

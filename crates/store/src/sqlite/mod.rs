@@ -43,7 +43,7 @@ impl SqliteStore {
     /// # Errors
     /// `Corrupt`, `Locked`, `TooNew` or `Unusable`, each with the path.
     pub fn open(path: &Path) -> Result<Self, StoreError> {
-        let say = |error| explain(path, error);
+        let say = |error: rusqlite::Error| explain(path, &error);
         let mut writer = Connection::open(path).map_err(say)?;
         writer.busy_timeout(BUSY).map_err(say)?;
         writer.pragma_update(None, "journal_mode", "WAL").map_err(say)?;
@@ -60,7 +60,7 @@ impl SqliteStore {
             });
         }
         schema::migrations().to_latest(&mut writer).map_err(|error| match error {
-            rusqlite_migration::Error::RusqliteError { err, .. } => explain(path, err),
+            rusqlite_migration::Error::RusqliteError { err, .. } => explain(path, &err),
             other => StoreError::Database { path: path.display().to_string(), detail: other.to_string() },
         })?;
         Ok(Self { path: path.to_owned(), writer: Mutex::new(writer), readers: Mutex::new(Vec::new()) })
@@ -71,9 +71,9 @@ impl SqliteStore {
         let mut writer = lock(&self.writer);
         let transaction = writer
             .transaction_with_behavior(TransactionBehavior::Immediate)
-            .map_err(|error| explain(&self.path, error))?;
+            .map_err(|error| explain(&self.path, &error))?;
         let result = run(&transaction).map_err(|error| self.locate(error))?;
-        transaction.commit().map_err(|error| explain(&self.path, error))?;
+        transaction.commit().map_err(|error| explain(&self.path, &error))?;
         Ok(result)
     }
 
@@ -82,7 +82,7 @@ impl SqliteStore {
         let idle = lock(&self.readers).pop();
         let mut reader = match idle {
             Some(reader) => reader,
-            None => self.open_reader().map_err(|error| explain(&self.path, error))?,
+            None => self.open_reader().map_err(|error| explain(&self.path, &error))?,
         };
         let result = reader
             .transaction()
@@ -108,7 +108,7 @@ impl SqliteStore {
     /// Fills the path into an error that a query made without knowing it.
     fn locate(&self, error: StoreError) -> StoreError {
         match error {
-            StoreError::Raw(error) => explain(&self.path, error),
+            StoreError::Raw(error) => explain(&self.path, &error),
             other => other,
         }
     }
@@ -123,7 +123,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 fn verdict(path: &Path, connection: &Connection, pragma: &str) -> Result<(), StoreError> {
     let found: String = connection
         .pragma_query_value(None, pragma, |row| row.get(0))
-        .map_err(|error| explain(path, error))?;
+        .map_err(|error| explain(path, &error))?;
     if found == "ok" {
         Ok(())
     } else {
@@ -132,7 +132,7 @@ fn verdict(path: &Path, connection: &Connection, pragma: &str) -> Result<(), Sto
 }
 
 /// SQLite's error as ours, with the path.
-fn explain(path: &Path, error: rusqlite::Error) -> StoreError {
+fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     let path = path.display().to_string();
     let detail = error.to_string();
     if let rusqlite::Error::FromSqlConversionFailure(..) | rusqlite::Error::IntegralValueOutOfRange(..) =
@@ -293,7 +293,7 @@ impl Store for SqliteStore {
         self.read(usage::proofs)
     }
     fn check(&self) -> Result<(), StoreError> {
-        let connection = self.open_reader().map_err(|error| explain(&self.path, error))?;
+        let connection = self.open_reader().map_err(|error| explain(&self.path, &error))?;
         verdict(&self.path, &connection, "integrity_check")?;
         let broken: Option<String> = usage::contradiction(&connection).map_err(|error| self.locate(error))?;
         match broken {

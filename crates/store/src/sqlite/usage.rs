@@ -92,7 +92,7 @@ pub fn events(db: &Connection, filter: &UsageFilter) -> Result<Vec<UsageEvent>, 
         "SELECT {COLUMNS} FROM usage_events
          WHERE (?1 IS NULL OR account_id = ?1) AND (?2 IS NULL OR resource = ?2) ORDER BY number"
     ))?;
-    let account = filter.account_id.as_ref().map(|id| id.as_str());
+    let account = filter.account_id.as_ref().map(roost_types::AccountId::as_str);
     let rows = query.query_map(params![account, filter.resource], event)?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
