@@ -288,7 +288,10 @@ impl Running {
         let entry = boot::load(&parts.memory, &mut parts.payload, &parts.description)?;
         parts.vm.reset_chips()?;
         reset_vcpus(&parts.vcpus, entry)?;
-        self.paused = false;
+        // Whoever paused the machine in the moment of its reset resumes it.
+        if self.paused {
+            return Ok(());
+        }
         self.parts.vcpus.iter().try_for_each(VcpuHandle::run)
     }
 }

@@ -86,24 +86,34 @@ fn a_reset_by_the_keyboard_controller_works_too() {
     assert_eq!(machine.run().code, ExitCode::GuestReset.code());
 }
 
+/// Linux without EFI jumps to the firmware's reset vector in real mode; the code there must write the reset register.
 #[test]
-fn the_reset_vector_resets() {
-    // The firmware's first instructions, run where they are: mov eax, 0xffff0; jmp rax. In 64-bit mode the same bytes
-    // mean `mov edx, imm32` with the following two bytes as its upper half, so only their presence is tested here.
-    let code = Code::default().bytes(&[0xb8, 0xf0, 0xff, 0x0f, 0x00]); // mov eax, 0xffff0
-    // for each of 8 bytes: mov dl, [rax]; xchg: mov al, dl needs eax: use rsi instead
-    let code = code.bytes(&[0x48, 0x89, 0xc6]); // mov rsi, rax
-    let mut code = code;
+fn the_reset_vector_holds_code_that_resets() {
+    // mov eax, 0xffff0; mov rsi, rax
+    let mut code = Code::default().bytes(&[0xb8, 0xf0, 0xff, 0x0f, 0x00, 0x48, 0x89, 0xc6]);
     for _ in 0..9 {
         // lodsb; mov edx, 0x3f8; out dx, al
         code = code.bytes(&[0xac, 0xba, 0xf8, 0x03, 0x00, 0x00, 0xee]);
     }
     let mut machine = Machine::new(&code.power_off());
-    machine.start(&[]);
-    machine.wait();
+    assert_eq!(machine.run().code, 0);
     let file = std::fs::File::open(machine.path("console")).unwrap();
     let bytes = roost_vmm::console::ConsoleReader::new(file).unwrap().read_from(0).unwrap().bytes;
+    // mov dx, 0x602; mov al, 1; out dx, al; hlt; jmp back
     assert_eq!(bytes, [0xba, 0x02, 0x06, 0xb0, 0x01, 0xee, 0xf4, 0xeb, 0xfd]);
+}
+
+/// As the ACPI code of a guest does it: the event register says that the button was pressed, once.
+#[test]
+fn the_power_button_reaches_the_guest() {
+    // mov edx, 0x603; again: in al, dx; test al, 1; jz again; in al, dx; add al, '0'; mov dx, 0x3f8; out dx, al
+    let code = [0xba, 0x03, 0x06, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xec, 0x04, b'0'];
+    let code = Code::default().bytes(&code).bytes(&[0x66, 0xba, 0xf8, 0x03, 0xee]);
+    let mut machine = Machine::new(&code.power_off());
+    machine.start(&[]);
+    machine.client().power_button().unwrap();
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "0"), "{}", ended.stderr);
 }
 
 /// Every 32-bit register of every device is read, and what was read is written back: whatever that does to the
