@@ -16,6 +16,7 @@ use crate::names::Folders;
 use nix::libc;
 use roost_types::agent::InstanceSpec;
 use roost_types::ids::InstanceId;
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -262,8 +263,13 @@ impl Cgroups {
     pub fn processes(&self, id: &InstanceId) -> Vec<i32> {
         let files = self.of(id).into_iter().map(|path| path.join("cgroup.procs"));
         let texts: Vec<String> = files.filter_map(|file| fs::read_to_string(file).ok()).collect();
-        let pids = texts.iter().flat_map(|text| text.lines()).filter_map(|line| line.parse().ok());
-        pids.filter(|pid| !self.pretend || crate::monitor::start_ticks(*pid).is_some()).collect()
+        // A process may be listed more than once when its threads have been moved.
+        let pids: BTreeSet<i32> =
+            texts.iter().flat_map(|text| text.lines()).filter_map(|line| line.parse().ok()).collect();
+        pids.into_iter()
+            .filter(|pid| !self.pretend || crate::monitor::start_ticks(*pid).is_some())
+            .filter(|pid| !is_kernel_thread(*pid))
+            .collect()
     }
 
     /// Notes a process that was started in the cgroup. The kernel knows; only a pretended cgroup is told.
@@ -439,6 +445,13 @@ fn own_delegated() -> Option<PathBuf> {
         rustix::fs::getxattr(&path, *name, &mut mark).is_ok_and(|length| &mark[..length] == b"1")
     });
     delegated.then_some(path)
+}
+
+/// KVM's helpers (`kvm-nx-lpage-recovery`) stand in their machine's cgroup and go with it. Field 4 of
+/// `/proc/<pid>/stat` is the parent: kthreadd has number 2.
+fn is_kernel_thread(pid: i32) -> bool {
+    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
+    text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(1)) == Some("2")
 }
 
 /// Thread ids of a process whose names are `vcpu` and a number.

@@ -8,7 +8,7 @@ use roost_agent::error::{Error, Result};
 use roost_agent::facts::{self, Identity, Shares};
 use roost_agent::monitor::Monitors;
 use roost_agent::names::Folders;
-use roost_agent::net::links;
+use roost_agent::net::{firewall, links};
 use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
@@ -206,6 +206,11 @@ fn run(serve: &Serve) -> Result<()> {
             let agent = Agent::open(lock, Arc::clone(&host), &folders, pace)?;
             let streams = Streams::new(Arc::clone(&agent), controller.clone(), folders);
             tokio::spawn(prune(Arc::clone(&agent), host, idle));
+            tokio::task::spawn_blocking(|| {
+                if let Err(error) = firewall::warm_up() {
+                    tracing::error!(error = %error.chain(), "no instance can have a network here");
+                }
+            });
             tokio::spawn(connection::run(agent, controller, streams));
             tracing::info!("ready");
             if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {

@@ -189,15 +189,21 @@ impl Host for RealHost {
         let (lease_again, tree_again) = (lease.clone(), tree.clone());
         let runtime = tokio::runtime::Handle::current();
         let services = blocking(move || {
+            let begin = std::time::Instant::now();
+            let lap = |what: &str| tracing::debug!(what, took = ?begin.elapsed(), "network");
             links::forward_on_host()?;
             links.make(&folders)?;
+            lap("links");
             let rules = firewall::instance_table(&links.interface);
             netns::enter(&namespace, move || firewall::apply("set the instance's rules", &rules))?;
+            lap("instance's rules");
             firewall::apply(
                 "set the host's rules",
                 &firewall::host_table(&links.id, links.interface.public_ip),
             )?;
+            lap("host's rules");
             firewall::pass_docker()?;
+            lap("docker");
             if has_services {
                 return Ok(None);
             }

@@ -171,7 +171,9 @@ impl<H: Host> Task<H> {
         let spec = accepted.spec();
         let action = plan::plan(spec, run, &facts, self.power(spec, alive));
         self.show(spec, run, &facts, &action);
-        tracing::debug!(instance = %accepted.id(), ?action, "next");
+        if !matches!(action, Action::Rest(_)) {
+            tracing::debug!(instance = %accepted.id(), ?action, "next");
+        }
         self.execute(accepted, run, action).await
     }
 
@@ -217,6 +219,7 @@ impl<H: Host> Task<H> {
                 tracing::info!(instance = %accepted.id(), "rebooting: the monitor starts again");
                 run.reboots_done = accepted.spec().reboots;
                 run.monitor = None;
+                run.guest_ready = false;
                 self.over();
                 self.note(accepted, run)?;
             }

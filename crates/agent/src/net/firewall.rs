@@ -8,8 +8,9 @@
 use super::METADATA_ADDRESS;
 use crate::error::{Error, Result};
 use crate::names::{HOST_TABLE, INSTANCE_TABLE, TAP, UPLINK, VETH_PREFIX};
+use ipnet::Ipv4Net;
 use roost_types::agent::{IngressRule, InterfaceSpec, Protocol};
-use roost_types::ids::InstanceId;
+use roost_types::ids::{InstanceId, InterfaceId};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::Ipv4Addr;
@@ -120,6 +121,27 @@ pub fn without(addresses: &[Ipv4Addr]) -> String {
 /// `nft` is missing or refused it; nothing has changed then.
 pub fn apply(what: &str, text: &str) -> Result<()> {
     run(what, &["-f", "-"], text).map(drop)
+}
+
+/// Lets the kernel load what rules need (seconds on a slow host) before the first instance waits for it: checks a
+/// table that is never made.
+///
+/// # Errors
+/// `nft` is missing, or the kernel lacks something that rules need; the text says what.
+pub fn warm_up() -> Result<()> {
+    // Addresses of RFC 5737, which are nobody's.
+    let (private_ip, public_ip) = (Ipv4Addr::new(192, 0, 2, 2), Ipv4Addr::new(198, 51, 100, 2));
+    let source = Ipv4Net::default();
+    let interface = InterfaceSpec {
+        interface_id: InterfaceId::from_random([0; 9]),
+        mac: "06:00:00:00:00:00".into(),
+        private_ip,
+        prefix_len: 24,
+        gateway: Ipv4Addr::new(192, 0, 2, 1),
+        public_ip,
+        ingress: vec![IngressRule { protocol: Protocol::Tcp, from_port: 22, to_port: 22, source }],
+    };
+    run("check the rules of an instance", &["-c", "-f", "-"], &instance_table(&interface)).map(drop)
 }
 
 /// The public addresses that the host's table holds for an instance.

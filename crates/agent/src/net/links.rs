@@ -37,7 +37,8 @@ impl Links {
     pub fn make(&self, folders: &Folders) -> Result<()> {
         let file = folders.netns_file(&self.id);
         netns::make(&file)?;
-        let host = File::open("/proc/self/ns/net").map_err(Error::file("open", "/proc/self/ns/net"))?;
+        let host = File::open("/proc/thread-self/ns/net")
+            .map_err(Error::file("open", "/proc/thread-self/ns/net"))?;
         let inside = self.clone();
         netns::enter(&file, move || {
             harden()?;
