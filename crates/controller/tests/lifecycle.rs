@@ -456,3 +456,59 @@ fn an_unreachable_hosts_generation_that_ran_ahead_is_overtaken() {
     world.tick();
     world.check_nothing_left();
 }
+
+/// A report of one observation, as an agent would send it.
+fn word(world: &World, id: &InstanceId, agent_run: &str, edit: impl FnOnce(&mut serde_json::Value)) {
+    let host = &world.hosts[0];
+    let row = world.record(id).row;
+    let mut word = serde_json::json!({
+        "instance_id": id, "generation": row.generation, "incarnation": row.incarnation, "state": "running",
+        "age_us": 0, "guest_ready": false, "timing": []
+    });
+    edit(&mut word);
+    let report = serde_json::from_value(serde_json::json!({
+        "host": host.facts, "boot_id": "boot-1", "agent_run": agent_run, "instances": [word]
+    }))
+    .unwrap();
+    world.engine().report(host.id(), report).unwrap();
+}
+
+#[test]
+fn an_end_that_is_explained_late_keeps_the_true_reason_and_the_true_end() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    let seen = world.now();
+    world.clock.advance(Micros::from_secs(40));
+    // A new agent says what it remembers, before it has looked; then it finds the monitor dead.
+    word(&world, &id, "run-2", |word| word["last_seen_age_us"] = (40_000_000).into());
+    assert_eq!(world.show(&id).used_seconds, u64::try_from((seen - began).ceil_secs()).unwrap());
+    word(&world, &id, "run-2", |word| word["state"] = "stopping".into());
+    assert_eq!(world.state(&id), InstanceState::Stopping);
+    word(&world, &id, "run-2", |word| {
+        word["state"] = "stopped".into();
+        word["reason"] = serde_json::json!({"code": "Server.MonitorKilled", "message": "killed"});
+    });
+    assert_eq!(world.show(&id).state_reason.unwrap().code, "Server.MonitorKilled");
+    assert_eq!(world.intervals(&id), vec![(1, began, Some(seen))]);
+}
+
+#[test]
+fn the_last_starts_end_does_not_fail_the_next_start() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    world.clock.advance(Micros::from_secs(5));
+    world.start(&id).unwrap();
+    // The agent has accepted the new start and still says how the one before ended.
+    for state in ["stopped", "failed"] {
+        word(&world, &id, "run-1", |word| {
+            word["state"] = state.into();
+            word["age_us"] = 5_000_000.into();
+        });
+        assert_eq!(world.state(&id), InstanceState::Pending, "{state}");
+    }
+    world.wait(&id, InstanceState::Running);
+}

@@ -10,6 +10,15 @@ use roost_types::state::Step;
 use roost_types::{ApiError, ErrorCode, HostId, ImageId, InstanceId, Micros};
 use std::collections::HashMap;
 
+/// The circumstances of a report.
+#[derive(Debug, Clone, Copy)]
+struct Sight<'a> {
+    boot_id: &'a str,
+    now: Micros,
+    /// The first report of a run of the agent, which may speak from memory.
+    from_memory: bool,
+}
+
 fn same_host(host: &HostId, facts: &HostFacts) -> Answer<()> {
     if *host == facts.host_id {
         return Ok(());
@@ -84,6 +93,8 @@ impl Engine {
         }
         self.with_proofs(|_| ())?;
         let durable = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let from_memory = self.remember().is_first_of(host, &report.agent_run);
+        let sight = Sight { boot_id: &report.boot_id, now, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
         let records = self.store.instances(&filter).map_err(errors::of_store)?;
         let words: HashMap<&InstanceId, &Observation> =
@@ -100,7 +111,7 @@ impl Engine {
                 None => continue,
             };
             let id = record.row.instance_id.clone();
-            let draft = self.digest(record, word, &report.boot_id, now)?;
+            let draft = self.digest(record, word, sight)?;
             if draft.is_change() {
                 changes.push((id, word.clone(), draft));
             }
@@ -112,7 +123,7 @@ impl Engine {
             self.remember().written(host, &report.boot_id, now);
         }
         if !changes.is_empty() {
-            self.commit_report(&changes, &report.boot_id, now)?;
+            self.commit_report(&changes, sight)?;
             self.announce();
         }
         Ok(ReportAck { version: self.desired(host)?.version })
@@ -127,13 +138,8 @@ impl Engine {
     }
 
     /// One observation, taken in: the row as it will be after it and all steps that follow.
-    fn digest(
-        &self,
-        record: InstanceRecord,
-        word: &Observation,
-        boot_id: &str,
-        now: Micros,
-    ) -> Answer<Draft> {
+    fn digest(&self, record: InstanceRecord, word: &Observation, sight: Sight<'_>) -> Answer<Draft> {
+        let Sight { boot_id, now, from_memory } = sight;
         let mut draft = Draft::new(record);
         if let Some(row) = observe::observe(&draft.record.row, word, boot_id, now) {
             draft.record.row = row;
@@ -144,13 +150,14 @@ impl Engine {
             && *incarnation == row.incarnation
         {
             row.timing.controller.clone_from(parts);
+        } else if row.step == Step::Run {
+            self.remember().timings.remove(&row.instance_id);
         }
-        let seen_alive = observe::alive(word)
-            && word.incarnation == row.incarnation
+        let counts = word.incarnation == row.incarnation
             && row.boot_id.as_ref().is_none_or(|boot| boot == boot_id)
             && !matches!(row.step, Step::Rest | Step::Gone);
-        if seen_alive {
-            let seen = row.bill_until.map_or(now, |end| end.min(now));
+        if let Some(seen) = observe::proof_of_life(word, now, from_memory).filter(|_| counts) {
+            let seen = row.bill_until.map_or(seen, |end| end.min(seen));
             self.remember().prove(&row.instance_id, seen);
         }
         let was_open = row.open_since.is_some();
@@ -166,29 +173,24 @@ impl Engine {
     }
 
     /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile, one by one anew.
-    fn commit_report(
-        &self,
-        changes: &[(InstanceId, Observation, Draft)],
-        boot_id: &str,
-        now: Micros,
-    ) -> Answer<()> {
+    fn commit_report(&self, changes: &[(InstanceId, Observation, Draft)], sight: Sight<'_>) -> Answer<()> {
         let all: Vec<_> = changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();
-        match self.store.commit(&all, now) {
+        match self.store.commit(&all, sight.now) {
             Ok(()) => return Ok(()),
             Err(StoreError::Stale(_)) => {}
             Err(error) => return Err(errors::of_store(error)),
         }
-        changes.iter().try_for_each(|(id, word, _)| self.commit_word(id, word, boot_id, now))
+        changes.iter().try_for_each(|(id, word, _)| self.commit_word(id, word, sight))
     }
 
-    fn commit_word(&self, id: &InstanceId, word: &Observation, boot_id: &str, now: Micros) -> Answer<()> {
+    fn commit_word(&self, id: &InstanceId, word: &Observation, sight: Sight<'_>) -> Answer<()> {
         for _ in 0..ATTEMPTS {
             let Some(record) = self.store.instance(id).map_err(errors::of_store)? else { return Ok(()) };
-            let draft = self.digest(record, word, boot_id, now)?;
+            let draft = self.digest(record, word, sight)?;
             if !draft.is_change() {
                 return Ok(());
             }
-            match self.store.commit(&[draft.into_change()], now) {
+            match self.store.commit(&[draft.into_change()], sight.now) {
                 Ok(()) => return Ok(()),
                 Err(StoreError::Stale(_)) => {}
                 Err(error) => return Err(errors::of_store(error)),

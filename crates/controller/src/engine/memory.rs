@@ -18,6 +18,7 @@ pub struct Memory {
 #[derive(Debug, Default)]
 struct HostMemory {
     last_report: Micros,
+    agent_run: String,
     /// When this was last made durable, and under which boot.
     written: Option<(Micros, String)>,
 }
@@ -37,6 +38,14 @@ impl Memory {
             .as_ref()
             .is_some_and(|(at, boot)| boot == boot_id && now >= *at && (now - *at) < every);
         !fresh
+    }
+
+    /// Whether this is the first report of a run of the agent.
+    pub fn is_first_of(&mut self, host: &HostId, agent_run: &str) -> bool {
+        let known = self.hosts.entry(host.clone()).or_default();
+        let first = known.agent_run != agent_run;
+        agent_run.clone_into(&mut known.agent_run);
+        first
     }
 
     /// Notes that it was made durable.

@@ -12,12 +12,14 @@ fn ago(now: Micros, age_us: u64) -> Micros {
     Micros(now.0.saturating_sub(i64::try_from(age_us).unwrap_or(i64::MAX)))
 }
 
-/// Whether the observation means that the virtual CPUs run.
-pub fn alive(word: &Observation) -> bool {
-    match word.state {
-        Observed::Running => true,
-        Observed::Stopping => word.run_began_age_us.is_some() && word.run_ended_age_us.is_none(),
-        _ => false,
+/// Until when the observation proves that the virtual CPUs run; `None` if it does not. `stopping` proves nothing: it
+/// is also said of a run that ended unseen and is being cleared up. An agent that has just started may say
+/// `running` from memory, before its first look: then only what it has on record counts (`from_memory`).
+pub fn proof_of_life(word: &Observation, now: Micros, from_memory: bool) -> Option<Micros> {
+    match (word.state, from_memory) {
+        (Observed::Running, false) => Some(now),
+        (Observed::Running, true) => word.last_seen_age_us.map(|age| ago(now, age)),
+        _ => None,
     }
 }
 

@@ -207,7 +207,10 @@ fn stop(row: &InstanceRow, view: &View) -> StepOutcome {
         .filter(|_| ended || (own && seen.run_ended.is_some()))
         .map(|open| meter::end_of_run(row, Some(seen), view, open));
     let rest = if ended { hop(Step::Rest) } else { wait_for_end(row, view, seen.trouble.as_deref()) };
-    StepOutcome { close, ..rest }
+    // Of an end that nobody asked for, the host may learn the reason only while it clears up.
+    let unasked = row.bill_until.is_none() && row.running_since.is_some();
+    let reason = seen.reason.clone().filter(|_| ended && own && unasked).map(Some);
+    StepOutcome { close, reason, ..rest }
 }
 
 fn terminate(row: &InstanceRow, view: &View) -> StepOutcome {
