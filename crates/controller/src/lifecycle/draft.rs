@@ -5,7 +5,7 @@ use super::step::{StepOutcome, step};
 use roost_store::{Change, Claim, ClaimChange, InstanceRecord, InstanceRow};
 use roost_types::metering::UsageEvent;
 use roost_types::state::{DesiredState, Step, VolumeState};
-use roost_types::{Micros, VolumeId};
+use roost_types::Micros;
 
 /// A time that never comes: a row that only an event can wake.
 pub const NEVER: Micros = Micros(i64::MAX);
@@ -202,11 +202,6 @@ impl Draft {
         change.proof = self.proof;
         change.volume = self.volume;
         change
-    }
-
-    /// The root volume, for messages.
-    pub fn volume_id(&self) -> &VolumeId {
-        &self.record.volume.volume_id
     }
 }
 
