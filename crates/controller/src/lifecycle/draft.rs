@@ -3,9 +3,9 @@
 use super::meter;
 use super::step::{StepOutcome, step};
 use roost_store::{Change, Claim, ClaimChange, InstanceRecord, InstanceRow};
+use roost_types::Micros;
 use roost_types::metering::UsageEvent;
 use roost_types::state::{DesiredState, Step, VolumeState};
-use roost_types::Micros;
 
 /// A time that never comes: a row that only an event can wake.
 pub const NEVER: Micros = Micros(i64::MAX);
