@@ -50,7 +50,7 @@ _recipe_packages() {
 
 _root_key() {
     {
-        hash_files "$RECIPES/$1" "$ROOST_ROOT/guest-images/lib/ext4.sh" "$ROOST_ROOT/guest-images/lib/images.sh"
+        hash_files "$RECIPES/$1" "$ROOST_ROOT"/guest-images/lib/{ext4.sh,images.sh,make-root}
         _recipe_packages
         printf '%s\n' "$@" "$SOURCE_DATE_EPOCH"
         # The writer's own version is an input: other versions lay files out differently.
