@@ -79,6 +79,11 @@ async fn what_was_signed_is_what_counts() {
     for (at, change) in changes.iter().enumerate() {
         let refused = refusal(resent(change).await.unwrap()).await;
         assert_eq!((refused.status, refused.code), (401, ErrorCode::AuthFailure), "change {at}: {refused:?}");
+        assert_eq!(
+            refused.message.contains("x-amz-content-sha256"),
+            at == 0,
+            "the body is named: {refused:?}"
+        );
     }
     let mut elsewhere = client.clone();
     elsewhere.region = "elsewhere-1".to_owned();
