@@ -50,7 +50,7 @@ recipe_finish() {
 
     # What costs seconds on a small machine and serves nobody here.
     for unit in apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer e2scrub_reap.service \
-        fstrim.timer getty@tty1.service getty-static.service systemd-pstore.service modprobe@.service \
+        fstrim.timer getty@tty1.service serial-getty@.service getty-static.service systemd-pstore.service modprobe@.service \
         kmod-static-nodes.service sys-kernel-debug.mount sys-kernel-tracing.mount sys-kernel-config.mount \
         sys-fs-fuse-connections.mount dev-mqueue.mount dev-hugepages.mount systemd-binfmt.service \
         proc-sys-fs-binfmt_misc.automount systemd-ask-password-wall.path systemd-ask-password-console.path \
