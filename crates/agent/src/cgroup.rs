@@ -3,7 +3,7 @@
 //!
 //! ```text
 //! <root>                       cpu cpuset memory pids below it
-//! ├── agent                    the agent itself, where the root is its own unit's
+//! ├── keep                     a process that keeps the root's scope open, where systemd made it
 //! └── t3                       a family
 //!     └── i-0123…              memory.max, memory.swap.max, memory.oom.group, pids.max, cpu.weight, cpu.max (loose)
 //!         ├── (monitor's API and device threads)
@@ -19,6 +19,7 @@ use roost_types::ids::InstanceId;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 /// Period of `cpu.max`, microseconds.
@@ -29,6 +30,8 @@ const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
 const IO_MILLI: u64 = 1000;
 /// Threads beside the vCPUs'.
 const IO_THREADS: u64 = 16;
+/// Leaf of the root for processes that were found in it.
+const KEEP: &str = "keep";
 /// How long the kernel may take to clear a killed cgroup.
 const CLEARING: Duration = Duration::from_secs(10);
 
@@ -68,13 +71,16 @@ fn limits(spec: &InstanceSpec, overhead_mib: u64) -> (Vec<Limit>, Vec<Limit>) {
 }
 
 impl Cgroups {
-    /// The cgroups below `root`, which is made and given its controllers; without `root` the agent's own delegated
-    /// unit, or `/sys/fs/cgroup/roost`.
+    /// The cgroups below `root`, which is made and given its controllers; without `root` below a systemd scope that
+    /// belongs to the state folder, or where there is no systemd below `/sys/fs/cgroup/roost`.
     ///
     /// # Errors
     /// There is no cgroup v2 here, or it lacks a controller.
-    pub fn open(root: Option<&Path>) -> Result<Self> {
-        let this = Self::look(root);
+    pub fn open(root: Option<&Path>, state: &Path) -> Result<Self> {
+        let this = Self::at(match root {
+            Some(root) => root.to_owned(),
+            None => default_root(state)?,
+        });
         if !this.root.is_dir() {
             make(&this.root)?;
         }
@@ -88,10 +94,9 @@ impl Cgroups {
         Ok(this)
     }
 
-    /// The cgroups that are there, to look at only: of `root`, or the agent's own unit, or the default.
-    pub fn look(root: Option<&Path>) -> Self {
-        let root = root.map(Path::to_owned).or_else(own_delegated);
-        Self { root: root.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup/roost")), pretend: false }
+    /// Cgroups that were opened before, to look at and to clear away.
+    pub const fn at(root: PathBuf) -> Self {
+        Self { root, pretend: false }
     }
 
     /// A folder of plain files, for tests on hosts without cgroup v2. Limits are written and read back, and limit
@@ -117,15 +122,14 @@ impl Cgroups {
         )))
     }
 
-    /// A cgroup with processes of its own cannot pass controllers down: the agent steps into a leaf of the root,
-    /// if it stands in the root.
+    /// A cgroup with processes of its own cannot pass controllers down: what is in the root steps into a leaf.
     fn leave_root(&self) -> Result<()> {
         let procs = self.root.join("cgroup.procs");
         let pids = read(&procs)?;
         if pids.trim().is_empty() {
             return Ok(());
         }
-        let leaf = self.root.join("agent");
+        let leaf = self.root.join(KEEP);
         make(&leaf)?;
         for pid in pids.lines() {
             match fs::write(leaf.join("cgroup.procs"), pid) {
@@ -143,7 +147,7 @@ impl Cgroups {
         let plain = !family.is_empty()
             && family.len() <= 32
             && family.bytes().all(|byte| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_'));
-        if !plain || family == "agent" {
+        if !plain || family == KEEP {
             return Err(Error::Impossible(format!("the family name {family:?} cannot name a cgroup")));
         }
         Ok(Folders::cgroup(&self.root, family, id))
@@ -431,20 +435,65 @@ fn is_cgroup2(path: &Path) -> bool {
     rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == 0x6367_7270)
 }
 
-/// The agent's own cgroup, if systemd has delegated it (`Delegate=yes` leaves this mark on the folder).
-fn own_delegated() -> Option<PathBuf> {
-    let text = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let own = text.lines().find_map(|line| line.strip_prefix("0::/"))?;
-    let mut path = Path::new("/sys/fs/cgroup").join(own);
-    // After a restart of the agent inside its leaf the root is one up.
-    if path.ends_with("agent") {
-        path.pop();
+/// Where cgroups are made when nobody says: with systemd in a delegated scope of their own, else a folder at the top.
+///
+/// The agent's own unit will not do: with instances below it, systemd cannot start the agent there again (a cgroup
+/// that passes controllers down takes no process; status 219/CGROUP, seen with systemd 252). A scope is never
+/// started again, only found.
+fn default_root(state: &Path) -> Result<PathBuf> {
+    if !Path::new("/run/systemd/system").is_dir() {
+        return Ok(PathBuf::from("/sys/fs/cgroup/roost"));
     }
-    let mut mark = [0; 8];
-    let delegated = ["trusted.delegate", "user.delegate"].iter().any(|name| {
-        rustix::fs::getxattr(&path, *name, &mut mark).is_ok_and(|length| &mark[..length] == b"1")
-    });
-    delegated.then_some(path)
+    let name = scope_name(state);
+    if let Some(root) = scope_root(&name) {
+        return Ok(root);
+    }
+    // The scope lives as long as a process in it does: this one holds it open while there are no instances.
+    let mut holder = Command::new("systemd-run")
+        .args(["--scope", "--quiet", "--collect", "--property=Delegate=yes", "--property=TasksMax=infinity"])
+        .arg(format!("--unit={name}"))
+        .args(["--description=Roost instances", "--", "sleep", "infinity"])
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        // It outlives the agent: whoever waits for the end of the agent's output must not wait for it.
+        .stderr(Stdio::null())
+        .spawn()
+        .map_err(Error::io("running systemd-run"))?;
+    let deadline = Instant::now() + CLEARING;
+    loop {
+        if let Some(root) = scope_root(&name) {
+            return Ok(root);
+        }
+        if let Ok(Some(status)) = holder.try_wait() {
+            return Err(Error::NotNow(format!("systemd-run could not make {name}: {status}")));
+        }
+        if Instant::now() > deadline {
+            return Err(Error::NotNow(format!("systemd has not made {name}")));
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+}
+
+/// One scope per state folder, so that several agents can stand side by side.
+fn scope_name(state: &Path) -> String {
+    let state = state.canonicalize().unwrap_or_else(|_| state.to_owned());
+    format!("roost-instances-{}.scope", &crate::record::hash_of(&state)[..8])
+}
+
+fn scope_root(name: &str) -> Option<PathBuf> {
+    let output =
+        Command::new("systemctl").args(["show", "--property=ControlGroup", "--value", name]).output().ok()?;
+    let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
+    let root = Path::new("/sys/fs/cgroup").join(path.strip_prefix('/').filter(|path| !path.is_empty())?);
+    root.is_dir().then_some(root)
+}
+
+/// Ends the scope of a state folder, with everything in it.
+pub fn end_scope(state: &Path) {
+    if Path::new("/run/systemd/system").is_dir() {
+        // Not loaded when the agent never made one.
+        let _ = Command::new("systemctl").args(["stop", &scope_name(state)]).stderr(Stdio::null()).status();
+    }
 }
 
 /// KVM's helpers (`kvm-nx-lpage-recovery`) stand in their machine's cgroup and go with it. Field 4 of
@@ -509,7 +558,7 @@ mod tests {
     #[test]
     fn a_family_cannot_leave_its_folder() {
         let cgroups = Cgroups::pretend("/nowhere".into());
-        for family in ["", "..", "a/b", "agent"] {
+        for family in ["", "..", "a/b", KEEP] {
             let mut ensure = ensure(1);
             ensure.spec.cpu.family = family.into();
             let error = cgroups.ensure(&ensure.spec, &ensure.instance_id, 0).unwrap_err();
@@ -520,7 +569,7 @@ mod tests {
     #[test]
     fn a_folder_that_is_no_cgroup_is_refused_with_what_to_do() {
         let folder = tempfile::tempdir().unwrap();
-        let error = Cgroups::open(Some(folder.path())).unwrap_err().to_string();
+        let error = Cgroups::open(Some(folder.path()), folder.path()).unwrap_err().to_string();
         assert!(error.contains("no cgroup v2 folder") && error.contains("--cgroup-root"), "{error}");
     }
 

@@ -1,6 +1,7 @@
 //! Clean means clean: everything on a host that belongs to an instance, found by looking, not by remembering.
 
 use crate::cgroup::Cgroups;
+use crate::durable;
 use crate::error::Result;
 use crate::names::{self, Folders};
 use crate::net::{firewall, links};
@@ -57,11 +58,8 @@ pub fn of(folders: &Folders, cgroups: &Cgroups, id: &InstanceId) -> Result<Vec<L
     Ok(found.into_iter().collect())
 }
 
-/// What is there of any instance, and volumes and images that are kept on purpose (`kept`). Blocks.
-///
-/// # Errors
-/// The firewall cannot be read.
-pub fn all(folders: &Folders, cgroups: &Cgroups) -> Result<Vec<Leftover>> {
+/// Every instance that has left a trace.
+fn traces(folders: &Folders, cgroups: &Cgroups) -> BTreeSet<InstanceId> {
     let mut ids = BTreeSet::new();
     let mut note = |name: &str| {
         if let Ok(id) = name.parse::<InstanceId>() {
@@ -77,6 +75,38 @@ pub fn all(folders: &Folders, cgroups: &Cgroups) -> Result<Vec<Leftover>> {
     for family in entries(cgroups.root()) {
         entries(&cgroups.root().join(family)).iter().for_each(|name| note(name));
     }
+    ids
+}
+
+/// Ends and removes everything of every instance of a state folder, volumes and images too. Blocks.
+///
+/// # Errors
+/// Something cannot be removed.
+pub fn purge(folders: &Folders, cgroups: &Cgroups) -> Result<()> {
+    for id in &traces(folders, cgroups) {
+        cgroups.kill(id)?;
+        let addresses = firewall::public_addresses(id)?;
+        if !addresses.is_empty() {
+            firewall::apply("remove public addresses", &firewall::without(&addresses))?;
+        }
+        links::remove(folders, id)?;
+        cgroups.remove(id)?;
+        durable::remove_folder(&folders.running(id))?;
+        durable::remove_folder(&folders.instance(id))?;
+    }
+    firewall::remove_empty_host_table()?;
+    for folder in [folders.instances(), folders.volumes(), folders.images()] {
+        durable::remove_folder(&folder)?;
+    }
+    Ok(())
+}
+
+/// What is there of any instance, volumes that outlive theirs included. Blocks.
+///
+/// # Errors
+/// The firewall cannot be read.
+pub fn all(folders: &Folders, cgroups: &Cgroups) -> Result<Vec<Leftover>> {
+    let ids = traces(folders, cgroups);
     let mut found = Vec::new();
     for id in &ids {
         found.extend(of(folders, cgroups, id)?);

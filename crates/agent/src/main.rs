@@ -13,7 +13,7 @@ use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
 use roost_agent::task::Pace;
-use roost_agent::{connection, durable, jail, leftovers};
+use roost_agent::{cgroup, connection, durable, jail, leftovers};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -37,6 +37,8 @@ enum Command {
     Serve(Box<Serve>),
     /// Lists what is on this host of an instance, or of any, as JSON; exit code 3 if there is anything.
     Leftovers(Leftovers),
+    /// Ends every instance of a state folder and removes all of it, volumes included. The agent must not run.
+    Purge(Purge),
     /// The agent's own step into a monitor's jail.
     #[command(hide = true)]
     Jail {
@@ -57,8 +59,8 @@ struct Places {
     /// Where network namespaces get their names (`ip netns` looks in /run/netns).
     #[arg(long, value_name = "DIR", default_value = "/run/netns")]
     netns_dir: PathBuf,
-    /// The cgroup below which families and instances are made: by default this agent's own delegated unit, or
-    /// /sys/fs/cgroup/roost.
+    /// The cgroup below which families and instances are made: by default that of a systemd scope of this state
+    /// folder's own, or /sys/fs/cgroup/roost where there is no systemd.
     #[arg(long, value_name = "DIR")]
     cgroup_root: Option<PathBuf>,
 }
@@ -108,12 +110,19 @@ struct Leftovers {
     instance: Option<InstanceId>,
 }
 
+#[derive(Args)]
+struct Purge {
+    #[command(flatten)]
+    places: Places,
+}
+
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
         // Before anything that starts a thread.
         Command::Jail { spec_fd } => jail::enter(spec_fd),
         Command::Serve(serve) => run(&serve).map(|()| ExitCode::SUCCESS),
         Command::Leftovers(which) => list(&which),
+        Command::Purge(purge) => remove(&purge).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
         eprintln!("roost-agent: {}", error.chain());
@@ -125,6 +134,21 @@ impl Places {
     fn folders(&self) -> Folders {
         Folders { state: self.state_dir.clone(), run: self.run_dir.clone(), netns: self.netns_dir.clone() }
     }
+
+    /// Where the agent of this state folder has said that its cgroups are, or where it is said now.
+    fn cgroups(&self) -> Result<Cgroups> {
+        let noted = durable::read_json::<PathBuf>(&cgroup_note(&self.folders()))?;
+        let root = self.cgroup_root.clone().or(noted);
+        Ok(Cgroups::at(root.unwrap_or_else(|| PathBuf::from("/sys/fs/cgroup/roost"))))
+    }
+}
+
+fn remove(purge: &Purge) -> Result<()> {
+    let folders = purge.places.folders();
+    let _lock = StateLock::take(&folders)?;
+    leftovers::purge(&folders, &purge.places.cgroups()?)?;
+    cgroup::end_scope(&folders.state);
+    durable::remove_file(&cgroup_note(&folders))
 }
 
 fn cgroup_note(folders: &Folders) -> PathBuf {
@@ -133,14 +157,12 @@ fn cgroup_note(folders: &Folders) -> PathBuf {
 
 fn list(which: &Leftovers) -> Result<ExitCode> {
     let folders = which.places.folders();
-    // Where the agent of this state folder has said that its cgroups are.
-    let noted = durable::read_json::<PathBuf>(&cgroup_note(&folders))?;
-    let cgroups = Cgroups::look(which.places.cgroup_root.as_deref().or(noted.as_deref()));
+    let cgroups = which.places.cgroups()?;
     let found = match &which.instance {
         Some(id) => leftovers::of(&folders, &cgroups, id)?,
         None => leftovers::all(&folders, &cgroups)?,
     };
-    let text = serde_json::to_string_pretty(&found)
+    let text = serde_json::to_string_pretty(&serde_json::json!({ "leftovers": found }))
         .map_err(|source| Error::Damaged { path: "the list".into(), source })?;
     writeln!(std::io::stdout(), "{text}").map_err(Error::io("writing the list"))?;
     Ok(if found.is_empty() { ExitCode::SUCCESS } else { ExitCode::from(3) })
@@ -170,7 +192,7 @@ fn run(serve: &Serve) -> Result<()> {
     let url = serve.controller.as_ref().unwrap_or(&identity.controller_url);
     let controller = Controller::new(url, &serve.identity)?;
     let vmm = serve.vmm.canonicalize().map_err(Error::file("find the monitor", &serve.vmm))?;
-    let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref())?;
+    let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref(), &folders.state)?;
     durable::write_json(&cgroup_note(&folders), &cgroups.root())?;
     let shares = Shares {
         cpu_overcommit: serve.cpu_overcommit,

@@ -2,6 +2,8 @@
 //! test. The guest is a namespace of its own whose network card is a second tap; the test carries frames between the
 //! two taps, as a monitor does between a tap and a guest's memory.
 
+#![allow(clippy::unwrap_used)] // a test may panic, its helpers too
+
 use dhcproto::v4::{DhcpOption, Flags, Message, MessageType, Opcode, OptionCode};
 use dhcproto::{Decodable, Decoder, Encodable};
 use nix::libc;

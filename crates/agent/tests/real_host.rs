@@ -5,6 +5,8 @@
 //!
 //! and says so where it does not run.
 
+#![allow(clippy::unwrap_used)] // a test may panic, its helpers too
+
 use roost_agent::agent::{Agent, StateLock};
 use roost_agent::cgroup::Cgroups;
 use roost_agent::error::Error;
@@ -88,7 +90,7 @@ impl Bench {
             netns: "/run/netns".into(),
         };
         let root = std::env::var_os("ROOST_TEST_CGROUP").map(PathBuf::from);
-        let cgroups = Cgroups::open(root.as_deref()).unwrap();
+        let cgroups = Cgroups::open(root.as_deref(), &folders.state).unwrap();
         let shelf = Arc::new(Shelf(shelf));
         let mut bench = Self { folders, shelf, cgroups, bin, agent: None, ensure, _folder: folder };
         bench.start_agent();

@@ -171,6 +171,21 @@ fn elements(value: &serde_json::Value, comment: &str) -> Vec<Ipv4Addr> {
         .collect()
 }
 
+/// Removes the host's table, if no instance of any agent is in it any more.
+///
+/// # Errors
+/// `nft` fails.
+pub fn remove_empty_host_table() -> Result<()> {
+    let Ok(text) = run("look for the host's table", &["list", "set", "inet", HOST_TABLE, "public"], "")
+    else {
+        return Ok(());
+    };
+    if text.contains("elements") {
+        return Ok(());
+    }
+    apply("remove the host's table", &format!("delete table inet {HOST_TABLE}\n"))
+}
+
 /// Docker sets the policy of the old FORWARD chain to drop, and a drop there is final for every packet on the host
 /// (a table of ours cannot overrule it). Where that is so, instances get a rule of their own in that chain, or in
 /// `DOCKER-USER`, which Docker keeps free for this.
