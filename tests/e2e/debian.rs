@@ -14,11 +14,23 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
     let key = std::env::temp_dir().join(format!("roost-e2e-{}.pem", tenant.profile));
     let key = key.to_str().unwrap();
     tenant.roost(&["key", "create", "login", "--out", key]).ok();
-    let user_data = TempFile::new("user-data.sh", "#!/bin/sh\necho \"user data ran as $(id -un)\" > /root/proof\n");
+    let user_data =
+        TempFile::new("user-data.sh", "#!/bin/sh\necho \"user data ran as $(id -un)\" > /root/proof\n");
     let id = tenant.launch(
         "debian-12",
         "home1.small",
-        &["--key", "login", "--volume-gib", "4", "--user-data", user_data.path(), "--tag", "role=web", "--name", "deb"],
+        &[
+            "--key",
+            "login",
+            "--volume-gib",
+            "4",
+            "--user-data",
+            user_data.path(),
+            "--tag",
+            "role=web",
+            "--name",
+            "deb",
+        ],
     );
     let other = tenant.launch("tiny-fast", "home1.nano", &["--wait"]);
 
@@ -37,7 +49,8 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
         assert!(metadata.contains(fact), "{fact} in {metadata}");
     }
     // The root file system has grown to the volume.
-    let kib: u64 = ssh(&tenant, &id, key, "df -k / | tail -n 1 | awk '{print $2}'").ok().trim().parse().unwrap();
+    let kib: u64 =
+        ssh(&tenant, &id, key, "df -k / | tail -n 1 | awk '{print $2}'").ok().trim().parse().unwrap();
     assert!(kib > 3_500_000, "{kib} KiB on a 4 GiB volume");
 
     // Walls: not the neighbour's private address, not the host's controller.
@@ -47,7 +60,9 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
     };
     assert_eq!(ssh(&tenant, &id, key, &probe(&neighbour, 80)).ok().trim(), "closed");
     let gateway = ssh(&tenant, &id, key, "ip route show default | awk '{print $3}'").ok();
-    for (address, port) in [(gateway.trim(), 22), (gateway.trim(), 7443), ("10.0.2.15", 7443), ("10.0.2.15", 22)] {
+    for (address, port) in
+        [(gateway.trim(), 22), (gateway.trim(), 7443), ("10.0.2.15", 7443), ("10.0.2.15", 22)]
+    {
         assert_eq!(ssh(&tenant, &id, key, &probe(address, port)).ok().trim(), "closed", "{address}:{port}");
     }
     // In through the public address, as security allows: ssh yes, anything else no.
@@ -59,7 +74,10 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
     let identity = "cat /etc/machine-id; cat /etc/ssh/ssh_host_ed25519_key.pub";
     let before = ssh(&tenant, &id, key, &format!("echo kept > keep; sync; {identity}")).ok();
     tenant.roost(&["stop", &id, "--wait"]).ok();
-    assert!(tenant.roost(&["console", &id]).stdout.to_lowercase().contains("power"), "it was shut down, not cut off");
+    assert!(
+        tenant.roost(&["console", &id]).stdout.to_lowercase().contains("power"),
+        "it was shut down, not cut off"
+    );
     tenant.roost(&["start", &id, "--wait"]).ok();
     assert_eq!(ssh(&tenant, &id, key, &format!("cat keep; {identity}")).ok(), format!("kept\n{before}"));
     assert_eq!(tenant.describe(&id)["private_ip"], private.as_str());

@@ -9,7 +9,10 @@ const SOON: Duration = Duration::from_secs(90);
 const AT_ONCE: Duration = Duration::from_secs(20);
 
 fn monitor_pid(rig: &Rig, id: &str) -> String {
-    rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs | head -n 1")).stdout.trim().to_owned()
+    rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs | head -n 1"))
+        .stdout
+        .trim()
+        .to_owned()
 }
 
 fn kill(rig: &Rig, part: &str) {
@@ -34,7 +37,11 @@ fn a_killed_agent_leaves_guests_running_and_adopts_them_again() {
     wait_for("the agent to report again", AT_ONCE, || {
         let hosts = rig.admin(&["hosts", "--output", "json"]).json();
         let active = rig.host(&format!("systemctl show -p NRestarts,ActiveState {}-agent", rig.units)).stdout;
-        if hosts["hosts"][0]["alive"] == true && active.contains("ActiveState=active") { Ok(()) } else { Err(active) }
+        if hosts["hosts"][0]["alive"] == true && active.contains("ActiveState=active") {
+            Ok(())
+        } else {
+            Err(active)
+        }
     });
     assert_eq!(monitor_pid(&rig, &id), before.0, "the guest never noticed");
     // It is really held again: the agent can still stop it cleanly through the monitor.
@@ -42,7 +49,10 @@ fn a_killed_agent_leaves_guests_running_and_adopts_them_again() {
     let after = tenant.describe(&id);
     assert_eq!(after["state"], "stopped");
     assert_eq!(after["incarnation"], before.1["incarnation"]);
-    assert!(tenant.roost(&["console", &id]).stdout.contains("ready"), "the console outlives agent and monitor");
+    assert!(
+        tenant.roost(&["console", &id]).stdout.contains("ready"),
+        "the console outlives agent and monitor"
+    );
     tenant.terminate_clean(&id);
 }
 

@@ -34,14 +34,16 @@ fn an_instance_is_launched_stopped_resized_started_terminated_and_billed_to_the_
     let (used, billed) = (seconds(&stopped, "used_seconds"), seconds(&stopped, "billed_seconds"));
     assert!(used > 0);
     assert_eq!(billed, used.max(60));
-    let gone = rig.host(&format!("find /sys/fs/cgroup -type d -name {id}; ip netns list | grep {id} || true")).ok();
+    let gone =
+        rig.host(&format!("find /sys/fs/cgroup -type d -name {id}; ip netns list | grep {id} || true")).ok();
     assert_eq!(gone, "", "a stopped instance holds nothing but its disk");
 
     // It grows while it is stopped, and not before.
     tenant.roost(&["resize", &id, "--type", "home1.medium"]).ok();
     tenant.roost(&["start", &id, "--wait"]).ok();
     let console = tenant.wait_console(&id, "cpus=2", SOON);
-    let memory: u64 = console.rsplit_once("memory_kib=").unwrap().1.split_whitespace().next().unwrap().parse().unwrap();
+    let memory: u64 =
+        console.rsplit_once("memory_kib=").unwrap().1.split_whitespace().next().unwrap().parse().unwrap();
     assert!((850 * 1024..1024 * 1024).contains(&memory), "the guest has {memory} KiB of 1 GiB");
 
     // The second start has a minimum of its own, and a reboot has none.
@@ -58,8 +60,13 @@ fn an_instance_is_launched_stopped_resized_started_terminated_and_billed_to_the_
     // The bill says the same, and says it again.
     let bill = tenant.bill();
     let line = |sku: &str| -> Value {
-        bill["lines"].as_array().unwrap().iter().find(|line| line["sku"] == sku && line["group"] == id.as_str())
-            .unwrap_or_else(|| panic!("no line for {sku} in {bill}")).clone()
+        bill["lines"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .find(|line| line["sku"] == sku && line["group"] == id.as_str())
+            .unwrap_or_else(|| panic!("no line for {sku} in {bill}"))
+            .clone()
     };
     assert_eq!(line("home1.micro")["used"], used.to_string());
     assert_eq!(line("home1.micro")["billed"], billed.to_string());
@@ -85,7 +92,8 @@ fn a_repeated_launch_with_one_client_token_launches_once() {
     let first = tenant.launch("tiny-fast", "home1.pico", &["--client-token", "once"]);
     let second = tenant.launch("tiny-fast", "home1.pico", &["--client-token", "once"]);
     assert_eq!(first, second);
-    let other = tenant.roost(&["launch", "--image", "tiny-fast", "--type", "home1.nano", "--client-token", "once"]);
+    let other =
+        tenant.roost(&["launch", "--image", "tiny-fast", "--type", "home1.nano", "--client-token", "once"]);
     assert_eq!(other.code, Some(6), "{other:?}");
     assert!(other.stderr.contains("IdempotentParameterMismatch"), "{}", other.stderr);
     tenant.terminate_clean(&first);
@@ -99,8 +107,12 @@ fn a_launch_can_be_read_part_by_part() {
     tenant.wait_console(&id, "roost-guest: ready", SOON);
     let timing = roost_e2e::wait_for("the guest's part of the timing", SOON, || {
         let timing = tenant.roost(&["describe", &id, "--timing", "--output", "json"]).json();
-        let parts: Vec<String> =
-            timing["parts"].as_array().unwrap().iter().map(|part| part["part"].as_str().unwrap().to_owned()).collect();
+        let parts: Vec<String> = timing["parts"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|part| part["part"].as_str().unwrap().to_owned())
+            .collect();
         if parts.iter().any(|part| part == "guest") { Ok(parts) } else { Err(timing.to_string()) }
     });
     for room in ["api", "store", "placement", "agent.", "monitor."] {

@@ -67,14 +67,22 @@ fn limited_instances_get_their_share_of_a_core_within_five_percent() {
     tenant.wait_console(&whole, "work 1", SOON);
     let unlimited = measure(&tenant, &[&whole], Duration::from_secs(10));
 
-    println!("{:<12} {:>8} {:>10} {:>14} {:>22}", "type", "promised", "cpu.stat", "work/s", "work against a whole CPU");
-    for (name, promised, (share, work)) in
-        [("home1.nano", 0.5, limited[0]), ("home1.pico", 0.25, limited[1]), ("home1.micro", 1.0, unlimited[0])]
-    {
+    println!(
+        "{:<12} {:>8} {:>10} {:>14} {:>22}",
+        "type", "promised", "cpu.stat", "work/s", "work against a whole CPU"
+    );
+    for (name, promised, (share, work)) in [
+        ("home1.nano", 0.5, limited[0]),
+        ("home1.pico", 0.25, limited[1]),
+        ("home1.micro", 1.0, unlimited[0]),
+    ] {
         println!("{name:<12} {promised:>8.2} {share:>10.3} {work:>14.1} {:>22.3}", work / unlimited[0].1);
     }
     for (name, promised, (share, _)) in [("home1.nano", 0.5, limited[0]), ("home1.pico", 0.25, limited[1])] {
-        assert!((share / promised - 1.0).abs() <= 0.05, "{name} got {share:.3} of a core, promised {promised}");
+        assert!(
+            (share / promised - 1.0).abs() <= 0.05,
+            "{name} got {share:.3} of a core, promised {promised}"
+        );
     }
     for id in [half, quarter, whole] {
         tenant.terminate_clean(&id);
@@ -94,9 +102,7 @@ fn a_guest_that_uses_all_its_memory_hurts_only_itself() {
     // The guest's own kernel ends the hog: the limit around the monitor leaves room for all the guest's memory.
     tenant.wait_console(&hungry, "hog ended", Duration::from_secs(120));
     assert_eq!(rig.host("grep ^oom_kill /proc/vmstat").ok(), before, "the host killed nobody");
-    let events = rig
-        .host(&format!("cat $(find /sys/fs/cgroup -type d -name {hungry})/memory.events"))
-        .ok();
+    let events = rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {hungry})/memory.events")).ok();
     assert!(events.contains("oom_kill 0"), "{events}");
     for id in [&neighbour, &hungry] {
         assert_eq!(tenant.describe(id)["state"], "running");

@@ -17,14 +17,34 @@ fn every_mistake_has_its_code_its_sentence_and_no_trace() {
     let table: Vec<(Vec<String>, i32, &[&str])> = vec![
         (launch(&["--image", "tiny-fast", "--type", "t9.huge"]), 3, &["InvalidParameterValue", "t9.huge"]),
         (launch(&["--image", "no-such", "--type", "home1.nano"]), 5, &["InvalidAMIID.NotFound", "no-such"]),
-        (launch(&["--image", "tiny-fast", "--type", "home1.nano", "--key", "nokey"]), 5, &["InvalidKeyPair.NotFound", "nokey"]),
+        (
+            launch(&["--image", "tiny-fast", "--type", "home1.nano", "--key", "nokey"]),
+            5,
+            &["InvalidKeyPair.NotFound", "nokey"],
+        ),
         (launch(&["--image", "tiny-fast", "--type", "home1.nano", "--count", "0"]), 3, &["0", "1"]),
-        (launch(&["--image", "tiny-fast", "--type", "home1.nano", "--count", "10000"]), 3, &["10000", "1000"]),
-        (launch(&["--image", "tiny-fast", "--type", "home1.large", "--count", "900"]), 7, &["InsufficientInstanceCapacity"]),
+        (
+            launch(&["--image", "tiny-fast", "--type", "home1.nano", "--count", "10000"]),
+            3,
+            &["10000", "1000"],
+        ),
+        (
+            launch(&["--image", "tiny-fast", "--type", "home1.large", "--count", "900"]),
+            7,
+            &["InsufficientInstanceCapacity"],
+        ),
         (launch(&["--image", "tiny-fast", "--type", "m5.24xlarge"]), 7, &["Unsupported", "m5.24xlarge"]),
-        (vec!["describe".into(), "i-0123456789abcdef0".into()], 5, &["InvalidInstanceID.NotFound", "i-0123456789abcdef0"]),
+        (
+            vec!["describe".into(), "i-0123456789abcdef0".into()],
+            5,
+            &["InvalidInstanceID.NotFound", "i-0123456789abcdef0"],
+        ),
         (vec!["stop".into(), "i-0123456789abcdef0".into()], 5, &["InvalidInstanceID.NotFound"]),
-        (vec!["describe".into(), "i-xyz".into()], 3, &["InvalidInstanceID.Malformed", "17 hexadecimal digits"]),
+        (
+            vec!["describe".into(), "i-xyz".into()],
+            3,
+            &["InvalidInstanceID.Malformed", "17 hexadecimal digits"],
+        ),
     ];
     for (words, code, said) in table {
         let words: Vec<&str> = words.iter().map(String::as_str).collect();
@@ -47,7 +67,11 @@ fn an_action_that_the_state_forbids_says_which_state_allows_it() {
     for words in [&["start", &id] as &[&str], &["resize", &id, "--type", "home1.micro"]] {
         let ran = tenant.roost(words);
         assert_eq!(ran.code, Some(6), "{ran:?}");
-        assert!(ran.stderr.contains("IncorrectInstanceState") && ran.stderr.contains("stopped"), "{}", ran.stderr);
+        assert!(
+            ran.stderr.contains("IncorrectInstanceState") && ran.stderr.contains("stopped"),
+            "{}",
+            ran.stderr
+        );
     }
     tenant.terminate_clean(&id);
     let ran = tenant.roost(&["start", &id]);
@@ -60,7 +84,9 @@ fn another_tenants_instance_is_not_there() {
     let rig = Rig::get();
     let (owner, stranger) = (rig.tenant("owner"), rig.tenant("stranger"));
     let id = owner.launch("tiny-fast", "home1.pico", &[]);
-    for words in [&["describe", id.as_str()] as &[&str], &["terminate", &id], &["console", &id], &["stop", &id]] {
+    for words in
+        [&["describe", id.as_str()] as &[&str], &["terminate", &id], &["console", &id], &["stop", &id]]
+    {
         let ran = stranger.roost(words);
         assert_eq!(ran.code, Some(5), "{ran:?}");
     }
@@ -74,13 +100,24 @@ fn a_wrong_secret_and_a_closed_port_are_told_apart() {
     let config = std::fs::read_to_string(&rig.config).unwrap();
     let broken: String = config
         .lines()
-        .map(|line| if line.starts_with("secret_access_key") { "secret_access_key = \"0123456789012345678901234567890123456789\"" } else { line })
+        .map(|line| {
+            if line.starts_with("secret_access_key") {
+                "secret_access_key = \"0123456789012345678901234567890123456789\""
+            } else {
+                line
+            }
+        })
         .collect::<Vec<_>>()
         .join("\n");
     let file = TempFile::new("wrong-secret.toml", &broken);
     let with = |config: &str, more: &[&str]| {
         let mut command = std::process::Command::new(rig.bin.join("roost"));
-        let output = command.env("ROOST_CONFIG", config).args(["--profile", "default", "ls"]).args(more).output().unwrap();
+        let output = command
+            .env("ROOST_CONFIG", config)
+            .args(["--profile", "default", "ls"])
+            .args(more)
+            .output()
+            .unwrap();
         (output.status.code(), String::from_utf8_lossy(&output.stderr).into_owned())
     };
     let (code, said) = with(file.path(), &[]);

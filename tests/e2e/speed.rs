@@ -9,8 +9,9 @@ use std::time::{Duration, Instant};
 /// From `roost launch` to the line that the guest's init prints, following the console.
 fn launch_to_ready(rig: &Rig, profile: &str, image: &str) -> (Duration, String) {
     let began = Instant::now();
-    let launched =
-        rig.roost(profile, &["launch", "--image", image, "--type", "home1.micro", "--wait", "--output", "json"]).json();
+    let launched = rig
+        .roost(profile, &["launch", "--image", image, "--type", "home1.micro", "--wait", "--output", "json"])
+        .json();
     let id = launched["instances"][0]["instance_id"].as_str().unwrap().to_owned();
     let mut console = Command::new(rig.bin.join("roost"))
         .env("ROOST_CONFIG", &rig.config)
@@ -42,7 +43,10 @@ fn measure(image: &str, goal: Duration) {
             took
         })
         .collect();
-    println!("{image}: launch to guest ready, five runs {times:.2?}, median {:.2?}, goal {goal:?}", median(times.clone()));
+    println!(
+        "{image}: launch to guest ready, five runs {times:.2?}, median {:.2?}, goal {goal:?}",
+        median(times.clone())
+    );
     assert!(median(times.clone()) < goal, "{image}: {times:?}, goal {goal:?}");
 }
 

@@ -48,7 +48,14 @@ impl Ran {
     /// Standard output of a command that must have succeeded.
     #[track_caller]
     pub fn ok(self) -> String {
-        assert_eq!(self.code, Some(0), "{} failed\nstdout: {}\nstderr: {}", self.what, self.stdout, self.stderr);
+        assert_eq!(
+            self.code,
+            Some(0),
+            "{} failed\nstdout: {}\nstderr: {}",
+            self.what,
+            self.stdout,
+            self.stderr
+        );
         self.stdout
     }
 
@@ -90,8 +97,9 @@ impl Rig {
     /// The rig that `scripts/test` made.
     #[track_caller]
     pub fn get() -> Rig {
-        let path = std::env::var("ROOST_E2E_RIG")
-            .expect("ROOST_E2E_RIG is not set: end-to-end tests are run by scripts/test, which makes a host for them");
+        let path = std::env::var("ROOST_E2E_RIG").expect(
+            "ROOST_E2E_RIG is not set: end-to-end tests are run by scripts/test, which makes a host for them",
+        );
         let text = std::fs::read_to_string(&path).unwrap_or_else(|error| panic!("{path}: {error}"));
         serde_json::from_str(&text).unwrap_or_else(|error| panic!("{path}: {error}"))
     }
@@ -199,7 +207,10 @@ impl Tenant<'_> {
 
 impl Drop for Tenant<'_> {
     fn drop(&mut self) {
-        let Ok(listed) = serde_json::from_str::<Value>(&self.roost(&["ls", "--output", "json"]).stdout) else { return };
+        let Ok(listed) = serde_json::from_str::<Value>(&self.roost(&["ls", "--output", "json"]).stdout)
+        else {
+            return;
+        };
         let ids: Vec<&str> = listed["instances"]
             .as_array()
             .map(|all| all.iter().filter_map(|one| one["instance_id"].as_str()).collect())
