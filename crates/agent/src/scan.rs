@@ -10,6 +10,7 @@ use base64::engine::general_purpose::STANDARD;
 pub const LINE_MAX: usize = 1024;
 /// What a ready guest prints at the start of a line.
 const READY: &[u8] = b"roost-guest: ready";
+const KEY_KIND: &[u8] = b"ssh-ed25519 ";
 const KEYS_BEGIN: &[u8] = b"-----BEGIN SSH HOST KEY KEYS-----";
 const KEYS_END: &[u8] = b"-----END SSH HOST KEY KEYS-----";
 
@@ -67,7 +68,9 @@ impl Scan {
         } else if line.ends_with(KEYS_END) {
             self.in_keys = false;
         } else if self.in_keys {
-            return host_key(line).map(Said::HostKey);
+            // systemd's progress line may stand before the key on the same line.
+            let start = line.windows(KEY_KIND.len()).position(|window| window == KEY_KIND)?;
+            return host_key(&line[start..]).map(Said::HostKey);
         }
         None
     }
@@ -110,6 +113,16 @@ mod tests {
             let said: Vec<Said> = text.as_bytes().chunks(size).flat_map(|piece| scan.feed(piece)).collect();
             assert_eq!(said, expected, "pieces of {size}");
         }
+    }
+
+    #[test]
+    fn a_progress_line_before_the_key_does_not_hide_it() {
+        let key = key();
+        let text = format!(
+            "[ *** ] (1 of 3) Job ssh.service/start running\r-----BEGIN SSH HOST KEY KEYS-----\r\n\
+             [ *** ] (2 of 3) Job ssh.service/start running\rssh-ed25519 {key}\r\n-----END SSH HOST KEY KEYS-----\r\n"
+        );
+        assert_eq!(Scan::default().feed(text.as_bytes()), vec![Said::HostKey(format!("ssh-ed25519 {key}"))]);
     }
 
     #[test]
