@@ -106,7 +106,8 @@ fn agent_and_controller_killed_at_any_moment_of_a_launch_do_not_lose_or_leak_it(
             let ran = tenant.roost(&["describe", &id, "--output", "json"]);
             if ran.stdout.contains("\"running\"") { Ok(()) } else { Err(format!("{ran:?}")) }
         });
-        let monitors = rig.host(&format!("pgrep -fc 'roost-vmm.*{id}' || true")).stdout;
+        let monitors =
+            rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs | wc -l")).stdout;
         assert!(monitors.trim().parse::<u32>().unwrap_or(9) <= 1, "one monitor, not {monitors}");
         tenant.terminate_clean(&id);
     }

@@ -57,20 +57,22 @@ fn an_instance_is_launched_stopped_resized_started_terminated_and_billed_to_the_
     assert!(used_all > used);
     assert_eq!(billed_all, billed + (used_all - used).max(60), "60 s minimum per start, once each");
 
-    // The bill says the same, and says it again.
-    let bill = tenant.bill();
-    let line = |sku: &str| -> Value {
-        bill["lines"]
-            .as_array()
-            .unwrap()
+    // The bill says the same, however it is grouped, and says it again.
+    let by_type = tenant.roost(&["bill", "--by", "type", "--output", "json"]).json();
+    let line = |bill: &Value, field: &str, value: &str| -> Value {
+        let lines = bill["lines"].as_array().unwrap();
+        lines
             .iter()
-            .find(|line| line["sku"] == sku && line["group"] == id.as_str())
-            .unwrap_or_else(|| panic!("no line for {sku} in {bill}"))
+            .find(|line| line[field] == value)
+            .unwrap_or_else(|| panic!("no {value} in {bill}"))
             .clone()
     };
-    assert_eq!(line("home1.micro")["used"], used.to_string());
-    assert_eq!(line("home1.micro")["billed"], billed.to_string());
-    assert_eq!(line("home1.medium")["billed"], (billed_all - billed).to_string());
+    assert_eq!(line(&by_type, "sku", "home1.micro")["used"], used.to_string());
+    assert_eq!(line(&by_type, "sku", "home1.micro")["billed"], billed.to_string());
+    assert_eq!(line(&by_type, "sku", "home1.medium")["billed"], (billed_all - billed).to_string());
+    let bill = tenant.bill();
+    assert_eq!(line(&bill, "group", &id)["used"], used_all.to_string());
+    assert_eq!(line(&bill, "group", &id)["billed"], billed_all.to_string());
     assert_eq!(tenant.bill()["lines"], bill["lines"], "a bill recomputed is the same");
 }
 

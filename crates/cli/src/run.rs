@@ -1,6 +1,6 @@
 //! From the command line to an exit code.
 
-use crate::args::{Cli, Format};
+use crate::args::{Cli, Command, Format};
 use crate::commands;
 use crate::context::Context;
 use crate::error::Error;
@@ -24,6 +24,8 @@ pub fn main() -> ExitCode {
         Ok(runtime) => runtime,
         Err(error) => return ExitCode::from(report_error(&context, &Error::Stdio(error))),
     };
+    // ssh ends its proxy command with a hang-up when it is done: nobody was interrupted.
+    let is_proxy = matches!(cli.command, Command::Tunnel(_));
     let outcome = runtime.block_on(async {
         tokio::select! {
             outcome = commands::run(&context, cli.command) => outcome,
@@ -39,7 +41,7 @@ pub fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             // By now the command has put back the terminal and removed what it had half made.
-            if matches!(error, Error::Exit(exit::INTERRUPTED)) {
+            if matches!(error, Error::Exit(exit::INTERRUPTED)) && !is_proxy {
                 let note = context.interruption();
                 eprintln!("{}", if note.is_empty() { "interrupted" } else { &note });
             }
