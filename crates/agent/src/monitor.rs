@@ -17,6 +17,7 @@ use roost_vmm::config::{
     VmConfig,
 };
 use roost_vmm::console::{self, ConsoleReader};
+use roost_vmm::exit::ExitCode;
 use roost_vmm::status::{self, Event};
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File};
@@ -235,7 +236,12 @@ impl Monitors {
             if !lives {
                 let word = last_word(&events).map(|word| word.message);
                 let said = word.unwrap_or_else(|| tail(&self.folders.monitor_log(id)));
-                return Err(Error::NotNow(format!("the monitor ended: {said}")));
+                // What the monitor cannot be made of (a kernel that is none, say) gets no better by trying again.
+                let refused = events.iter().any(
+                    |event| matches!(event, Event::Exited { code, .. } if *code == ExitCode::Config.code()),
+                );
+                let said = format!("the monitor ended: {said}");
+                return Err(if refused { Error::Impossible(said) } else { Error::NotNow(said) });
             }
             if Instant::now() > deadline {
                 return Err(Error::NotNow(format!(
@@ -243,7 +249,7 @@ impl Monitors {
                     PATIENCE.as_secs()
                 )));
             }
-            std::thread::sleep(Duration::from_millis(1));
+            std::thread::sleep(Duration::from_millis(10));
         }
     }
 
