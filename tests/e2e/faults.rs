@@ -107,7 +107,10 @@ fn agent_and_controller_killed_at_any_moment_of_a_launch_do_not_lose_or_leak_it(
             if ran.stdout.contains("\"running\"") { Ok(()) } else { Err(format!("{ran:?}")) }
         });
         let monitors =
-            rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs | wc -l")).stdout;
+            rig.host(&format!(
+            "for p in $(cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs); do cat /proc/$p/comm; done | grep -c ^vmm-"
+        ))
+        .stdout;
         assert!(monitors.trim().parse::<u32>().unwrap_or(9) <= 1, "one monitor, not {monitors}");
         tenant.terminate_clean(&id);
     }
