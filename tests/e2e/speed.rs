@@ -30,32 +30,39 @@ fn launch_to_ready(rig: &Rig, profile: &str, image: &str) -> (Duration, String) 
     (took, id)
 }
 
+/// Five launches. The goal is what an otherwise idle machine is to reach; it is printed with what was reached. The test
+/// fails at three times the goal: beside a build or a second virtual host, emulated time is not the machine's.
 fn measure(image: &str, goal: Duration) {
     let rig = Rig::get();
     let tenant = rig.tenant("speed");
     // Once to fetch the image; then five that count.
     let (_, first) = launch_to_ready(&rig, &tenant.profile, image);
     tenant.terminate_clean(&first);
+    let mut last = first;
     let times: Vec<Duration> = (0..5)
         .map(|_| {
             let (took, id) = launch_to_ready(&rig, &tenant.profile, image);
             tenant.terminate_clean(&id);
+            last = id;
             took
         })
         .collect();
+    let median = median(times.clone());
+    let verdict = if median < goal { "reached" } else { "missed" };
     println!(
-        "{image}: launch to guest ready, five runs {times:.2?}, median {:.2?}, goal {goal:?}",
-        median(times.clone())
+        "{image}: launch to guest ready, five runs {times:.2?}, median {median:.2?}, goal {goal:?} {verdict}"
     );
-    assert!(median(times.clone()) < goal, "{image}: {times:?}, goal {goal:?}");
+    let timing = rig.roost(&tenant.profile, &["describe", &last, "--timing"]).stdout;
+    println!("the last of them, part by part:\n{timing}");
+    assert!(median < goal * 3, "{image}: {times:?}, goal {goal:?}");
 }
 
 #[test]
-fn a_tiny_guest_on_the_fast_kernel_is_ready_within_five_seconds() {
+fn a_tiny_guest_on_the_fast_kernel_is_ready_soon() {
     measure("tiny-fast", Duration::from_secs(5));
 }
 
 #[test]
-fn a_tiny_guest_on_debians_kernel_is_ready_within_twenty_seconds() {
+fn a_tiny_guest_on_debians_kernel_is_ready_soon() {
     measure("tiny-debian", Duration::from_secs(20));
 }
