@@ -452,6 +452,8 @@ fn default_root(state: &Path) -> Result<PathBuf> {
     let mut holder = Command::new("systemd-run")
         .args(["--scope", "--quiet", "--collect", "--property=Delegate=yes", "--property=TasksMax=infinity"])
         .arg(format!("--unit={name}"))
+        // At shutdown systemd ends the agent first, so that nobody takes the end of the host for the end of a guest.
+        .args(own_service().map(|unit| format!("--property=Before={unit}")))
         .args(["--description=Roost instances", "--", "sleep", "infinity"])
         .stdin(Stdio::null())
         .stdout(Stdio::null())
@@ -472,6 +474,13 @@ fn default_root(state: &Path) -> Result<PathBuf> {
         }
         std::thread::sleep(Duration::from_millis(10));
     }
+}
+
+/// The systemd service that this process runs in.
+fn own_service() -> Option<String> {
+    let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
+    let unit = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?.rsplit('/').next()?;
+    unit.ends_with(".service").then(|| unit.to_owned())
 }
 
 /// One scope per state folder, so that several agents can stand side by side.
