@@ -258,12 +258,10 @@ fn qemu(findings: &Findings, decision: &Decision, remedies: &Remedies) -> Check 
         let plain =
             remedies.install("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86", "qemu-x86");
         match remedies.packages {
-            // Debian 12 has QEMU 7.2; 10 is in its backports. Debian 13 takes the first branch.
+            // Debian 12 has QEMU 7.2; 10 is in its backports, and the script knows where this machine gets packages.
             Packages::Apt => format!(
                 "{plain}   # Debian 13 and newer\n\
-                 echo 'deb http://deb.debian.org/debian bookworm-backports main' | sudo tee \
-                 /etc/apt/sources.list.d/backports.list && sudo apt-get update && sudo apt-get install -y -t \
-                 bookworm-backports qemu-system-x86   # Debian 12"
+                 scripts/setup   # Debian 12, in Roost's checkout: takes it from bookworm-backports, and asks first"
             ),
             _ => plain,
         }
