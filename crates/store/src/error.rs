@@ -21,6 +21,12 @@ pub enum StoreError {
         /// The database file.
         path: String,
     },
+    /// There is no room on its disk. What was committed before is safe, and it goes on once there is room.
+    #[error("the disk of the database {path} is full: free some space")]
+    Full {
+        /// The database file.
+        path: String,
+    },
     /// The file cannot be opened or written.
     #[error("cannot use the database {path}: {detail}")]
     Unusable {

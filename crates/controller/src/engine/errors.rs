@@ -21,6 +21,13 @@ pub fn of_store(error: StoreError) -> ApiError {
                 "the controller's database is locked by another process: try again",
             )
         }
+        StoreError::Full { .. } => {
+            tracing::error!(%error, "the store is full");
+            ApiError::new(
+                ErrorCode::Unavailable,
+                "the disk of the controller's database is full: nothing was changed; free some space and try again",
+            )
+        }
         error => {
             tracing::error!(%error, "the store failed");
             ApiError::new(ErrorCode::InternalError, "the controller's database failed; its log says how")

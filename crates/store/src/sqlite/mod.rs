@@ -143,11 +143,11 @@ fn explain(path: &Path, error: &rusqlite::Error) -> StoreError {
     match error.sqlite_error_code() {
         Some(ErrorCode::DatabaseCorrupt | ErrorCode::NotADatabase) => StoreError::Corrupt { path, detail },
         Some(ErrorCode::DatabaseBusy | ErrorCode::DatabaseLocked) => StoreError::Locked { path },
+        Some(ErrorCode::DiskFull) => StoreError::Full { path },
         Some(
             ErrorCode::CannotOpen
             | ErrorCode::ReadOnly
             | ErrorCode::PermissionDenied
-            | ErrorCode::DiskFull
             | ErrorCode::SystemIoFailure,
         ) => StoreError::Unusable { path, detail },
         _ => StoreError::Database { path, detail },
