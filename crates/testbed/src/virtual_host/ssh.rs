@@ -23,6 +23,13 @@ pub(super) fn command(seat: &Seat, port: u16) -> Result<Command> {
     ] {
         ssh.args(["-o", option]);
     }
+    // One connection for many commands: a handshake is half a second of an emulated CPU. It ends with the host, or
+    // when nobody has used it for a while. A socket's path has at most 107 bytes, and ssh adds 17 while it makes it.
+    let socket = seat.file("ssh").display().to_string();
+    if socket.len() < 90 && !socket.contains(['%', ' ', '"']) {
+        ssh.args(["-o", "ControlMaster=auto", "-o", "ControlPersist=30", "-o"]);
+        ssh.arg(format!("ControlPath={socket}"));
+    }
     // ssh reads quotes and tokens in this value.
     let known = seat.file("known_hosts").display().to_string().replace('%', "%%");
     ssh.arg("-o").arg(format!("UserKnownHostsFile=\"{known}\""));
