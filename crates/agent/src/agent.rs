@@ -134,7 +134,10 @@ impl<H: Host> Agent<H> {
                 );
                 let accepted =
                     Accepted { ensure: ensure.clone(), spec_hash: record::spec_hash(&ensure.spec), slot };
-                self.records.save_spec(&accepted)?;
+                {
+                    let _points = roost_halt::around("agent.accept");
+                    self.records.save_spec(&accepted)?;
+                }
                 match entries.get(&ensure.instance_id) {
                     Some(entry) if !entry.task.is_finished() => {
                         let mut live = entry.shared.live();

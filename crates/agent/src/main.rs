@@ -182,6 +182,10 @@ fn run(serve: &Serve) -> Result<()> {
             "the agent makes namespaces, cgroups and jails, and must be started as root".into(),
         ));
     }
+    let halts = roost_halt::from_environment().map_err(|error| Error::Impossible(error.to_string()))?;
+    if let Some(folder) = halts {
+        tracing::warn!(?folder, "halt points are live: this is for tests");
+    }
     if rustls::crypto::ring::default_provider().install_default().is_err() {
         return Err(Error::Impossible("another TLS provider is installed already".into()));
     }

@@ -1,4 +1,5 @@
 //! The host as it is: [`Host`] over cgroups, namespaces, files and processes. Thin: each method calls one room.
+//! A test can halt the agent before and after each operation (`roost_halt`).
 
 use crate::cgroup::Cgroups;
 use crate::error::{Error, Result};
@@ -171,15 +172,18 @@ impl Host for RealHost {
     }
 
     async fn fetch(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.fetch");
         self.images.fetch(&of.spec().image).await
     }
 
     async fn make_disk(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.disk");
         let (folders, spec) = (self.folders().clone(), of.spec().clone());
         blocking(move || storage::make_volume(&folders, &spec)).await
     }
 
     async fn make_network(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.network");
         let (links, folders) = (self.links(of), self.folders().clone());
         let namespace = folders.netns_file(of.id());
         let lease = self.lease(of)?;
@@ -231,26 +235,31 @@ impl Host for RealHost {
     }
 
     async fn make_cgroup(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.cgroup");
         let (cgroups, accepted, overhead) = (self.cgroups.clone(), of.clone(), self.overhead_mib());
         blocking(move || cgroups.ensure(accepted.spec(), accepted.id(), overhead)).await
     }
 
     async fn start_monitor(&self, of: &Accepted) -> Result<Started> {
+        let _points = roost_halt::around("agent.monitor");
         let (monitors, accepted) = (self.monitors.clone(), of.clone());
         blocking(move || monitors.start(&accepted)).await
     }
 
     async fn let_run(&self, of: &Accepted, monitor: &MonitorId) -> Result<u64> {
+        let _points = roost_halt::around("agent.run");
         let (monitors, accepted, monitor) = (self.monitors.clone(), of.clone(), monitor.clone());
         blocking(move || monitors.let_run(&accepted, &monitor)).await
     }
 
     async fn press_power(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.power");
         let (monitors, id) = (self.monitors.clone(), of.id().clone());
         blocking(move || monitors.press_power(&id)).await
     }
 
     async fn kill(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.kill");
         let (cgroups, id) = (self.cgroups.clone(), of.id().clone());
         blocking(move || cgroups.kill(&id)).await
     }
@@ -260,6 +269,7 @@ impl Host for RealHost {
     }
 
     async fn tear_down(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.tear-down");
         let network = self.networks().remove(of.id());
         if let Some(network) = network {
             network.services.stop().await;
@@ -279,6 +289,7 @@ impl Host for RealHost {
     }
 
     async fn remove_disk(&self, of: &Accepted) -> Result<()> {
+        let _points = roost_halt::around("agent.remove-disk");
         let path = self.folders().volume(&of.spec().root_volume.volume_id);
         blocking(move || durable::remove_file(&path).and_then(|()| durable::sync_parent(&path))).await
     }

@@ -191,6 +191,11 @@ fn run(command: Command) -> Result<(), StartError> {
             Ok(())
         }
         Command::Serve { state, listen, agent_listen, types, prices, public_pool, max_blob_gib } => {
+            let halts =
+                roost_halt::from_environment().map_err(|error| StartError::Other(error.to_string()))?;
+            if let Some(folder) = halts {
+                tracing::warn!(?folder, "halt points are live: this is for tests");
+            }
             let max_blob_bytes = max_blob_gib << 30;
             let limits = Limits::default();
             let options =

@@ -73,11 +73,13 @@ impl Engine {
         if absent.is_empty() { Ok(records) } else { Err(not_found(&absent)) }
     }
 
-    /// Changes instances of the caller, all or none, and says from which state to which.
+    /// Changes instances of the caller, all or none, and says from which state to which. A test can halt it at
+    /// `point`.
     fn change(
         &self,
         caller: &Caller,
         ids: &[InstanceId],
+        point: &'static str,
         mut edit: impl FnMut(&mut [Draft], &[View]) -> Answer<()>,
     ) -> Answer<StateChanges> {
         for _ in 0..ATTEMPTS {
@@ -99,7 +101,11 @@ impl Engine {
                 .collect();
             let changes: Vec<_> =
                 drafts.into_iter().filter(Draft::is_change).map(Draft::into_change).collect();
-            match self.store.commit(&changes, now) {
+            let committed = {
+                let _points = roost_halt::around(point);
+                self.store.commit(&changes, now)
+            };
+            match committed {
                 Ok(()) => {
                     if !changes.is_empty() {
                         self.announce();
@@ -126,7 +132,7 @@ impl Engine {
         let ids = at_least_one(&request.instance_ids)?;
         let mut watch = Stopwatch::default();
         let mut incarnations = Vec::new();
-        let answer = self.change(caller, &ids, |drafts, views| {
+        let answer = self.change(caller, &ids, "controller.start", |drafts, views| {
             incarnations.clear();
             drafts.iter().try_for_each(|draft| accept::may_start(&draft.record.row))?;
             let now = self.clock.now();
@@ -154,7 +160,7 @@ impl Engine {
     /// EC2's.
     pub fn stop_instances(&self, caller: &Caller, request: StopInstances) -> Answer<StateChanges> {
         let ids = at_least_one(&request.instance_ids)?;
-        self.change(caller, &ids, |drafts, views| {
+        self.change(caller, &ids, "controller.stop", |drafts, views| {
             drafts.iter_mut().zip(views).try_for_each(|(draft, view)| {
                 accept::stop(draft, request.force, view.proof, view.now, &view.limits)
             })
@@ -167,7 +173,9 @@ impl Engine {
     /// EC2's.
     pub fn reboot_instances(&self, caller: &Caller, request: RebootInstances) -> Answer<Done> {
         let ids = at_least_one(&request.instance_ids)?;
-        self.change(caller, &ids, |drafts, _| drafts.iter_mut().try_for_each(accept::reboot))?;
+        self.change(caller, &ids, "controller.reboot", |drafts, _| {
+            drafts.iter_mut().try_for_each(accept::reboot)
+        })?;
         Ok(Done {})
     }
 
@@ -177,7 +185,7 @@ impl Engine {
     /// EC2's.
     pub fn terminate_instances(&self, caller: &Caller, request: TerminateInstances) -> Answer<StateChanges> {
         let ids = at_least_one(&request.instance_ids)?;
-        self.change(caller, &ids, |drafts, views| {
+        self.change(caller, &ids, "controller.terminate", |drafts, views| {
             for (draft, view) in drafts.iter_mut().zip(views) {
                 accept::terminate(draft, view.proof, view.now, &view.limits);
             }
@@ -192,7 +200,7 @@ impl Engine {
     pub fn modify_instance_type(&self, caller: &Caller, request: ModifyInstanceType) -> Answer<Done> {
         let id: InstanceId = request.instance_id.parse()?;
         let kind = self.instance_type(&request.instance_type)?.clone();
-        self.change(caller, &[id], |drafts, views| {
+        self.change(caller, &[id], "controller.modify", |drafts, views| {
             let hosts = self.placeable(views.first().map_or_else(|| self.clock.now(), |view| view.now))?;
             for draft in drafts {
                 accept::retype(draft, &kind)?;

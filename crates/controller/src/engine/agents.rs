@@ -175,7 +175,11 @@ impl Engine {
     /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile, one by one anew.
     fn commit_report(&self, changes: &[(InstanceId, Observation, Draft)], sight: Sight<'_>) -> Answer<()> {
         let all: Vec<_> = changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();
-        match self.store.commit(&all, sight.now) {
+        let points: Vec<_> =
+            changes.iter().filter_map(|(_, _, draft)| draft.point()).map(roost_halt::around).collect();
+        let committed = self.store.commit(&all, sight.now);
+        drop(points);
+        match committed {
             Ok(()) => return Ok(()),
             Err(StoreError::Stale(_)) => {}
             Err(error) => return Err(errors::of_store(error)),
@@ -190,6 +194,7 @@ impl Engine {
             if !draft.is_change() {
                 return Ok(());
             }
+            let _points = draft.point().map(roost_halt::around);
             match self.store.commit(&[draft.into_change()], sight.now) {
                 Ok(()) => return Ok(()),
                 Err(StoreError::Stale(_)) => {}

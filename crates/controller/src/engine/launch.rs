@@ -220,7 +220,10 @@ impl Engine {
                 Some((claim, facts.zone.clone()))
             });
             let launch = watch.store(self, || self.compose(&found, claims.collect(), &hash, now))?;
-            let written = watch.store(self, || self.store.launch(&launch));
+            let written = watch.store(self, || {
+                let _points = roost_halt::around("controller.launch");
+                self.store.launch(&launch)
+            });
             match written {
                 Ok(Launched::New(records)) => {
                     let parts = watch.parts(self.clock.monotonic() - began);

@@ -41,6 +41,7 @@ impl Engine {
             let mut draft = Draft::new(record);
             advance(&mut draft, &view);
             let told = draft.is_change();
+            let _points = draft.point().map(roost_halt::around);
             let mut change = draft.into_change();
             change.release_lease = true;
             match self.store.commit(&[change], now) {

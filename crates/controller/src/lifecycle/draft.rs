@@ -187,6 +187,20 @@ impl Draft {
         self.record.row != self.before || !self.usage.is_empty() || self.proof.is_some()
     }
 
+    /// The point at which a test can halt the commit of a hop.
+    pub fn point(&self) -> Option<&'static str> {
+        let to = self.record.row.step;
+        (to != self.before.step).then_some(match to {
+            Step::Place => "controller.to-place",
+            Step::Launch => "controller.to-launch",
+            Step::Run => "controller.to-run",
+            Step::Stop => "controller.to-stop",
+            Step::Rest => "controller.to-rest",
+            Step::Terminate => "controller.to-terminate",
+            Step::Gone => "controller.to-gone",
+        })
+    }
+
     /// The change for the store. Capacity follows from the states: an instance at rest or gone holds none.
     pub fn into_change(self) -> Change {
         let state = self.record.row.state();
