@@ -9,6 +9,7 @@
 #   OWNER               "root" when every file belongs to root: then nobody need be root to build it
 #   KERNELS_ALLOWED     which kernels it can boot (default: debian fast)
 # and defines  recipe_root DIR WORK  to fill the new root DIR (as root); rootfs/, if there, is copied over it.
+# It may define recipe_inputs, which prints what else the root is made of beside the recipe and the packages.
 #
 # shellcheck shell=bash
 
@@ -52,6 +53,7 @@ _root_key() {
     {
         hash_files "$RECIPES/$1" "$ROOST_ROOT"/guest-images/lib/{ext4.sh,images.sh,make-root}
         _recipe_packages
+        if declare -F recipe_inputs > /dev/null; then recipe_inputs; fi
         printf '%s\n' "$@" "$SOURCE_DATE_EPOCH"
         # The writer's own version is an input: other versions lay files out differently.
         dpkg-query -W -f '${Package} ${Version}\n' e2fsprogs

@@ -21,12 +21,11 @@ _apt() {
         -o Debug::NoLocking=1 -o APT::Get::AllowUnauthenticated=false "$@"
 }
 
-# The archive that this machine already uses, or Debian's own name for it.
+# The archive of this kind that this machine's own package sources name, or nothing.
 _mirror() {
-    local kind=$1 default=$2 found
-    found=$(apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 2> /dev/null |
-        awk -v k="$kind" '$1 == "Debian" && $2 == k { sub(/\/$/, "", $NF); print $NF; exit }')
-    printf '%s\n' "${found:-$default}"
+    local kind=$1
+    apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 2> /dev/null |
+        awk -v k="$kind" '$1 == "Debian" && $2 == k { sub(/\/$/, "", $NF); print $NF; exit }'
 }
 
 _index_prepare() {
@@ -35,8 +34,11 @@ _index_prepare() {
     mkdir -p "$APT_ROOT"/{state/lists/partial,cache/archives/partial}
     [[ -z ${ROOST_REFRESH_PACKAGES:-} && -n $(find "$APT_ROOT/fetched" -mtime "-$INDEX_DAYS" 2> /dev/null) ]] && return 0
     : > "$APT_ROOT/status"
-    main=${ROOST_DEBIAN_MIRROR:-$(_mirror Debian http://deb.debian.org/debian)}
-    security=${ROOST_DEBIAN_SECURITY_MIRROR:-$(_mirror Debian-Security "${main%/debian}/debian-security")}
+    main=${ROOST_DEBIAN_MIRROR:-$(_mirror Debian)}
+    [[ -n $main ]] || die "this machine's package sources name no archive of Debian: name one in ROOST_DEBIAN_MIRROR, such as a mirror near you (guest images are made of Debian packages)"
+    security=${ROOST_DEBIAN_SECURITY_MIRROR:-$(_mirror Debian-Security)}
+    # Mirrors keep both side by side.
+    security=${security:-${main%/debian}/debian-security}
     {
         echo "deb [signed-by=$keyring] $main $GUEST_SUITE main"
         echo "deb [signed-by=$keyring] $main $GUEST_SUITE-updates main"
@@ -83,6 +85,9 @@ packages_resolve_only() { _resolve_cached download "$@"; }
 
 # The real package behind a meta package such as linux-image-cloud-amd64; $2 matches its name.
 package_behind() { _resolve_cached install "$1" | sed 's/_.*//' | grep -Em1 "$2"; }
+
+# The package sources of the images, as lines for a guest's own sources.list. A password in an address stays here.
+guest_sources() { sed -E 's/ \[[^]]*\]//; s|://[^/@ ]*@|://|' "$APT_ROOT/sources.list"; }
 
 # packages_fetch FILE DIR: links every .deb of the list in FILE into DIR, downloading what is missing.
 packages_fetch() {

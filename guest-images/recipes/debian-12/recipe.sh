@@ -20,6 +20,8 @@ for extra in "${WITH[@]}"; do
     esac
 done
 
+recipe_inputs() { guest_sources; }
+
 recipe_root() {
     bootstrap "$1" "$2" "${PACKAGES[@]}"
 }
@@ -34,11 +36,7 @@ recipe_finish() {
     rm -f "$root"/etc/ssh/ssh_host_* "$root/etc/resolv.conf" "$root/var/lib/dbus/machine-id"
     ln -s /etc/machine-id "$root/var/lib/dbus/machine-id"
     : > "$root/etc/resolv.conf"
-    {
-        echo "deb http://deb.debian.org/debian $GUEST_SUITE main"
-        echo "deb http://deb.debian.org/debian $GUEST_SUITE-updates main"
-        echo "deb http://deb.debian.org/debian-security $GUEST_SUITE-security main"
-    } > "$root/etc/apt/sources.list"
+    guest_sources > "$root/etc/apt/sources.list"
     rm -rf "$root"/var/lib/apt/lists/* "$root"/var/cache/apt/*.bin "$root"/var/log/{apt,dpkg.log,alternatives.log,bootstrap.log}
 
     chroot "$root" useradd --create-home --shell /bin/bash --comment Debian debian
