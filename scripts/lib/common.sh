@@ -1,6 +1,8 @@
 # Shared shell library: sourced by every script in scripts/ and by guest-images/build.
 #
 #   step/ok/warn/die    one line each, on stderr, so that stdout stays a result
+#   wrong_usage TEXT    die with exit code 2: the command line cannot be understood
+#   quoted WORD...      the words as a person would type them
 #   stage NAME CMD...   runs CMD and remembers how long it took; stage_report prints the table
 #   roost_cache_dir     $XDG_CACHE_HOME/roost: what can be built again
 #   roost_state_dir     $XDG_STATE_HOME/roost: what cannot
@@ -25,6 +27,18 @@ step() { printf '%s==>%s %s\n' "$_c_bold" "$_c_off" "$*" >&2; }
 ok()   { printf '%s ok%s  %s\n' "$_c_green" "$_c_off" "$*" >&2; }
 warn() { printf '%swarning:%s %s\n' "$_c_yellow" "$_c_off" "$*" >&2; }
 die()  { printf '%serror:%s %s\n' "$_c_red" "$_c_off" "$*" >&2; exit 1; }
+
+wrong_usage() { printf '%serror:%s %s; see %s --help\n' "$_c_red" "$_c_off" "$*" "${0##"$PWD"/}" >&2; exit 2; }
+
+# Single quotes, and only where a shell would see more than one plain word.
+quoted() {
+    local word line=''
+    for word in "$@"; do
+        if [[ ! $word =~ ^[A-Za-z0-9_@%+=:,./-]+$ ]]; then word="'${word//\'/\'\\\'\'}'"; fi
+        line+=" $word"
+    done
+    printf '%s\n' "${line# }"
+}
 
 # Milliseconds on a clock that only goes forward.
 now_ms() {

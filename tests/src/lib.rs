@@ -7,8 +7,13 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test harness: every failure is a test's failure")]
 
+mod own_host;
+
+pub use own_host::OwnHost;
+
 use serde::Deserialize;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -16,7 +21,7 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 /// Where everything is; written by `scripts/test`.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Clone, Deserialize)]
 pub struct Rig {
     /// The folder of `roost` on this side.
     pub bin: PathBuf,
@@ -32,6 +37,16 @@ pub struct Rig {
     pub units: String,
     /// The administrator's CLI configuration.
     pub config: PathBuf,
+    /// The checkout.
+    pub checkout: PathBuf,
+    /// Folders of the guest images that were built, by name.
+    pub images: BTreeMap<String, PathBuf>,
+    /// What the names of virtual hosts of a test's own begin with: `scripts/test` ends those that a test left.
+    pub own_hosts: String,
+    /// Every point of the kill matrix, not only the chosen ones (`scripts/test --full`).
+    pub full: bool,
+    /// Where the kill matrix notes its points and outcomes.
+    pub points: PathBuf,
 }
 
 /// How a command ended.

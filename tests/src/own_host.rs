@@ -1,0 +1,99 @@
+//! A virtual host of a test's own, for what cannot be done to the one that all tests share: rebooting it, cutting its
+//! power, installing on it. Its data is kept over `down` and `up`, as it is for people.
+
+use crate::{Ran, Rig, TempFile, run, wait_for};
+use std::path::PathBuf;
+use std::process::Command;
+use std::time::Duration;
+
+/// See the module. It is taken down, and its data is thrown away, when the value goes.
+pub struct OwnHost {
+    script: PathBuf,
+    name: String,
+    options: Vec<String>,
+}
+
+impl OwnHost {
+    /// Starts one; `options` are those of `scripts/virtual-host up`, and are given again at each later start.
+    #[track_caller]
+    pub fn up(rig: &Rig, what: &str, options: &[&str]) -> OwnHost {
+        let host = OwnHost {
+            script: rig.checkout.join("scripts/virtual-host"),
+            name: format!("{}{what}", rig.own_hosts),
+            options: options.iter().map(|option| (*option).to_owned()).collect(),
+        };
+        host.up_again();
+        host
+    }
+
+    /// Starts it again after it went down.
+    #[track_caller]
+    pub fn up_again(&self) {
+        let options: Vec<&str> = self.options.iter().map(String::as_str).collect();
+        self.command(&[&options[..], &["up"]].concat()).ok();
+    }
+
+    /// `scripts/virtual-host` for this one.
+    pub fn command(&self, words: &[&str]) -> Ran {
+        let mut command = Command::new(&self.script);
+        command.args(["--name", &self.name]).args(words);
+        run(command, format!("scripts/virtual-host --name {} {}", self.name, words.join(" ")))
+    }
+
+    /// Runs a shell command as root inside.
+    pub fn ssh(&self, script: &str) -> Ran {
+        self.command(&["ssh", script])
+    }
+
+    /// SIGKILL for its QEMU: to everything inside, a power cut.
+    #[track_caller]
+    pub fn cut_power(&self) {
+        let status = self.command(&["status"]).ok();
+        let words: Vec<&str> = status.split([' ', ',']).collect();
+        let at = words.iter().position(|word| *word == "process").expect("status names the process");
+        let mut kill = Command::new("kill");
+        kill.args(["-9", words[at + 1]]);
+        run(kill, format!("kill -9 {}", words[at + 1])).ok();
+        wait_for("QEMU to be gone", Duration::from_secs(10), || {
+            let code = self.command(&["status"]).code;
+            if code == Some(3) { Ok(()) } else { Err(format!("status: exit code {code:?}")) }
+        });
+    }
+
+    /// Controller and agent as `scripts/install --in-virtual-host` starts them, and the CLI's configuration, which
+    /// is gone with the second value.
+    #[track_caller]
+    pub fn with_stack(&self, rig: &Rig) -> (Rig, TempFile) {
+        let state = "/var/lib/roost/stack";
+        self.ssh(&format!(
+            "/opt/roost/scripts/lib/stack start --persistent --name roost --bin /opt/roost/bin --state {state} --listen 0.0.0.0"
+        ))
+        .ok();
+        let admin = self.ssh(&format!("cat {state}/controller/admin.json")).ok();
+        let admin = TempFile::new(&format!("{}-admin.json", self.name), &admin);
+        let config = TempFile::new(&format!("{}-config.toml", self.name), "");
+        let own = Rig {
+            host: vec![self.script.display().to_string(), "--name".into(), self.name.clone(), "ssh".into()],
+            host_bin: "/opt/roost/bin".into(),
+            state: state.into(),
+            run: "/run/roost".into(),
+            units: "roost".into(),
+            config: config.0.clone(),
+            ..rig.clone()
+        };
+        own.admin(&["configure", "--from", admin.path(), "--endpoint", &self.endpoint()]).ok();
+        (own, config)
+    }
+
+    /// Where its API is reached. Another port after a restart, if that of before has been taken.
+    #[track_caller]
+    pub fn endpoint(&self) -> String {
+        format!("https://127.0.0.1:{}", self.command(&["port"]).ok().trim())
+    }
+}
+
+impl Drop for OwnHost {
+    fn drop(&mut self) {
+        self.command(&["down", "--discard"]);
+    }
+}
