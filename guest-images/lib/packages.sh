@@ -24,6 +24,7 @@ _apt() {
 # The archive of this kind that this machine's own package sources name, or nothing.
 _mirror() {
     local kind=$1
+    # shellcheck disable=SC2016
     apt-get indextargets --format '$(ORIGIN) $(LABEL) $(REPO_URI)' 2> /dev/null |
         awk -v k="$kind" '$1 == "Debian" && $2 == k { sub(/\/$/, "", $NF); print $NF; exit }'
 }
@@ -35,7 +36,7 @@ _index_prepare() {
     [[ -z ${ROOST_REFRESH_PACKAGES:-} && -n $(find "$APT_ROOT/fetched" -mtime "-$INDEX_DAYS" 2> /dev/null) ]] && return 0
     : > "$APT_ROOT/status"
     main=${ROOST_DEBIAN_MIRROR:-$(_mirror Debian)}
-    [[ -n $main ]] || die "this machine's package sources name no archive of Debian: name one in ROOST_DEBIAN_MIRROR, such as a mirror near you (guest images are made of Debian packages)"
+    [[ -n $main ]] || die "this machine's package sources name no archive of Debian, or their index was never fetched (apt-get update): guest images are made of Debian packages. ROOST_DEBIAN_MIRROR can name one"
     security=${ROOST_DEBIAN_SECURITY_MIRROR:-$(_mirror Debian-Security)}
     # Mirrors keep both side by side.
     security=${security:-${main%/debian}/debian-security}

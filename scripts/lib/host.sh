@@ -6,7 +6,7 @@
 #   stop_stack                     removes both and everything of theirs
 #   on_host COMMAND                runs a shell command there, as root
 # They set host_kind (machine, virtual or empty), host_bin, host_lib, state, stack_name, cli_endpoint.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # what is set here is read by who sources it
 
 host_kind='' stack_started=no
 
