@@ -87,6 +87,27 @@ fn a_database_that_another_process_holds_is_called_locked() {
 }
 
 #[test]
+fn a_lock_that_another_process_takes_later_stops_writers_only_and_only_while_it_is_held() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("roost.db");
+    let store = SqliteStore::open(&path).unwrap();
+    let facts = serde_json::from_value(serde_json::json!({
+        "host_id": "h-0123456789abcdef0", "hostname": "h", "zone": "z", "cpus": 1, "cpu_milli": 1000,
+        "memory_mib": 1, "disk_gib": 1, "max_vcpus": 1, "overhead_mib": 1
+    }))
+    .unwrap();
+    let raw = rusqlite::Connection::open(&path).unwrap();
+    raw.execute_batch("BEGIN IMMEDIATE").unwrap();
+    let error = store.put_host(&facts, roost_types::Micros(5)).unwrap_err();
+    assert!(matches!(error, StoreError::Locked { .. }), "{error}");
+    assert!(error.to_string().contains("roost.db"), "{error}");
+    assert!(store.hosts().unwrap().is_empty(), "readers go on, and nothing was half written");
+    raw.execute_batch("COMMIT").unwrap();
+    store.put_host(&facts, roost_types::Micros(6)).unwrap();
+    assert_eq!(store.hosts().unwrap().len(), 1);
+}
+
+#[test]
 fn a_folder_that_is_not_there_is_named() {
     assert!(matches!(message(Path::new("/nonexistent/roost.db")).0, StoreError::Unusable { .. }));
 }
