@@ -44,6 +44,7 @@ _index_prepare() {
         echo "deb [signed-by=$keyring] $main $GUEST_SUITE main"
         echo "deb [signed-by=$keyring] $main $GUEST_SUITE-updates main"
         echo "deb [signed-by=$keyring] $security $GUEST_SUITE-security main"
+        [[ -z ${BACKPORTS:-} ]] || echo "deb [signed-by=$keyring] $main $GUEST_SUITE-backports main"
     } > "$APT_ROOT/sources.list"
     step "fetching the package index of Debian $GUEST_SUITE"
     if _apt -qq update >&2; then touch "$APT_ROOT/fetched"

@@ -19,8 +19,6 @@ pub const VIRTUAL_HOST_MEMORY_MIB: u64 = 3072;
 pub const LEAST_DISK_GIB: u64 = 4;
 /// Disk in GiB that a virtual host needs on top.
 pub const VIRTUAL_HOST_DISK_GIB: u64 = 6;
-/// Oldest QEMU whose emulated SVM does not lose interrupts.
-pub const OLDEST_QEMU: u32 = 10;
 
 /// What KVM can do here.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -70,8 +68,6 @@ pub struct Findings {
     pub disk_gib: Option<u64>,
     /// Memory in MiB.
     pub memory_mib: u64,
-    /// Major version of qemu-system-x86_64.
-    pub qemu: Option<u32>,
     /// systemd runs.
     pub systemd: bool,
     /// Needed programs that are not there.
@@ -161,7 +157,7 @@ fn not_bare(findings: &Findings) -> Vec<String> {
     reasons
 }
 
-/// What keeps a virtual host from running. QEMU itself can be installed, so its absence does not.
+/// What keeps a virtual host from running. It brings its own QEMU.
 fn not_virtual(findings: &Findings) -> Vec<String> {
     let mut reasons = everywhere(findings);
     if findings.memory_mib < VIRTUAL_HOST_MEMORY_MIB {
@@ -220,7 +216,6 @@ pub mod tests {
             ip_forward: false,
             disk_gib: Some(100),
             memory_mib: 8000,
-            qemu: None,
             systemd: true,
             missing_programs: vec![],
         }
@@ -328,15 +323,6 @@ pub mod tests {
             "needs 6 GiB",
         ),
         ("an unreadable disk", |f| f.disk_gib = None, Expected::Bare, ""),
-        (
-            "old QEMU can be replaced",
-            |f| {
-                f.qemu = Some(7);
-                f.kvm = Kvm::Forbidden;
-            },
-            Expected::Virtual,
-            "may not be opened",
-        ),
     ];
 
     #[test]

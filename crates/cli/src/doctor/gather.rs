@@ -42,7 +42,6 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         ip_forward: fs::read_to_string("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.trim() == "1"),
         disk_gib: free_gib(&args.state_dir),
         memory_mib: memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
-        qemu: qemu().await,
         systemd: Path::new("/run/systemd/system").is_dir(),
         missing_programs: PROGRAMS
             .iter()
@@ -192,15 +191,6 @@ fn memory_mib(meminfo: &str) -> u64 {
         / 1024
 }
 
-async fn qemu() -> Option<u32> {
-    qemu_major(&said(&program("qemu-system-x86_64")?, &["--version"]).await.ok()?)
-}
-
-fn qemu_major(said: &str) -> Option<u32> {
-    let rest = said.split_once("version ")?.1;
-    rest.split('.').next()?.parse().ok()
-}
-
 fn version(release: &str) -> Option<(u32, u32)> {
     let mut numbers = release.split(|letter: char| !letter.is_ascii_digit());
     Some((numbers.next()?.parse().ok()?, numbers.next()?.parse().ok()?))
@@ -227,7 +217,6 @@ mod tests {
         assert_eq!(version("6.1.0-40-cloud-amd64"), Some((6, 1)));
         assert_eq!(version("6.18"), Some((6, 18)));
         assert_eq!(version("weird"), None);
-        assert_eq!(qemu_major("QEMU emulator version 10.0.2 (Debian 1:10.0.2+ds-2)\nCopyright"), Some(10));
         assert_eq!(memory_mib("MemTotal:       24571234 kB\nMemFree: 1 kB\n"), 23995);
         assert_eq!(memory_mib(""), 0);
         assert!(can_virtualise("flags\t\t: fpu vme svm sse\n"));

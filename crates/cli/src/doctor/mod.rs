@@ -26,7 +26,7 @@ pub async fn run(context: &Context, args: &DoctorArgs) -> Result<()> {
     let (findings, remedies) = gather::gather(args).await;
     progress.finish();
     let decision = decide(&findings);
-    let checks = report::checks(&findings, &decision, &remedies);
+    let checks = report::checks(&findings, &remedies);
     let (name, why, code) = match &decision {
         Decision::BareHost => ("bare-host", "", exit::OK),
         Decision::VirtualHost(why) => ("virtual-host", why.as_str(), exit::DOCTOR_VIRTUAL_HOST),
@@ -85,7 +85,7 @@ mod tests {
             (decision::tests::good(), Remedies { programs: vec!["ssh".to_owned()], ..Remedies::default() });
         let findings = decision::Findings { tun: false, nft: false, ..findings };
         let decision = decide(&findings);
-        let checks = report::checks(&findings, &decision, &remedies);
+        let checks = report::checks(&findings, &remedies);
         let text = summary(&checks, &decision);
         assert!(text.contains("modprobe tun") && text.contains("nftables"), "{text}");
         assert!(text.contains("scripts/virtual-host up"), "{text}");

@@ -1,8 +1,8 @@
 //! The findings one by one, each with the exact way to mend it. Pure.
 
 use super::decision::{
-    Decision, Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL,
-    OLDEST_QEMU, SLOWEST_CPL0, WANTED_CONTROLLERS, in_millions, missing_controllers,
+    Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL,
+    SLOWEST_CPL0, WANTED_CONTROLLERS, in_millions, missing_controllers,
 };
 use serde::Serialize;
 
@@ -69,7 +69,7 @@ fn check(check: &'static str, ok: bool, detail: impl Into<String>, fix: impl FnO
 }
 
 /// Everything that was looked at.
-pub fn checks(findings: &Findings, decision: &Decision, remedies: &Remedies) -> Vec<Check> {
+pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
     vec![
         check("architecture", findings.arch == "x86_64", &findings.arch, || {
             "use a machine with an x86_64 processor".to_owned()
@@ -106,7 +106,6 @@ pub fn checks(findings: &Findings, decision: &Decision, remedies: &Remedies) -> 
             .to_owned(),
             fix: None,
         },
-        qemu(findings, decision, remedies),
     ]
 }
 
@@ -243,34 +242,9 @@ fn programs(findings: &Findings, remedies: &Remedies) -> Check {
     })
 }
 
-fn qemu(findings: &Findings, decision: &Decision, remedies: &Remedies) -> Check {
-    let needed = matches!(decision, Decision::VirtualHost(_));
-    let good = findings.qemu.is_some_and(|major| major >= OLDEST_QEMU);
-    let detail = match (findings.qemu, needed) {
-        (Some(major), _) if good => format!("version {major}"),
-        (Some(major), _) => {
-            format!("version {major}: its SVM loses interrupts, the virtual host needs {OLDEST_QEMU}")
-        }
-        (None, true) => "not installed; the virtual host needs it".to_owned(),
-        (None, false) => "not installed; only a virtual host needs it".to_owned(),
-    };
-    check("qemu", good || !needed, detail, || {
-        let plain =
-            remedies.install("qemu-system-x86", "qemu-system-x86-core", "qemu-system-x86", "qemu-x86");
-        match remedies.packages {
-            // Debian 12 has QEMU 7.2; 10 is in its backports, and the script knows where this machine gets packages.
-            Packages::Apt => format!(
-                "{plain}   # Debian 13 and newer\n\
-                 scripts/setup   # Debian 12, in Roost's checkout: takes it from bookworm-backports, and asks first"
-            ),
-            _ => plain,
-        }
-    })
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::decision::{decide, tests::good};
+    use super::super::decision::tests::good;
     use super::*;
 
     fn of(findings: &Findings) -> Vec<Check> {
@@ -280,7 +254,7 @@ mod tests {
             programs: vec!["ssh".into()],
             ..Remedies::default()
         };
-        checks(findings, &decide(findings), &remedies)
+        checks(findings, &remedies)
     }
 
     #[test]
@@ -320,14 +294,5 @@ mod tests {
         let fixes: std::collections::BTreeSet<String> =
             states.into_iter().map(|kvm| of(&Findings { kvm, ..good() }).remove(2).fix.unwrap()).collect();
         assert_eq!(fixes.len(), 5);
-    }
-
-    #[test]
-    fn qemu_matters_only_where_the_virtual_host_is_needed() {
-        let last = |findings: &Findings| of(findings).pop().unwrap();
-        assert!(last(&Findings { qemu: None, ..good() }).ok);
-        assert!(!last(&Findings { qemu: None, kvm: Kvm::Forbidden, ..good() }).ok);
-        assert!(!last(&Findings { qemu: Some(7), kvm: Kvm::Forbidden, ..good() }).ok);
-        assert!(last(&Findings { qemu: Some(10), kvm: Kvm::Forbidden, ..good() }).ok);
     }
 }

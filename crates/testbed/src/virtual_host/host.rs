@@ -266,7 +266,8 @@ impl VirtualHost {
         // Said before anything is there, so that a start that is killed leaves nothing for ever.
         seat.write_record(&record)?;
 
-        let image = build_image()?;
+        let image = build("virtual-host")?;
+        let qemu = Path::new(&build("--qemu")?).join("qemu-system-x86_64");
         let manifest = fs::read_to_string(Path::new(&image).join("manifest.json"))
             .map_err(Error::file("cannot read", Path::new(&image).join("manifest.json")))?;
         let boot_args = manifest_string(&manifest, "boot_args").ok_or_else(|| {
@@ -303,7 +304,7 @@ impl VirtualHost {
         }
         .arguments();
         let _ = fs::remove_file(seat.file("console"));
-        let process = spawn_qemu(&seat, arguments, life)?;
+        let process = spawn_qemu(&qemu, &seat, arguments, life)?;
         record.insert("pid".to_owned(), process.pid.to_string());
         record.insert("started".to_owned(), process.started.to_string());
         for (inside, outside) in &ports {
@@ -351,11 +352,11 @@ impl Drop for VirtualHost {
     }
 }
 
-/// Builds or finds the image; returns its folder.
-fn build_image() -> Result<String> {
+/// Builds or finds what `guest-images/build` calls by this name; returns its folder.
+fn build(name: &str) -> Result<String> {
     let program = super::repository_root().join("guest-images/build");
     let output = Command::new(&program)
-        .arg("virtual-host")
+        .arg(name)
         .stdin(Stdio::null())
         .stderr(Stdio::inherit())
         .output()
@@ -364,7 +365,7 @@ fn build_image() -> Result<String> {
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     } else {
         Err(Error::program(
-            "guest-images/build virtual-host",
+            &format!("guest-images/build {name}"),
             format!("{} (its messages stand above)", output.status),
         ))
     }
@@ -413,7 +414,7 @@ fn free_port(wanted: Option<u16>) -> Result<u16> {
 /// Starts QEMU. A tied one gets SIGKILL from the kernel when the thread that started it ends (prctl(2),
 /// `PR_SET_PDEATHSIG`), so that thread lives as long as QEMU does; the shell in between closes the gap in which
 /// the parent may already be gone.
-fn spawn_qemu(seat: &Seat, arguments: Vec<String>, life: Life) -> Result<Process> {
+fn spawn_qemu(qemu: &Path, seat: &Seat, arguments: Vec<String>, life: Life) -> Result<Process> {
     let log_path = seat.file("qemu.log");
     let log = File::create(&log_path).map_err(Error::file("cannot create", &log_path))?;
     let mut command = match life {
@@ -425,19 +426,21 @@ fn spawn_qemu(seat: &Seat, arguments: Vec<String>, life: Life) -> Result<Process
                 "KILL",
                 "sh",
                 "-c",
-                "[ \"$PPID\" = \"$0\" ] && exec qemu-system-x86_64 \"$@\"",
+                "[ \"$PPID\" = \"$0\" ] && exec \"$@\"",
                 &me,
             ]);
+            command.arg(qemu);
             command
         }
         Life::Detached => {
             // A session of its own: no terminal and no signal of ours reaches it.
             let mut command = Command::new("setsid");
-            command.arg("qemu-system-x86_64");
+            command.arg(qemu);
             command
         }
     };
     command.args(arguments).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    let program = qemu.display().to_string();
     let (send, receive) = mpsc::channel();
     let keeper = move || match command.spawn() {
         Ok(mut child) => {
@@ -445,14 +448,14 @@ fn spawn_qemu(seat: &Seat, arguments: Vec<String>, life: Life) -> Result<Process
             let _ = child.wait();
         }
         Err(error) => {
-            let _ = send.send(Err(Error::program("qemu-system-x86_64", error.to_string())));
+            let _ = send.send(Err(Error::program(&program, error.to_string())));
         }
     };
     thread::Builder::new()
         .name("qemu-keeper".to_owned())
         .spawn(keeper)
         .map_err(|e| Error::program("thread", e.to_string()))?;
-    let pid = receive.recv().map_err(|error| Error::program("qemu-system-x86_64", error.to_string()))??;
+    let pid = receive.recv().map_err(|error| Error::program("QEMU", error.to_string()))??;
     Process::find(pid).ok_or_else(|| Error::Died { qemu: seat.tail("qemu.log", 10), console: String::new() })
 }
 
