@@ -63,7 +63,7 @@ fn a_guest_that_resets_starts_again_from_fresh_memory() {
     ]
     .concat();
     let mut machine = Machine::new(&Code::default().bytes(&code).reset());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     wait_for("five starts", || (machine.console().len() >= 5).then_some(()));
     machine.client().force_stop().unwrap();
     let ended = machine.wait();
@@ -110,7 +110,7 @@ fn the_power_button_reaches_the_guest() {
     let code = [0xba, 0x03, 0x06, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xec, 0x04, b'0'];
     let code = Code::default().bytes(&code).bytes(&[0x66, 0xba, 0xf8, 0x03, 0xee]);
     let mut machine = Machine::new(&code.power_off());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     machine.client().power_button().unwrap();
     let ended = machine.wait();
     assert_eq!((ended.code, ended.console.as_str()), (0, "0"), "{}", ended.stderr);
@@ -188,7 +188,7 @@ fn console_input_reaches_the_guest() {
         0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb2, 0xf8, 0xec, 0xee, 0x3c, b'q', 0x75, 0xee,
     ];
     let mut machine = Machine::new(&Code::default().bytes(&echo).power_off());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     let line = "a line that is longer than the serial port's own buffer of sixty-four bytes, quite a bit";
     let line = line.replace('q', "k") + "q";
     machine.client().console_input(line.as_bytes()).unwrap();
