@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::virtio::{Device, Ring, block, block_clear, block_request};
 use common::{Code, Machine, disk, event_names, wait_for};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::status::{Event, ExitReason};
@@ -179,6 +180,31 @@ fn a_bare_metal_driver_gets_random_bytes() {
     machine.config["entropy"] = json!({});
     let ended = machine.run();
     assert_eq!((ended.code, ended.console.as_str()), (0, "random"), "{}", ended.stderr);
+}
+
+/// What a guest discards its host gets back; what it zeroes is zero; the rest stays.
+#[test]
+fn a_guest_gives_disk_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 1 << 9 | 1 << 13 | 1 << 14), ring));
+    let code = block_clear(code, ring, 0, block::DISCARD, 0, 1024);
+    let code = block_clear(code, ring, 1, block::WRITE_ZEROES, 1025, 3);
+    let code = block_request(code, ring, 2, block::FLUSH, 0, 0, 0);
+    let mut machine = Machine::new(&code.expect32(ring.base + 0xc010, 0).print("done").power_off());
+    std::fs::write(machine.path("disk"), vec![7; 1 << 20]).unwrap();
+    let file = std::fs::File::open(machine.path("disk")).unwrap();
+    file.sync_all().unwrap();
+    let before = file.metadata().unwrap().blocks() * 512;
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    let ended = machine.run();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
+    let after = file.metadata().unwrap().blocks() * 512;
+    assert!(after + (500 << 10) <= before, "{before} bytes before, {after} after");
+    let content = std::fs::read(machine.path("disk")).unwrap();
+    assert_eq!(content.len(), 1 << 20);
+    assert!(content[1025 * 512..1028 * 512].iter().all(|byte| *byte == 0));
+    assert!(content[1024 * 512..1025 * 512].iter().chain(&content[1028 * 512..]).all(|byte| *byte == 7));
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::Stdio;
 
-use common::virtio::{Device, Ring, WRITE, block, block_request};
+use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
 use common::watch::{self, Call};
 use common::{Code, Ended, Machine, disk, machines, tap, wait_for};
 use roost_vmm::exit::ExitCode;
@@ -114,7 +114,8 @@ fn input_and_entropy(ledger: &mut Ledger) {
 fn power_off_with_a_disk(ledger: &mut Ledger) {
     let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
     let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
-    let code = block_request(code, ring, 0, block::OUT, 0, 0x50_0000, 4096).power_off();
+    let code = block_request(code, ring, 0, block::OUT, 0, 0x50_0000, 4096);
+    let code = block_clear(code, ring, 1, block::DISCARD, 0, 8).power_off();
     let mut machine = Machine::new(&code);
     disk(&machine.path("disk"), 1 << 20);
     machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);

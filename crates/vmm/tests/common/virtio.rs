@@ -174,6 +174,8 @@ pub mod block {
     pub const IN: u32 = 0;
     pub const OUT: u32 = 1;
     pub const FLUSH: u32 = 4;
+    pub const DISCARD: u32 = 11;
+    pub const WRITE_ZEROES: u32 = 13;
 }
 
 /// Writes the header of a block request into memory.
@@ -197,7 +199,7 @@ pub fn block_request(
     let (header, status) = (ring.base + 0xc000, ring.base + 0xc010);
     let code = block_header(code, header, kind, sector);
     let code = ring.descriptor(code, 0, header.into(), 16, NEXT, 1);
-    let direction = if kind == block::OUT { 0 } else { WRITE };
+    let direction = if kind == block::IN { WRITE } else { 0 };
     let code = if length == 0 {
         ring.descriptor(code, 1, status.into(), 1, WRITE, 0)
     } else {
@@ -206,4 +208,12 @@ pub fn block_request(
     };
     let code = Device(0).notify(ring.offer(code, index, 0), ring.queue);
     code.wait16(ring.used_index(), index.wrapping_add(1))
+}
+
+/// Makes a discard or write-zeroes request of one range and waits for it.
+pub fn block_clear(code: Code, ring: Ring, index: u16, kind: u32, sector: u64, sectors: u32) -> Code {
+    let range = ring.base + 0xc100;
+    let code = code.store(range, sector as u32).store(range + 4, (sector >> 32) as u32);
+    let code = code.store(range + 8, sectors).store(range + 12, 0);
+    block_request(code, ring, index, kind, 0, range, 16)
 }
