@@ -255,7 +255,7 @@ mod tests {
 
     #[test]
     fn a_guest_finds_its_way_from_the_rsdp_to_every_table() {
-        let memory = crate::memory::create(2, false).unwrap();
+        let memory = crate::memory::create(2).unwrap();
         let windows: Vec<_> = layout::VIRTIO_GSIS
             .iter()
             .enumerate()

@@ -4,14 +4,14 @@
 //!
 //! | module | what it holds |
 //! |---|---|
-//! | [`config`], [`console`], [`status`], [`exit`], [`client`] | what the agent shares with the monitor |
+//! | [`config`], [`console`], [`status`], [`exit`], [`client`], [`cli`] | what the agent shares with the monitor |
 //! | [`descriptors`] | names → open descriptors; the only place that opens a path |
 //! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`layout`], [`cpu`] | KVM: the machine |
 //! | [`boot`], [`acpi`], [`smbios`] | what the guest finds in its memory when it starts |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
-//! | [`seccomp`], [`threads`] | the lock-down |
+//! | [`seccomp`], [`threads`], [`heap`] | the lock-down, and what a process has |
 //! | [`probe`] | the probe guest behind `roost doctor` |
 
 // Tests build bytes out of numbers whose size they know.
@@ -21,6 +21,7 @@ pub mod acpi;
 pub mod api;
 pub mod boot;
 pub mod bus;
+pub mod cli;
 pub mod client;
 pub mod config;
 pub mod console;
@@ -30,6 +31,7 @@ pub mod devices;
 mod error;
 pub mod event_loop;
 pub mod exit;
+pub mod heap;
 pub mod layout;
 pub mod log;
 pub mod memory;

@@ -3,92 +3,44 @@
 use std::fs::File;
 use std::io::ErrorKind;
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::exit;
 
-use clap::{Args, Parser, Subcommand};
-
 use roost_vmm::api::{Machine, Server};
+use roost_vmm::cli::{self, Command, Run};
 use roost_vmm::config::VmConfig;
 use roost_vmm::descriptors::{Descriptors, take};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
-use roost_vmm::{Error, Result, log, probe, seccomp, threads};
-
-#[derive(Parser)]
-#[command(name = "roost-vmm", version, about = "Runs one virtual machine with KVM.", max_term_width = 100)]
-struct Cli {
-    #[command(subcommand)]
-    command: Command,
-}
-
-#[derive(Subcommand)]
-enum Command {
-    /// Runs one virtual machine until its guest ends.
-    #[command(after_help = EXIT_CODES)]
-    Run(Run),
-    /// Measures what this host's KVM can do with small guests, for `roost doctor`.
-    ///
-    /// Exit code 0 when Linux guests run here, 3 when they do not.
-    Probe {
-        /// Prints JSON.
-        #[arg(long)]
-        json: bool,
-    },
-}
-
-const EXIT_CODES: &str = "Exit codes:
-  0  the guest powered itself off
-  1  a fault in the monitor itself
-  2  wrong command line or configuration; nothing was started
-  3  KVM is missing, forbidden, or refused a call
-  4  the guest crashed (registers and instruction bytes are on stderr)
-  5  a file, tap, socket or other host object failed
-  6  a thread made a forbidden system call
-  7  ended by ForceStop, SIGTERM or SIGINT
-  8  the guest reset itself and \"on_reset\" is \"exit\"";
-
-#[derive(Args)]
-struct Run {
-    /// The configuration, a JSON file in the shape of Firecracker's.
-    #[arg(long, value_name = "PATH", conflicts_with = "config_fd")]
-    config: Option<PathBuf>,
-    /// The configuration, from an open descriptor.
-    #[arg(long, value_name = "N")]
-    config_fd: Option<i32>,
-    /// Hands over an open descriptor under a name that the configuration uses. `kvm` is /dev/kvm.
-    #[arg(long = "fd", value_name = "NAME=N")]
-    fds: Vec<String>,
-    /// Serves the API on a unix socket made at this path.
-    #[arg(long, value_name = "PATH", conflicts_with = "api_fd")]
-    api_sock: Option<PathBuf>,
-    /// Serves the API on an open, listening unix socket.
-    #[arg(long, value_name = "N")]
-    api_fd: Option<i32>,
-    /// Builds everything and locks down, then waits for InstanceStart instead of starting at once.
-    #[arg(long)]
-    hold: bool,
-    /// Names the instance in messages and in `GET /`.
-    #[arg(long, value_name = "TEXT", default_value = "anonymous")]
-    id: String,
-}
+use roost_vmm::{Error, Result, heap, log, probe, seccomp, threads};
 
 fn main() {
-    let code = match Cli::parse().command {
-        Command::Run(run) => run_machine(&run),
-        Command::Probe { json } => run_probe(json),
+    let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
+    let code = match cli::parse(arguments) {
+        Ok(Command::Run(run)) => run_machine(&run),
+        Ok(Command::Probe { json }) => run_probe(json),
+        Ok(Command::Say(text)) => {
+            print!("{text}");
+            ExitCode::PowerOff
+        }
+        Err(why) => {
+            log::line(&why);
+            ExitCode::Config
+        }
     };
     exit(code.code());
 }
 
 fn run_machine(run: &Run) -> ExitCode {
-    log::set_id(&run.id);
+    heap::share();
+    let id = run.id.as_deref().unwrap_or("anonymous");
+    log::set_id(id);
     threads::name_this(threads::API);
     end_process_on_panic();
     let mut status = StatusWriter::default();
-    let mut server = prepare(run, &mut status);
+    let mut server = prepare(run, id, &mut status);
     let end = match &mut server {
         Ok(server) => server.serve(&mut status).unwrap_or_else(|error| End::error(&error)),
         Err(error) => End::error(error),
@@ -100,7 +52,7 @@ fn run_machine(run: &Run) -> ExitCode {
 }
 
 /// Parses, opens, builds: everything before the guest.
-fn prepare(run: &Run, status: &mut StatusWriter) -> Result<Server> {
+fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
     let descriptors = Descriptors::from_options(&run.fds)?;
     let config = read_config(run)?;
     let listener = match (&run.api_sock, run.api_fd) {
@@ -112,7 +64,7 @@ fn prepare(run: &Run, status: &mut StatusWriter) -> Result<Server> {
         let what = if run.hold { "--hold" } else { "a machine without --config" };
         return Err(Error::Config(format!("{what} needs --api-sock or --api-fd to be started with")));
     }
-    let server = Server::new(listener, run.id.clone())?;
+    let server = Server::new(listener, id.to_owned())?;
     let configured = config.is_some();
     let preboot = Preboot::new(config.unwrap_or_default(), descriptors);
     *status = preboot.open_status()?;

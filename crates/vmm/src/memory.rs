@@ -1,4 +1,8 @@
-//! Guest memory: anonymous pages with a hole below 4 GiB.
+//! Guest memory: private pages with a hole below 4 GiB, anonymous but for what a kernel was loaded to (see
+//! [`crate::boot::mapped`]).
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
@@ -32,7 +36,7 @@ pub fn ranges(bytes: u64) -> Vec<Range> {
 ///
 /// # Errors
 /// [`Error::Memory`].
-pub fn create(mem_size_mib: u64, huge_pages: bool) -> Result<Memory> {
+pub fn create(mem_size_mib: u64) -> Result<Memory> {
     let ranges: Vec<(GuestAddress, usize)> = ranges(mem_size_mib << 20)
         .iter()
         .map(|range| Ok((GuestAddress(range.start), usize::try_from(range.size)?)))
@@ -41,16 +45,48 @@ pub fn create(mem_size_mib: u64, huge_pages: bool) -> Result<Memory> {
     let memory = Memory::from_ranges(&ranges)
         .map_err(|error| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}")))?;
     for region in memory.iter() {
-        if huge_pages {
-            advise(region, libc::MADV_HUGEPAGE);
-        }
         // A crash of the monitor must not write a tenant's memory to the host's disk.
         advise(region, libc::MADV_DONTDUMP);
     }
     Ok(memory)
 }
 
-/// Gives every page back to the host: the guest finds zeroes, as after power-on.
+/// Asks the host for huge pages from here on. What was touched before stays as it is: the first 2 MiB, of which the
+/// monitor writes a few pages, need not be cleared as a whole before the guest can start.
+pub fn use_huge_pages(memory: &Memory) {
+    for region in memory.iter() {
+        advise(region, libc::MADV_HUGEPAGE);
+    }
+}
+
+/// Maps pages of a file in place of `length` bytes of guest memory at the host's address `target`; what the guest writes
+/// there stays its own. `false`: it could not be done, and the memory is as it was.
+#[must_use]
+pub fn map_file(memory: &Memory, target: *mut u8, length: usize, file: &File, offset: u64) -> bool {
+    let (start, end) = (target as usize, (target as usize).saturating_add(length));
+    let inside = memory.iter().any(|region| {
+        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_or(0, |host| host as usize);
+        let size = usize::try_from(region.len()).unwrap_or(0);
+        host <= start && end <= host.saturating_add(size)
+    });
+    let Ok(offset) = libc::off_t::try_from(offset) else { return false };
+    if !inside || length == 0 {
+        return false;
+    }
+    let (access, kind) =
+        (libc::PROT_READ | libc::PROT_WRITE, libc::MAP_PRIVATE | libc::MAP_FIXED | libc::MAP_NORESERVE);
+    // SAFETY: only memory of the guest is replaced, which Rust code reads through volatile accesses alone; the caller
+    // gives whole pages, or the call fails.
+    let mapped = unsafe { libc::mmap(target.cast(), length, access, kind, file.as_raw_fd(), offset) };
+    if mapped == libc::MAP_FAILED {
+        return false;
+    }
+    // As for all guest memory. SAFETY: the mapping was just made.
+    unsafe { libc::madvise(mapped, length, libc::MADV_DONTDUMP) };
+    true
+}
+
+/// Gives every page back to the host: the guest finds zeroes, as after power-on, or what a file that is mapped holds.
 ///
 /// # Errors
 /// [`Error::Memory`].
@@ -92,7 +128,8 @@ mod tests {
 
     #[test]
     fn cleared_memory_is_zero() {
-        let memory = create(4, true).unwrap();
+        let memory = create(4).unwrap();
+        use_huge_pages(&memory);
         memory.write_obj(7_u64, GuestAddress(0x1000)).unwrap();
         clear(&memory).unwrap();
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);

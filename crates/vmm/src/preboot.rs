@@ -152,7 +152,7 @@ impl Preboot {
         let filters = Filters::new()?;
         let mut payload = self.payload()?;
 
-        let memory = memory::create(machine.mem_size_mib, machine.huge_pages)?;
+        let memory = memory::create(machine.mem_size_mib)?;
         let handed =
             self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
         let kvm = open_kvm(handed)?;
@@ -196,6 +196,9 @@ impl Preboot {
             generation_id,
         };
         let entry = boot::load(&memory, &mut payload, &description)?;
+        if machine.huge_pages {
+            memory::use_huge_pages(&memory);
+        }
 
         let model = CpuModel::new(&kvm, machine.vcpu_count)?;
         let (notifier, stops, stop_bell) = Notifier::new()?;

@@ -133,7 +133,7 @@ mod tests {
             uuid: Some(uuid.into()),
             ..SmbiosConfig::default()
         };
-        let memory = crate::memory::create(2, false).unwrap();
+        let memory = crate::memory::create(2).unwrap();
         write(&memory, &config).unwrap();
         let mut entry = [0_u8; 24];
         memory.read_slice(&mut entry, GuestAddress(SMBIOS_START)).unwrap();

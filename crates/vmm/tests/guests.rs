@@ -2,6 +2,7 @@
 
 mod common;
 
+use common::virtio::{Device, Ring, block, block_clear, block_request};
 use common::{Code, Machine, disk, event_names, wait_for};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::status::{Event, ExitReason};
@@ -63,7 +64,7 @@ fn a_guest_that_resets_starts_again_from_fresh_memory() {
     ]
     .concat();
     let mut machine = Machine::new(&Code::default().bytes(&code).reset());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     wait_for("five starts", || (machine.console().len() >= 5).then_some(()));
     machine.client().force_stop().unwrap();
     let ended = machine.wait();
@@ -110,7 +111,7 @@ fn the_power_button_reaches_the_guest() {
     let code = [0xba, 0x03, 0x06, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xec, 0x04, b'0'];
     let code = Code::default().bytes(&code).bytes(&[0x66, 0xba, 0xf8, 0x03, 0xee]);
     let mut machine = Machine::new(&code.power_off());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     machine.client().power_button().unwrap();
     let ended = machine.wait();
     assert_eq!((ended.code, ended.console.as_str()), (0, "0"), "{}", ended.stderr);
@@ -181,6 +182,31 @@ fn a_bare_metal_driver_gets_random_bytes() {
     assert_eq!((ended.code, ended.console.as_str()), (0, "random"), "{}", ended.stderr);
 }
 
+/// What a guest discards its host gets back; what it zeroes is zero; the rest stays.
+#[test]
+fn a_guest_gives_disk_space_back() {
+    use std::os::unix::fs::MetadataExt;
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 1 << 9 | 1 << 13 | 1 << 14), ring));
+    let code = block_clear(code, ring, 0, block::DISCARD, 0, 1024);
+    let code = block_clear(code, ring, 1, block::WRITE_ZEROES, 1025, 3);
+    let code = block_request(code, ring, 2, block::FLUSH, 0, 0, 0);
+    let mut machine = Machine::new(&code.expect32(ring.base + 0xc010, 0).print("done").power_off());
+    std::fs::write(machine.path("disk"), vec![7; 1 << 20]).unwrap();
+    let file = std::fs::File::open(machine.path("disk")).unwrap();
+    file.sync_all().unwrap();
+    let before = file.metadata().unwrap().blocks() * 512;
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    let ended = machine.run();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
+    let after = file.metadata().unwrap().blocks() * 512;
+    assert!(after + (500 << 10) <= before, "{before} bytes before, {after} after");
+    let content = std::fs::read(machine.path("disk")).unwrap();
+    assert_eq!(content.len(), 1 << 20);
+    assert!(content[1025 * 512..1028 * 512].iter().all(|byte| *byte == 0));
+    assert!(content[1024 * 512..1025 * 512].iter().chain(&content[1028 * 512..]).all(|byte| *byte == 7));
+}
+
 #[test]
 fn console_input_reaches_the_guest() {
     // again: mov edx, 0x3fd; wait: in al, dx; test al, 1; jz wait; mov dl, 0xf8; in al, dx; out dx, al; cmp al, 'q'; jne again
@@ -188,7 +214,7 @@ fn console_input_reaches_the_guest() {
         0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xfb, 0xb2, 0xf8, 0xec, 0xee, 0x3c, b'q', 0x75, 0xee,
     ];
     let mut machine = Machine::new(&Code::default().bytes(&echo).power_off());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     let line = "a line that is longer than the serial port's own buffer of sixty-four bytes, quite a bit";
     let line = line.replace('q', "k") + "q";
     machine.client().console_input(line.as_bytes()).unwrap();

@@ -171,7 +171,7 @@ fn a_broken_disk_is_named() {
 #[test]
 fn a_signal_ends_the_machine_in_order() {
     let mut machine = Machine::new(&busy());
-    machine.start(&[]);
+    machine.start::<&str>(&[]);
     machine.client();
     let pid = libc::pid_t::try_from(machine.pid()).unwrap();
     // SAFETY: signals the child that this test started.

@@ -101,6 +101,7 @@ impl Server {
         if preboot.config().serial.is_none() {
             terminal::make_raw();
         }
+        crate::heap::trim();
         held.lock_down()?;
         status.append(&Event::Built {
             boottime_ns: boottime_ns(),

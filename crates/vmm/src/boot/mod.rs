@@ -3,6 +3,7 @@
 //! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
 
 pub mod linux;
+pub mod mapped;
 pub mod pvh;
 
 use std::fs::File;
@@ -22,6 +23,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::{Memory, low_end};
 use crate::smbios;
+use mapped::MappedFile;
 
 /// What is loaded.
 #[derive(Debug)]
@@ -166,7 +168,8 @@ fn load_kernel(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Res
 }
 
 fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
-    let loaded = Elf::load(memory, None, image, None)
+    let mut source = MappedFile::new(image, memory).map_err(Error::io("kernel: finding its size"))?;
+    let loaded = Elf::load(memory, None, &mut source, None)
         .map_err(|error| Error::Kernel(format!("{error} (has the guest enough memory?)")))?;
     let end = loaded.kernel_end;
     let pvh = match loaded.pvh_boot_cap {
@@ -206,8 +209,10 @@ fn load_bzimage(memory: &Memory, image: &mut File) -> Result<Kernel> {
             low_end(memory) >> 20
         )));
     }
+    let mut source = MappedFile::new(image, memory).map_err(Error::io("kernel: finding its size"))?;
+    let himem = Some(GuestAddress(layout::HIMEM_START));
     let KernelLoaderResult { kernel_load, setup_header, .. } =
-        BzImage::load(memory, Some(GuestAddress(address)), image, Some(GuestAddress(layout::HIMEM_START)))
+        BzImage::load(memory, Some(GuestAddress(address)), &mut source, himem)
             .map_err(|error| Error::Kernel(error.to_string()))?;
     Ok(Kernel {
         // Linux boot protocol, "64-bit boot protocol": the entry is at 0x200 of the loaded image.
@@ -235,8 +240,9 @@ fn load_initrd(memory: &Memory, file: &mut File, kernel: &Kernel) -> Result<Load
         )));
     };
     let count = usize::try_from(size).map_err(|_| Error::Kernel("the initrd is too large".into()))?;
+    let mut source = MappedFile::new(file, memory).map_err(Error::io("initrd: finding its size"))?;
     memory
-        .read_exact_volatile_from(GuestAddress(start), file, count)
+        .read_exact_volatile_from(GuestAddress(start), &mut source, count)
         .map_err(|error| Error::Kernel(format!("the initrd cannot be read: {error}")))?;
     Ok(Loaded { start, size })
 }
@@ -264,7 +270,7 @@ mod tests {
 
     #[test]
     fn what_is_no_kernel_is_refused_with_a_reason() {
-        let memory = crate::memory::create(16, false).unwrap();
+        let memory = crate::memory::create(16).unwrap();
         for image in [
             &b""[..],
             b"abc",
@@ -280,15 +286,74 @@ mod tests {
     #[test]
     fn an_elf_beyond_the_memory_is_refused() {
         let image = tests_support::elf(0x20_0000, 64 << 20, &[0xf4]);
-        let memory = crate::memory::create(16, false).unwrap();
+        let memory = crate::memory::create(16).unwrap();
         let error = load(&memory, &mut payload(&image), &description()).unwrap_err();
         assert!(error.to_string().contains("memory"), "{error}");
+    }
+
+    /// A kernel of whole pages and some bytes more, at a page's begin in its file.
+    fn large_kernel(extra: u64) -> Vec<u8> {
+        let content: Vec<u8> = (0..40 * 4096 + 100_u32).map(|n| (n % 241) as u8).collect();
+        let mut image = tests_support::elf(0x10_0000, 0x10_0000, &content);
+        let offset = 4096_u64;
+        image.splice(120..120, vec![0; 4096 - 120]);
+        image[72..80].copy_from_slice(&offset.to_le_bytes());
+        image[104..112].copy_from_slice(&(content.len() as u64 + extra).to_le_bytes());
+        image
+    }
+
+    #[test]
+    fn a_kernels_pages_are_mapped_and_the_guest_keeps_its_changes_for_itself() {
+        let image = large_kernel(8192);
+        let mut payload = payload(&image);
+        let memory = crate::memory::create(16).unwrap();
+        let at = |address: u64| memory.read_obj::<u8>(GuestAddress(address)).unwrap();
+        let end = 0x10_0000 + 40 * 4096 + 100;
+        for round in 0..2 {
+            load(&memory, &mut payload, &description()).unwrap();
+            for n in [0, 1, 4095, 4096, 40 * 4096 - 1, 40 * 4096, 40 * 4096 + 99] {
+                assert_eq!(at(0x10_0000 + n), (n % 241) as u8, "{n:#x} in round {round}");
+            }
+            assert_eq!((at(end), at(end + 4096)), (0, 0), "behind the kernel there is nothing of the file");
+            memory.write_obj(7_u8, GuestAddress(0x10_1000)).unwrap();
+            memory.write_obj(7_u8, GuestAddress(end)).unwrap();
+            crate::memory::clear(&memory).unwrap();
+        }
+        let mut after = Vec::new();
+        payload.kernel.seek(SeekFrom::Start(0)).unwrap();
+        payload.kernel.read_to_end(&mut after).unwrap();
+        assert!(after == image, "the file was changed");
+    }
+
+    /// Pages behind a file's end can be mapped, but touching them is a bus error.
+    #[test]
+    fn a_kernel_that_is_cut_off_is_refused() {
+        let image = large_kernel(0);
+        for cut in [1, 4096, 4097, 20 * 4096] {
+            let memory = crate::memory::create(16).unwrap();
+            let error = load(&memory, &mut payload(&image[..image.len() - cut]), &description()).unwrap_err();
+            assert!(matches!(error, Error::Kernel(_)), "{cut}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_initrd_is_found_where_the_kernel_is_told() {
+        let content: Vec<u8> = (0..20 * 4096 + 5_u32).map(|n| (n % 239) as u8).collect();
+        let mut initrd = tempfile::tempfile().unwrap();
+        initrd.write_all(&content).unwrap();
+        let mut payload = Payload { initrd: Some(initrd), ..payload(&large_kernel(0)) };
+        let memory = crate::memory::create(16).unwrap();
+        load(&memory, &mut payload, &description()).unwrap();
+        let start: u32 = memory.read_obj(GuestAddress(layout::ZERO_PAGE_START + 0x218)).unwrap();
+        let mut found = vec![0; content.len()];
+        memory.read_slice(&mut found, GuestAddress(start.into())).unwrap();
+        assert!(found == content);
     }
 
     #[test]
     fn an_elf_is_entered_in_long_mode_with_its_zero_page() {
         let image = tests_support::elf(0x10_0000, 0x10_0000, &[0xf4]);
-        let memory = crate::memory::create(16, false).unwrap();
+        let memory = crate::memory::create(16).unwrap();
         let entry = load(&memory, &mut payload(&image), &description()).unwrap();
         assert_eq!(entry, Entry::Long { rip: 0x10_0000, rsi: layout::ZERO_PAGE_START });
         assert_eq!(memory.read_obj::<u8>(GuestAddress(0x10_0000)).unwrap(), 0xf4);
@@ -300,7 +365,7 @@ mod tests {
 
     #[test]
     fn the_memory_map_leaves_out_the_hole() {
-        let memory = crate::memory::create(3 * 1024 + 512, false).unwrap();
+        let memory = crate::memory::create(3 * 1024 + 512).unwrap();
         let map = memory_map(&memory);
         assert!(map.contains(&(1 << 32, 512 << 20, RAM)));
         assert!(map.contains(&(1 << 20, (3 << 30) - (1 << 20), RAM)));

@@ -132,7 +132,7 @@ mod tests {
 
     #[test]
     fn the_first_four_gibibytes_map_to_themselves() {
-        let memory = crate::memory::create(2, false).unwrap();
+        let memory = crate::memory::create(2).unwrap();
         write_tables(&memory, Entry::Long { rip: 0, rsi: 0 }).unwrap();
         let entry = |table: u64, index: u64| memory.read_obj::<u64>(GuestAddress(table + 8 * index)).unwrap();
         for address in [0_u64, 0x20_0000, 0x3fff_ffff, 0x4000_0000, 0xffff_ffff] {

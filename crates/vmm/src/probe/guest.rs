@@ -110,7 +110,7 @@ fn with_machine<T: Send + 'static>(
     limit: Duration,
     body: impl FnOnce(&mut VcpuFd) -> Result<T, String> + Send + 'static,
 ) -> Result<Option<Result<T, String>>, String> {
-    let memory = memory::create(MEMORY_MIB, false).map_err(|error| error.chain())?;
+    let memory = memory::create(MEMORY_MIB).map_err(|error| error.chain())?;
     write_guest(&memory, code).map_err(|error| format!("writing the guest: {error}"))?;
     let (vm, mut vcpu) = make(kvm, &memory, xsave).map_err(|error| format!("making the machine: {error}"))?;
     let kick = KickPage::new(&vcpu).map_err(|error| error.chain())?;

@@ -13,6 +13,7 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::error::{Error, Result};
 
+pub use names::name;
 pub use rules::Kind;
 
 /// A compiled filter.

@@ -126,7 +126,7 @@ mod tests {
 
     #[test]
     fn the_byte_at_rip_is_marked_and_missing_memory_is_no_panic() {
-        let memory = crate::memory::create(1, false).unwrap();
+        let memory = crate::memory::create(1).unwrap();
         memory.write_slice(&[0x0f, 0x0b], GuestAddress(0x1000)).unwrap();
         let sregs = kvm_sregs::default();
         let regs = kvm_regs { rip: 0x1000, ..kvm_regs::default() };

@@ -92,6 +92,8 @@ struct Vcpu {
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     notifier: Notifier,
+    /// It has never run, so it is as after power-on.
+    fresh: bool,
 }
 
 /// The main thread's side.
@@ -143,6 +145,7 @@ impl VcpuHandle {
             commands: command_receiver,
             replies: reply_sender,
             notifier,
+            fresh: true,
         };
         let thread = threads::spawn(threads::vcpu(id), move || vcpu.main(&filter))?;
         let handle = Self { id, thread: Some(thread), commands, replies, kick };
@@ -261,12 +264,14 @@ impl Vcpu {
     }
 
     fn reset(&mut self, entry: Option<Entry>) -> Result<()> {
-        // KVM completes the access that the vCPU was last stopped at (KVM API, 5: immediate_exit); after that nothing
-        // of the old guest is left to happen.
-        self.fd.set_kvm_immediate_exit(1);
-        let _ = self.fd.run();
-        self.fd.set_kvm_immediate_exit(0);
-        self.start.restore(&self.fd)?;
+        if !self.fresh {
+            // KVM completes the access that the vCPU was last stopped at (KVM API, 5: immediate_exit); after that nothing
+            // of the old guest is left to happen.
+            self.fd.set_kvm_immediate_exit(1);
+            let _ = self.fd.run();
+            self.fd.set_kvm_immediate_exit(0);
+            self.start.restore(&self.fd)?;
+        }
         if let Some(entry) = entry {
             let mut sregs = *self.start.sregs();
             registers::special(&mut sregs, entry);
@@ -278,6 +283,7 @@ impl Vcpu {
 
     /// Runs until told otherwise, or until the guest stops by itself.
     fn run(&mut self) -> Left {
+        self.fresh = false;
         // A guest that has a paravirtual clock learns that it was stopped; others do not have the call.
         let _ = self.fd.kvmclock_ctrl();
         loop {

@@ -1,10 +1,20 @@
 //! Bare-metal guests (a few bytes of 64-bit code each) and the monitor as a process, as the agent runs it.
 
-// Each test file uses some of this.
-#![allow(dead_code, clippy::unwrap_used)]
+// Each test file uses some of this. Tests build bytes out of numbers whose size they know.
+#![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+pub mod elf;
+pub mod footprint;
+pub mod hold;
+pub mod machines;
+pub mod notify;
+pub mod tap;
+pub mod virtio;
+pub mod watch;
+
+use std::ffi::OsStr;
 use std::fs::File;
-use std::io::Read;
+use std::io::{Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -60,26 +70,8 @@ impl Code {
 
     /// An ELF kernel of this code, loaded and entered at 1 MiB.
     pub fn kernel(&self) -> Vec<u8> {
-        let address = 0x10_0000_u64;
-        let mut image = b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0".to_vec();
-        image.extend(2_u16.to_le_bytes());
-        image.extend(62_u16.to_le_bytes());
-        image.extend(1_u32.to_le_bytes());
-        for word in [address, 64, 0] {
-            image.extend(word.to_le_bytes());
-        }
-        image.extend(0_u32.to_le_bytes());
-        for half in [64_u16, 56, 1, 0, 0, 0] {
-            image.extend(half.to_le_bytes());
-        }
-        image.extend(1_u32.to_le_bytes());
-        image.extend(7_u32.to_le_bytes());
-        let size = self.0.len() as u64;
-        for word in [120, address, address, size, size, 1] {
-            image.extend(word.to_le_bytes());
-        }
-        image.extend(&self.0);
-        image
+        let segments = vec![elf::Segment { file_offset: 120, ..elf::Segment::at(0x10_0000, self.0.clone()) }];
+        elf::Kernel { entry: 0x10_0000, segments, pvh_entry: None }.image()
     }
 }
 
@@ -87,6 +79,8 @@ impl Code {
 pub struct Machine {
     pub dir: TempDir,
     pub config: Value,
+    /// The monitor.
+    pub program: PathBuf,
     child: Option<Child>,
 }
 
@@ -110,7 +104,7 @@ impl Machine {
             "serial": { "output": path("console") },
             "status": path("status"),
         });
-        Self { dir, config, child: None }
+        Self { dir, config, program: env!("CARGO_BIN_EXE_roost-vmm").into(), child: None }
     }
 
     pub fn path(&self, name: &str) -> PathBuf {
@@ -122,23 +116,39 @@ impl Machine {
     }
 
     /// Starts the monitor with this configuration, its API and these further arguments.
-    pub fn start(&mut self, arguments: &[&str]) {
+    pub fn start<T: AsRef<OsStr>>(&mut self, arguments: &[T]) {
+        self.child = Some(self.command(arguments).spawn().unwrap());
+    }
+
+    /// The command that does so.
+    pub fn command<T: AsRef<OsStr>>(&self, arguments: &[T]) -> Command {
         std::fs::write(self.path("config"), self.config.to_string()).unwrap();
         let (config, socket) = (self.text("config"), self.text("api"));
-        let mut all = vec!["run", "--config", &config, "--api-sock", &socket, "--id", "test"];
-        all.extend(arguments);
-        self.start_with(&all);
+        let mut command =
+            self.command_with(&["run", "--config", &config, "--api-sock", &socket, "--id", "test"]);
+        command.args(arguments);
+        command
+    }
+
+    /// Takes over a child that was started with [`Machine::command`].
+    pub fn adopt(&mut self, child: Child) {
+        self.child = Some(child);
+    }
+
+    /// Writes to the monitor's stdin, which must be a pipe, and closes it.
+    pub fn type_and_close(&mut self, bytes: &[u8]) {
+        self.child.as_mut().unwrap().stdin.take().unwrap().write_all(bytes).unwrap();
     }
 
     pub fn start_with(&mut self, arguments: &[&str]) {
-        let child = Command::new(env!("CARGO_BIN_EXE_roost-vmm"))
-            .args(arguments)
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .stderr(File::create(self.path("stderr")).unwrap())
-            .spawn()
-            .unwrap();
-        self.child = Some(child);
+        self.child = Some(self.command_with(arguments).spawn().unwrap());
+    }
+
+    fn command_with(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(&self.program);
+        let stderr = File::create(self.path("stderr")).unwrap();
+        command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
+        command
     }
 
     pub fn pid(&self) -> u32 {
@@ -160,8 +170,9 @@ impl Machine {
 
     /// Waits for the process to end.
     pub fn wait(&mut self) -> Ended {
-        let mut child = self.child.take().unwrap();
+        let child = self.child.as_mut().unwrap();
         let status = wait_for("the monitor's end", || child.try_wait().unwrap());
+        self.child = None;
         let mut stderr = String::new();
         File::open(self.path("stderr")).unwrap().read_to_string(&mut stderr).unwrap();
         let events = std::fs::read_to_string(self.path("status")).unwrap_or_default();
@@ -175,7 +186,7 @@ impl Machine {
 
     /// Starts it and waits for its end.
     pub fn run(&mut self) -> Ended {
-        self.start(&[]);
+        self.start::<&str>(&[]);
         self.wait()
     }
 }

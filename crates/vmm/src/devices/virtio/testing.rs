@@ -30,7 +30,7 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(size: u16) -> Self {
-        let memory = memory::create(4, false).unwrap();
+        let memory = memory::create(4).unwrap();
         Self { memory, size, next_descriptor: 0, available: 0, next_buffer: BUFFERS }
     }
 

@@ -29,6 +29,16 @@ pub trait Backend: Send {
     /// # Errors
     /// The host's error.
     fn write(&self, offset: u64, source: &[VolatileSlice<'_>]) -> io::Result<()>;
+    /// Forgets a range inside the disk, as far as the host can: what is read there afterwards is not promised.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn discard(&mut self, offset: u64, length: u64) -> io::Result<()>;
+    /// Makes a range inside the disk read as zeroes; `unmap` gives its space back where the host can.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn write_zeroes(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()>;
     /// Puts everything written on stable storage.
     ///
     /// # Errors
@@ -88,9 +98,29 @@ impl Backend for Image {
         self.0.writev(vector, offset)
     }
 
+    fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
+        supported(self.0.discard_to_any(offset, length)).map(drop)
+    }
+
+    fn write_zeroes(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        if unmap && supported(self.0.discard_to_zero(offset, length))? {
+            return Ok(());
+        }
+        self.0.write_zeroes(offset, length)
+    }
+
     fn flush(&self) -> io::Result<()> {
         self.0.flush()?;
         self.0.sync()
+    }
+}
+
+/// Not every file system and format can make holes.
+fn supported(result: io::Result<()>) -> io::Result<bool> {
+    match result {
+        Ok(()) => Ok(true),
+        Err(error) if error.kind() == io::ErrorKind::Unsupported => Ok(false),
+        Err(error) => Err(error),
     }
 }
 

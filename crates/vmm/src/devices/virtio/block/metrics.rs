@@ -13,6 +13,12 @@ pub struct Metrics {
     pub writes: u64,
     /// Bytes that the guest wrote.
     pub write_bytes: u64,
+    /// Discard requests.
+    pub discards: u64,
+    /// Requests to write zeroes.
+    pub zeroings: u64,
+    /// Bytes that the guest discarded or zeroed.
+    pub cleared_bytes: u64,
     /// Flush requests.
     pub flushes: u64,
     /// Requests that the guest formed badly, and those of kinds that the disk does not have.

@@ -3,12 +3,14 @@
 pub mod backend;
 pub mod metrics;
 pub mod queue;
+pub mod ranges;
 
 #[cfg(test)]
 mod tests;
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
+    VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
@@ -18,6 +20,8 @@ use metrics::Metrics;
 /// virtio device id of a disk.
 pub const KIND: u32 = 2;
 const QUEUE_SIZE: u16 = 256;
+/// Sectors: holes are made of whole blocks of the host's file system.
+const DISCARD_ALIGNMENT: u32 = 8;
 /// Data segments per request: the queue less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
 
@@ -48,8 +52,12 @@ impl VirtioDevice for Block {
     }
 
     fn features(&self) -> u64 {
-        let read_only = if self.read_only { 1 << VIRTIO_BLK_F_RO } else { 0 };
-        read_only
+        let writing = if self.read_only {
+            1 << VIRTIO_BLK_F_RO
+        } else {
+            1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
+        };
+        writing
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
@@ -61,13 +69,25 @@ impl VirtioDevice for Block {
         &[QUEUE_SIZE]
     }
 
-    /// virtio 1.2, 5.2.4: capacity, size_max, seg_max, geometry, blk_size.
+    /// virtio 1.2, 5.2.4.
     fn config(&self) -> Vec<u8> {
         let mut config = (self.backend.size() / queue::SECTOR).to_le_bytes().to_vec();
         config.extend(0_u32.to_le_bytes());
         config.extend(SEG_MAX.to_le_bytes());
+        // Geometry (none), block size, topology (none), writeback, queues.
         config.extend([0; 4]);
         config.extend(512_u32.to_le_bytes());
+        config.extend([0; 12]);
+        let limits = [
+            ranges::MAX_DISCARD_SECTORS,
+            ranges::MAX_DISCARD_RANGES,
+            DISCARD_ALIGNMENT,
+            ranges::MAX_ZERO_SECTORS,
+            ranges::MAX_ZERO_RANGES,
+            // write_zeroes_may_unmap, and three bytes of padding.
+            1,
+        ];
+        limits.iter().for_each(|limit| config.extend(limit.to_le_bytes()));
         config
     }
 
@@ -83,13 +103,13 @@ impl VirtioDevice for Block {
     fn queue_event(&mut self, index: usize) -> bool {
         let Some(active) = &mut self.active else { return false };
         let Some(queue) = active.queues.get_mut(index) else { return false };
-        let disk = queue::Disk {
-            backend: self.backend.as_ref(),
+        let mut disk = queue::Disk {
+            backend: self.backend.as_mut(),
             read_only: self.read_only,
             write_through: active.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
             id: &self.id,
         };
-        match queue::process(queue, &active.memory, &disk, &mut self.metrics) {
+        match queue::process(queue, &active.memory, &mut disk, &mut self.metrics) {
             Ok(turn) => {
                 if turn.interrupt {
                     active.interrupt.used();

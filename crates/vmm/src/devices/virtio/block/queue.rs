@@ -1,13 +1,15 @@
 //! Block requests (virtio 1.2, 5.2.6): memory and a queue in, completions out. No descriptors, no events.
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_FLUSH,
-    VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT,
+    VIRTIO_BLK_ID_BYTES, VIRTIO_BLK_S_IOERR, VIRTIO_BLK_S_OK, VIRTIO_BLK_S_UNSUPP, VIRTIO_BLK_T_DISCARD,
+    VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::{DescriptorChain, Queue};
+use vm_memory::VolatileSlice;
 
 use super::backend::Backend;
 use super::metrics::Metrics;
+use super::ranges::{self, Kind};
 use crate::devices::virtio::queue::{Broken, Buffers, Turn, copy_in, copy_out, drain, length, split_at};
 use crate::memory::Memory;
 
@@ -21,7 +23,7 @@ pub const MAX_REQUEST: u64 = 32 << 20;
 /// What a disk does beyond its image.
 pub struct Disk<'a> {
     /// The image.
-    pub backend: &'a dyn Backend,
+    pub backend: &'a mut dyn Backend,
     /// The guest may not write.
     pub read_only: bool,
     /// The guest has no FLUSH, so each write must be stable before it is acknowledged (virtio 1.2, 5.2.6.2).
@@ -37,14 +39,19 @@ pub struct Disk<'a> {
 pub fn process(
     queue: &mut Queue,
     memory: &Memory,
-    disk: &Disk<'_>,
+    disk: &mut Disk<'_>,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
     drain(queue, memory, |chain| request(memory, chain, disk, metrics))
 }
 
 /// Does one request; returns how many bytes were written into the chain.
-fn request(memory: &Memory, chain: DescriptorChain<&Memory>, disk: &Disk<'_>, metrics: &mut Metrics) -> u32 {
+fn request(
+    memory: &Memory,
+    chain: DescriptorChain<&Memory>,
+    disk: &mut Disk<'_>,
+    metrics: &mut Metrics,
+) -> u32 {
     let Ok(buffers) = Buffers::new(memory, chain, MAX_REQUEST) else {
         metrics.refused += 1;
         return 0;
@@ -99,6 +106,8 @@ fn request(memory: &Memory, chain: DescriptorChain<&Memory>, disk: &Disk<'_>, me
                 _ => refused(metrics, VIRTIO_BLK_S_IOERR),
             }
         }
+        VIRTIO_BLK_T_DISCARD => clear(disk, Kind::Discard, &source, metrics),
+        VIRTIO_BLK_T_WRITE_ZEROES => clear(disk, Kind::Zero, &source, metrics),
         VIRTIO_BLK_T_FLUSH => match disk.backend.flush() {
             Ok(()) => {
                 metrics.flushes += 1;
@@ -118,6 +127,35 @@ fn request(memory: &Memory, chain: DescriptorChain<&Memory>, disk: &Disk<'_>, me
     };
     let _ = copy_in(&status_slice, &[u8::try_from(status).unwrap_or(u8::MAX)]);
     u32::try_from(written + 1).unwrap_or(u32::MAX)
+}
+
+/// Discards or zeroes the ranges that a request lists.
+fn clear(disk: &mut Disk<'_>, kind: Kind, source: &[VolatileSlice<'_>], metrics: &mut Metrics) -> (u32, u64) {
+    let mut bytes = vec![0; ranges::BYTES * (ranges::MAX_DISCARD_RANGES as usize + 1)];
+    // A longer list is one that is too long, too.
+    let count = copy_out(source, &mut bytes);
+    let ranges = match ranges::parse(kind, &bytes[..count], disk.backend.size()) {
+        Ok(_) if disk.read_only => return refused(metrics, VIRTIO_BLK_S_IOERR),
+        Ok(ranges) => ranges,
+        Err(status) => return refused(metrics, status),
+    };
+    for range in ranges {
+        let result = match kind {
+            Kind::Discard => disk.backend.discard(range.offset, range.length),
+            Kind::Zero => disk.backend.write_zeroes(range.offset, range.length, range.unmap),
+        };
+        let stable = disk.write_through && kind == Kind::Zero;
+        let result = if stable { result.and_then(|()| disk.backend.flush()) } else { result };
+        if let Err(error) = result {
+            return failed(metrics, disk.id, "clearing", range.offset, &error);
+        }
+        metrics.cleared_bytes += range.length;
+    }
+    match kind {
+        Kind::Discard => metrics.discards += 1,
+        Kind::Zero => metrics.zeroings += 1,
+    }
+    (VIRTIO_BLK_S_OK, 0)
 }
 
 /// The byte offset of a request that is whole sectors and lies inside the disk.

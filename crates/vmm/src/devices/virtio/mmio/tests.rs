@@ -66,7 +66,7 @@ impl Guest {
         let bells = vec![event(), event()];
         let theirs = bells.iter().map(|bell| bell.try_clone().unwrap()).collect();
         let interrupt = Arc::new(Interrupt::new(event()));
-        let memory = crate::memory::create(2, false).unwrap();
+        let memory = crate::memory::create(2).unwrap();
         let transport = Transport::new(device, memory, Arc::clone(&interrupt), theirs);
         Self { transport, log, bells, interrupt }
     }

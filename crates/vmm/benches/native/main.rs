@@ -1,0 +1,75 @@
+//! What a monitor costs the host before its guest does anything, measured natively on /dev/kvm, where that is a real
+//! figure on any machine. QEMU's microvm runs beside ours in the same run. `scripts/bench` runs this.
+//!
+//! | module | what it measures |
+//! |---|---|
+//! | [`start`] | fork → first KVM_RUN, and memory there; both of the same processes |
+//! | [`density`] | VMs started and held, and what each costs |
+//! | [`devices`] | memory after a guest has used a disk and an interface |
+//! | [`calls`] | how long API calls take |
+
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+#[path = "../../tests/common/mod.rs"]
+mod common;
+
+mod calls;
+mod density;
+mod devices;
+mod monitors;
+mod report;
+mod start;
+
+use std::path::PathBuf;
+
+use clap::{Parser, ValueEnum};
+use monitors::Bench;
+use report::Report;
+
+#[derive(Parser)]
+#[command(about = "Measures the monitor natively, beside QEMU's microvm.")]
+struct Options {
+    /// An ELF kernel with a PVH entry; one of the size and shape of the `fast` kernel is made when left out.
+    #[arg(long)]
+    kernel: Option<PathBuf>,
+    /// The monitor.
+    #[arg(long, default_value = env!("CARGO_BIN_EXE_roost-vmm"))]
+    monitor: PathBuf,
+    /// QEMU; left out when it is not there.
+    #[arg(long, default_value = "qemu-system-x86_64")]
+    qemu: PathBuf,
+    /// Times that each start and each call is measured.
+    #[arg(long, default_value_t = 10)]
+    runs: usize,
+    /// VMs that are held at the same time.
+    #[arg(long, default_value_t = 200)]
+    held: usize,
+    #[arg(long, value_enum, default_value_t)]
+    output: Output,
+    /// Cargo adds this to every benchmark.
+    #[arg(long, hide = true)]
+    bench: bool,
+}
+
+#[derive(Clone, Copy, Default, ValueEnum)]
+enum Output {
+    #[default]
+    Table,
+    Json,
+}
+
+fn main() {
+    let options = Options::parse();
+    let bench = Bench::new(&options.monitor, &options.qemu, options.kernel.as_deref()).unwrap();
+    let mut report = Report::new(&bench, options.runs);
+    start::measure(&bench, options.runs, &mut report);
+    devices::measure(&bench, options.runs, &mut report);
+    density::measure(&bench, options.held, &mut report);
+    calls::measure(&bench, options.runs, &mut report);
+    report.size(&options.monitor);
+    report.finish();
+    match options.output {
+        Output::Table => print!("{report}"),
+        Output::Json => println!("{}", report.json()),
+    }
+}

@@ -1,0 +1,189 @@
+//! The command line. By hand: a parser for every taste costs each instance's process more memory than its devices do.
+
+use std::path::PathBuf;
+
+/// What is to be done.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Command {
+    /// Run a machine.
+    Run(Run),
+    /// Measure what KVM can do.
+    Probe {
+        /// Print JSON.
+        json: bool,
+    },
+    /// Print this text and do nothing.
+    Say(String),
+}
+
+/// How a machine is run.
+#[derive(Debug, Default, PartialEq, Eq)]
+pub struct Run {
+    /// The configuration file.
+    pub config: Option<PathBuf>,
+    /// The configuration's descriptor.
+    pub config_fd: Option<i32>,
+    /// `NAME=N` of each handed descriptor.
+    pub fds: Vec<String>,
+    /// Where the API's socket is made.
+    pub api_sock: Option<PathBuf>,
+    /// The API's listening socket.
+    pub api_fd: Option<i32>,
+    /// Wait for InstanceStart.
+    pub hold: bool,
+    /// The instance's name.
+    pub id: Option<String>,
+}
+
+const HELP: &str = "\
+Runs one virtual machine with KVM.
+
+Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
+       roost-vmm probe [--json]    Measures what this host's KVM can do with small guests, for `roost doctor`:
+                                   exit code 0 when Linux guests run here, 3 when they do not
+       roost-vmm --help | --version
+
+Options of run:
+  --config PATH     The configuration, a JSON file in the shape of Firecracker's
+  --config-fd N     The configuration, from an open descriptor
+  --fd NAME=N       Hands over an open descriptor under a name that the configuration uses. `kvm` is /dev/kvm
+  --api-sock PATH   Serves the API on a unix socket made at this path
+  --api-fd N        Serves the API on an open, listening unix socket
+  --hold            Builds everything and locks down, then waits for InstanceStart instead of starting at once
+  --id TEXT         Names the instance in messages and in `GET /` [default: anonymous]
+
+Exit codes of run:
+  0  the guest powered itself off
+  1  a fault in the monitor itself
+  2  wrong command line or configuration; nothing was started
+  3  KVM is missing, forbidden, or refused a call
+  4  the guest crashed (registers and instruction bytes are on stderr)
+  5  a file, tap, socket or other host object failed
+  6  a thread made a forbidden system call
+  7  ended by ForceStop, SIGTERM or SIGINT
+  8  the guest reset itself and \"on_reset\" is \"exit\"
+";
+
+/// Parses the arguments behind the program's name.
+///
+/// # Errors
+/// A sentence that names the argument.
+pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, String> {
+    let mut arguments = arguments.into_iter();
+    match arguments.next().as_deref() {
+        Some("run") => parse_run(arguments),
+        Some("probe") => match (arguments.next().as_deref(), arguments.next()) {
+            (None, _) => Ok(Command::Probe { json: false }),
+            (Some("--json"), None) => Ok(Command::Probe { json: true }),
+            (Some("-h" | "--help"), _) => Ok(Command::Say(HELP.to_owned())),
+            (Some(other), _) => Err(format!("probe takes --json, not {other:?}")),
+        },
+        Some("-h" | "--help" | "help") => Ok(Command::Say(HELP.to_owned())),
+        Some("-V" | "--version") => {
+            Ok(Command::Say(concat!("roost-vmm ", env!("CARGO_PKG_VERSION"), "\n").to_owned()))
+        }
+        Some(other) => Err(format!("there is no command {other:?}; run, probe and --help are there")),
+        None => Err("what should be done? run, probe and --help are there".to_owned()),
+    }
+}
+
+fn parse_run(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
+    let mut run = Run::default();
+    while let Some(argument) = arguments.next() {
+        let (name, attached) = match argument.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (argument.as_str(), None),
+        };
+        match name {
+            "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
+            "--hold" if attached.is_none() => {
+                run.hold = true;
+                continue;
+            }
+            "--config" | "--config-fd" | "--fd" | "--api-sock" | "--api-fd" | "--id" => {}
+            _ => return Err(format!("run has no option {argument:?}; see roost-vmm --help")),
+        }
+        let value = attached.or_else(|| arguments.next()).ok_or_else(|| format!("{name} needs a value"))?;
+        match name {
+            "--config" => once(name, &mut run.config, value.into())?,
+            "--config-fd" => once(name, &mut run.config_fd, number(name, &value)?)?,
+            "--api-sock" => once(name, &mut run.api_sock, value.into())?,
+            "--api-fd" => once(name, &mut run.api_fd, number(name, &value)?)?,
+            "--id" => once(name, &mut run.id, value)?,
+            _ => run.fds.push(value),
+        }
+    }
+    if run.config.is_some() && run.config_fd.is_some() {
+        return Err("--config and --config-fd are both there".to_owned());
+    }
+    if run.api_sock.is_some() && run.api_fd.is_some() {
+        return Err("--api-sock and --api-fd are both there".to_owned());
+    }
+    Ok(Command::Run(run))
+}
+
+fn once<T>(name: &str, place: &mut Option<T>, value: T) -> Result<(), String> {
+    if place.replace(value).is_some() { Err(format!("{name} is there twice")) } else { Ok(()) }
+}
+
+fn number(name: &str, value: &str) -> Result<i32, String> {
+    value.parse().map_err(|_| format!("{name} {value:?} is no number of a descriptor"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parsed(line: &str) -> Result<Command, String> {
+        parse(line.split_whitespace().map(str::to_owned))
+    }
+
+    #[test]
+    fn options_are_taken_in_both_forms() {
+        let Ok(Command::Run(run)) = parsed("run --config=a --fd kvm=5 --fd=tap=6 --api-fd 7 --hold --id x=y")
+        else {
+            panic!("not taken")
+        };
+        let expected = Run {
+            config: Some("a".into()),
+            fds: vec!["kvm=5".into(), "tap=6".into()],
+            api_fd: Some(7),
+            hold: true,
+            id: Some("x=y".into()),
+            ..Run::default()
+        };
+        assert_eq!(run, expected);
+        assert_eq!(parsed("probe --json"), Ok(Command::Probe { json: true }));
+        assert_eq!(parsed("run"), Ok(Command::Run(Run::default())));
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        for (line, word) in [
+            ("", "what"),
+            ("walk", "walk"),
+            ("run --fast", "--fast"),
+            ("run kernel", "kernel"),
+            ("run --hold=yes", "--hold=yes"),
+            ("run --config", "--config needs"),
+            ("run --config a --config b", "twice"),
+            ("run --config a --config-fd 3", "both"),
+            ("run --api-sock a --api-fd 3", "both"),
+            ("run --api-fd three", "three"),
+            ("probe --yaml", "--yaml"),
+        ] {
+            let why = parsed(line).unwrap_err();
+            assert!(why.contains(word), "{line:?} gave {why:?}");
+        }
+    }
+
+    #[test]
+    fn help_names_every_exit_code() {
+        for line in ["--help", "run --help", "probe -h", "run --hold -h"] {
+            let Ok(Command::Say(text)) = parsed(line) else { panic!("{line}") };
+            for code in crate::exit::ExitCode::ALL {
+                assert!(text.contains(&format!("\n  {}  ", code.code())), "{code:?}");
+            }
+        }
+    }
+}

@@ -1,0 +1,68 @@
+//! Machines that more than one test uses.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use serde_json::json;
+
+use super::virtio::{Device, NEXT, Ring, WRITE, block, block_request};
+use super::{Code, Machine, disk, footprint};
+
+/// Their memory, MiB.
+pub const MEMORY_MIB: u64 = 128;
+/// What the guest prints when it has used its devices.
+pub const UP: &str = "up";
+
+/// Disk requests that the guest makes, and their size.
+const REQUESTS: u16 = 32;
+const REQUEST_BYTES: u32 = 64 * 1024;
+const FRAME: u32 = 12 + 60;
+
+/// A guest that reads and writes its disk, sends and takes packets, says so, and halts.
+pub fn with_disk_and_interface() -> Machine {
+    let disk_queue = Ring { queue: 0, size: 8, base: 0x20_0000 };
+    let receive = Ring { queue: 0, size: 8, base: 0x30_0000 };
+    let transmit = Ring { queue: 1, size: 8, base: 0x40_0000 };
+    let (buffer, packets, frame) = (0x50_0000, 0x60_0000_u32, 0x70_0000);
+    let (block, net) = (Device(0), Device(1));
+
+    let mut code = block.go(block.queue(block.negotiate(Code::default(), 0), disk_queue));
+    for index in 0..REQUESTS {
+        let kind = if index % 2 == 0 { block::IN } else { block::OUT };
+        let sector = u64::from(index) * u64::from(REQUEST_BYTES / 512);
+        code = block_request(code, disk_queue, index, kind, sector, buffer, REQUEST_BYTES);
+    }
+    code = block_request(code, disk_queue, REQUESTS, block::FLUSH, 0, 0, 0);
+
+    code = net.queue(net.queue(net.negotiate(code, 0), receive), transmit);
+    for n in 0..receive.size {
+        code = receive.descriptor(code, n, u64::from(packets + 0x1000 * u32::from(n)), 2048, WRITE, 0);
+        code = receive.offer(code, n, n);
+    }
+    // Broadcast, from nobody in particular, of a type that nobody listens to.
+    code = code.store(frame + 12, u32::MAX).store(frame + 16, 0x0002_ffff).store(frame + 24, 0xb588);
+    code = transmit.descriptor(net.go(code), 0, frame.into(), 12, NEXT, 1);
+    code = transmit.descriptor(code, 1, u64::from(frame) + 12, FRAME - 12, 0, 0);
+    for index in 0..4 {
+        code = net.notify(transmit.offer(code, index, 0), transmit.queue);
+        code = code.wait16(transmit.used_index(), index + 1);
+    }
+    // cli; hlt; jmp back to hlt
+    let code = code.print(UP).bytes(&[0xfa, 0xf4, 0xeb, 0xfd]);
+
+    let mut machine = Machine::new(&code);
+    footprint::settle(&machine.program);
+    disk(&machine.path("disk"), 8 << 20);
+    machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
+    machine.config["drives"] =
+        json!([{ "drive_id": "root", "path_on_host": machine.text("disk"), "is_root_device": true }]);
+    machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
+    machine
+}
+
+/// Hands the tap over.
+pub fn tap_argument(tap: &File) -> Vec<String> {
+    // SAFETY: clears the close-on-exec flag of an open descriptor, so that the monitor inherits it.
+    unsafe { libc::fcntl(tap.as_raw_fd(), libc::F_SETFD, 0) };
+    vec!["--fd".to_owned(), format!("tap={}", tap.as_raw_fd())]
+}

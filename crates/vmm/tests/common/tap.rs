@@ -1,0 +1,44 @@
+//! A tap in a network namespace of its own, made as the agent makes one and handed over as a descriptor.
+
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
+/// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
+const FLAGS: libc::c_short = 2 | 0x1000 | 0x4000;
+
+/// A tap whose interface is up. The namespace lives as long as the descriptor. `None` (said aloud) without root.
+pub fn create() -> Option<File> {
+    // SAFETY: asks for a number.
+    if unsafe { libc::geteuid() } != 0 {
+        eprintln!("NOT RUN: a tap needs root");
+        return None;
+    }
+    // The namespace is that of one thread, which ends.
+    Some(std::thread::spawn(make).join().unwrap().unwrap())
+}
+
+fn make() -> io::Result<File> {
+    let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
+    // SAFETY: moves this thread alone into a fresh network namespace.
+    check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
+    let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
+    // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
+        *target = byte.cast_signed();
+    }
+    request.ifr_ifru.ifru_flags = FLAGS;
+    // SAFETY: TUNSETIFF reads the ifreq that it is given.
+    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
+    // SAFETY: makes a socket.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    check(socket)?;
+    // SAFETY: the call above made it, and nothing else owns it.
+    let socket = unsafe { OwnedFd::from_raw_fd(socket) };
+    request.ifr_ifru.ifru_flags = libc::IFF_UP as libc::c_short;
+    // SAFETY: SIOCSIFFLAGS reads the ifreq that it is given.
+    check(unsafe { libc::ioctl(socket.as_raw_fd(), libc::SIOCSIFFLAGS as libc::Ioctl, &raw const request) })?;
+    Ok(tap)
+}

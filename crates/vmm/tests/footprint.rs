@@ -1,0 +1,38 @@
+//! What a machine costs the host beyond its guest's memory: the limits of docs/performance.md, held here.
+
+mod common;
+
+use common::hold::Held;
+use common::machines::{self, MEMORY_MIB};
+use common::{Code, DEADLINE, Machine, footprint, tap, wait_for};
+use serde_json::json;
+
+#[test]
+fn up_to_the_first_instruction_a_machine_costs_280_kib() {
+    let machine = {
+        let mut machine = Machine::new(&Code::default().power_off());
+        machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
+        machine
+    };
+    footprint::settle(&machine.program);
+    let held = Held::start(&mut machine.command::<&str>(&[]), DEADLINE).unwrap();
+    let cost = footprint::of(held.pid(), MEMORY_MIB).unwrap();
+    assert!(cost.private_dirty_kib <= 280, "{cost:?}");
+    // The monitor has put a few pages of tables into the guest, and nothing else has been touched.
+    assert!((1..=512).contains(&cost.guest_rss_kib), "{cost:?}");
+}
+
+#[test]
+fn with_a_disk_and_an_interface_in_use_it_costs_3_mib() {
+    let Some(tap) = tap::create() else { return };
+    let mut machine = machines::with_disk_and_interface();
+    machine.start(&machines::tap_argument(&tap));
+    wait_for("the guest", || machine.console().contains(machines::UP).then_some(()));
+    let cost = footprint::of(machine.pid(), MEMORY_MIB).unwrap();
+    assert!(cost.private_dirty_kib <= 3 * 1024, "{cost:?}");
+    let metrics = machine.client().metrics().unwrap();
+    let devices = &metrics["devices"];
+    assert_eq!(devices["root"]["reads"], json!(16), "{metrics}");
+    assert_eq!(devices["root"]["writes"], json!(16), "{metrics}");
+    assert_eq!(devices["eth0"]["tx_packets"], json!(4), "{metrics}");
+}

@@ -1,0 +1,405 @@
+//! Guests that attack their devices. After each attack the guest resets what it attacked and uses it as a good driver
+//! would: the monitor must not hang, crash, or lose the device, and nothing outside of what was asked may change.
+//!
+//! The same devices see arbitrary queues in the property tests beside them; here the attacks go the whole way, through
+//! KVM, the registers, the bells and the device thread.
+
+// Tests build bytes out of numbers whose size they know.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use common::virtio::{
+    Device, INDIRECT, NEXT, Ring, WINDOW, WINDOW_SIZE, WRITE, block, block_header, block_request, register,
+};
+use common::{Code, Ended, Machine, RESET, SLEEP_CONTROL, disk, tap};
+use serde_json::json;
+
+const MEMORY_MIB: u64 = 16;
+const MEMORY_END: u64 = MEMORY_MIB << 20;
+/// Devices in the order of their windows.
+const DISK: Device = Device(0);
+const NET: Device = Device(1);
+const ENTROPY: Device = Device(2);
+/// Looks that a device is given to answer to an attack, which it mostly does not.
+const LOOKS: u32 = 2_000;
+const BUFFER: u32 = 0x80_0000;
+const DISK_BYTES: u64 = 1 << 20;
+/// What a good driver writes there at the end.
+const WRITTEN: u32 = 0x600d_600d;
+/// Behind the used ring: no device may write there.
+const CANARY: u32 = 0x5afe_5afe;
+
+fn queue(queue: u32) -> Ring {
+    Ring { queue, size: 8, base: 0x20_0000 + 0x10_0000 * queue }
+}
+
+fn canary(ring: Ring) -> u32 {
+    ring.used() + 4 + 8 * u32::from(ring.size) + 4
+}
+
+/// Sets a device up with all its queues.
+fn set_up(code: Code, device: Device) -> Code {
+    let queues = if device.0 == NET.0 { 2 } else { 1 };
+    let code = (0..queues).fold(device.negotiate(code, 1 << 28), |code, n| {
+        let ring = queue(n);
+        // A queue starts with empty rings.
+        let code = code.store(ring.available(), 0).store(ring.used(), 0).store(canary(ring), CANARY);
+        device.queue(code, ring)
+    });
+    device.go(code)
+}
+
+/// Uses a device as a good driver does, and waits for it.
+fn use_well(code: Code, device: Device) -> Code {
+    let code = set_up(code, device);
+    match device.0 {
+        0 => {
+            let code = code.store(BUFFER, WRITTEN);
+            let code = block_request(code, queue(0), 0, block::OUT, 2, BUFFER, 512);
+            code.expect32(queue(0).base + 0xc010, 0)
+        }
+        1 => {
+            let ring = queue(1);
+            let code = ring.descriptor(code, 0, BUFFER.into(), 72, 0, 0);
+            device.notify(ring.offer(code, 0, 0), 1).wait16(ring.used_index(), 1)
+        }
+        _ => {
+            let ring = queue(0);
+            let code = ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0);
+            device.notify(ring.offer(code, 0, 0), 0).wait16(ring.used_index(), 1)
+        }
+    }
+}
+
+/// The machine with all devices. Without a tap the interface is left out, and the entropy device takes its place.
+fn machine(code: &Code) -> Machine {
+    let mut machine = Machine::new(code);
+    disk(&machine.path("disk"), DISK_BYTES);
+    machine.config["machine-config"] =
+        json!({ "vcpu_count": 1, "mem_size_mib": MEMORY_MIB, "on_reset": "exit" });
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
+    machine.config["entropy"] = json!({});
+    machine
+}
+
+/// Runs an attack on a device, then the good driver; returns how it ended.
+fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(Code) -> Code) -> Ended {
+    let code = attack(set_up(Code::default(), device));
+    let rings = if device.0 == NET.0 { 2 } else { 1 };
+    let code = (0..rings).fold(code, |code, n| code.expect32(canary(queue(n)), CANARY));
+    let code = use_well(code, device).print("alive").power_off();
+    let mut machine = machine(&code);
+    machine.start(&common::machines::tap_argument(tap));
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "alive"), "{name}: {}", ended.stderr);
+    assert!(!ended.stderr.contains("internal fault"), "{name}: {}", ended.stderr);
+    if device.0 == DISK.0 {
+        let mut expected = vec![0; DISK_BYTES as usize];
+        expected[1024..1028].copy_from_slice(&WRITTEN.to_le_bytes());
+        assert!(std::fs::read(machine.path("disk")).unwrap() == expected, "{name}: the disk was changed");
+    }
+    ended
+}
+
+/// The queue that an attack goes to, and whether its device writes into chains.
+fn targets() -> [(&'static str, Device, Ring, u16); 4] {
+    [
+        ("disk", DISK, queue(0), 0),
+        ("net, receive", NET, queue(0), WRITE),
+        ("net, transmit", NET, queue(1), 0),
+        ("entropy", ENTROPY, queue(0), WRITE),
+    ]
+}
+
+/// Makes one chain available, rings, and gives the device a while.
+fn submit(code: Code, device: Device, ring: Ring, head: u16) -> Code {
+    device.notify(ring.offer(code, 0, head), ring.queue).look16(ring.used_index(), 1, LOOKS)
+}
+
+#[test]
+fn descriptors_that_loop() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, flags) in targets() {
+        attack(&format!("{name}: to itself"), device, &tap, |code| {
+            submit(ring.descriptor(code, 0, BUFFER.into(), 16, NEXT | flags, 0), device, ring, 0)
+        });
+        attack(&format!("{name}: round and round"), device, &tap, |code| {
+            let code = (0..8)
+                .fold(code, |code, n| ring.descriptor(code, n, BUFFER.into(), 16, NEXT | flags, (n + 1) % 8));
+            submit(code, device, ring, 3)
+        });
+        attack(&format!("{name}: out of the table"), device, &tap, |code| {
+            submit(ring.descriptor(code, 0, BUFFER.into(), 16, NEXT | flags, 8000), device, ring, 0)
+        });
+        attack(&format!("{name}: a head out of the table"), device, &tap, |code| {
+            submit(code, device, ring, 0xffff)
+        });
+    }
+}
+
+#[test]
+fn indirect_tables_that_lie() {
+    let Some(tap) = tap::create() else { return };
+    let table = Ring { queue: 0, size: 8, base: 0x60_0000 };
+    for (name, device, ring, flags) in targets() {
+        for (what, address, length) in [
+            ("half a descriptor", u64::from(table.base), 8),
+            ("none", u64::from(table.base), 0),
+            ("endless", u64::from(table.base), u32::MAX),
+            ("outside of memory", MEMORY_END, 64),
+            ("across the end of memory", MEMORY_END - 16, 64),
+            ("at the end of the world", u64::MAX - 8, 64),
+            ("in the device's own registers", u64::from(WINDOW), 64),
+        ] {
+            attack(&format!("{name}: indirect, {what}"), device, &tap, |code| {
+                submit(ring.descriptor(code, 0, address, length, INDIRECT, 0), device, ring, 0)
+            });
+        }
+        attack(&format!("{name}: indirect within indirect"), device, &tap, |code| {
+            let code = table.descriptor(code, 0, table.base.into(), 64, INDIRECT | flags, 0);
+            submit(ring.descriptor(code, 0, table.base.into(), 64, INDIRECT, 0), device, ring, 0)
+        });
+        attack(&format!("{name}: an indirect table that loops"), device, &tap, |code| {
+            let code = table.descriptor(code, 0, BUFFER.into(), 16, NEXT | flags, 1);
+            let code = table.descriptor(code, 1, BUFFER.into(), 16, NEXT | flags, 0);
+            submit(ring.descriptor(code, 0, table.base.into(), 32, INDIRECT, 0), device, ring, 0)
+        });
+    }
+}
+
+#[test]
+fn buffers_of_wrong_lengths_and_outside_of_memory() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, flags) in targets() {
+        for (address, length) in [
+            (u64::from(BUFFER), 0),
+            (u64::from(BUFFER), 1),
+            (u64::from(BUFFER), u32::MAX),
+            (MEMORY_END - 8, 4096),
+            (MEMORY_END, 4096),
+            (0xbfff_fff0, 4096),
+            (u64::from(WINDOW), 4096),
+            (0x1_0000_0000, 4096),
+            (u64::MAX, 1),
+            (u64::MAX - 4095, 4096),
+        ] {
+            for direction in [flags, flags ^ WRITE] {
+                attack(&format!("{name}: {length:#x} at {address:#x}"), device, &tap, |code| {
+                    submit(ring.descriptor(code, 0, address, length, direction, 0), device, ring, 0)
+                });
+            }
+        }
+    }
+}
+
+#[test]
+fn block_requests_that_are_none() {
+    let Some(tap) = tap::create() else { return };
+    let ring = queue(0);
+    let header = 0x60_0000;
+    let ask = |name: &str, kind: u32, sector: u64, data: &[(u64, u32, u16)]| {
+        attack(name, DISK, &tap, |code| {
+            let code = block_header(code, header, kind, sector);
+            let code = ring.descriptor(code, 0, header.into(), 16, NEXT, 1);
+            let last = data.len() as u16;
+            let code = data.iter().zip(1..).fold(code, |code, ((address, length, flags), n)| {
+                let next = if n == last { 0 } else { NEXT };
+                ring.descriptor(code, n, *address, *length, flags | next, n + 1)
+            });
+            submit(code, DISK, ring, 0)
+        });
+    };
+    let status = (u64::from(header) + 64, 1, WRITE);
+    let sector = (u64::from(BUFFER), 512, 0);
+    let into = (u64::from(BUFFER), 512, WRITE);
+    ask("a write beyond the end", block::OUT, DISK_BYTES / 512, &[sector, status]);
+    ask("a write across the end", block::OUT, DISK_BYTES / 512 - 1, &[(BUFFER.into(), 1024, 0), status]);
+    ask("a write at the end of the world", block::OUT, u64::MAX, &[sector, status]);
+    ask("a write that wraps round", block::OUT, u64::MAX / 512, &[sector, status]);
+    ask("a write without a status", block::OUT, 0, &[sector]);
+    ask("a write of half a sector", block::OUT, 0, &[(BUFFER.into(), 100, 0), status]);
+    ask("a write behind its status", block::OUT, 0, &[status, sector]);
+    ask("a write from outside of memory", block::OUT, 0, &[(MEMORY_END, 512, 0), status]);
+    ask("a write half from outside", block::OUT, 0, &[sector, (MEMORY_END - 256, 512, 0), status]);
+    ask("a write with its status outside", block::OUT, 0, &[sector, (MEMORY_END, 1, WRITE)]);
+    ask("a read beyond the end", block::IN, DISK_BYTES / 512, &[into, status]);
+    ask("a read into itself", block::IN, 0, &[(queue(0).descriptors().into(), 512, WRITE), status]);
+    ask("a read over the available ring", block::IN, 0, &[(queue(0).available().into(), 512, WRITE), status]);
+    ask("a request of no kind", 0xffff_ffff, 0, &[into, status]);
+    ask("a flush with data", block::FLUSH, 7, &[sector, status]);
+}
+
+#[test]
+fn indices_that_jump() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, flags) in targets() {
+        for index in [9, 0x7fff, 0x8000, 0xfff8, 0xffff_u16] {
+            attack(&format!("{name}: available index {index:#x}"), device, &tap, |code| {
+                let code = ring.descriptor(code, 0, BUFFER.into(), 16, flags, 0);
+                device.notify(code.store16(ring.available() + 2, index), ring.queue).look16(
+                    ring.used_index(),
+                    index,
+                    LOOKS,
+                )
+            });
+        }
+        attack(&format!("{name}: the index goes back"), device, &tap, |code| {
+            let code = submit(ring.descriptor(code, 0, BUFFER.into(), 16, flags, 0), device, ring, 0);
+            let code = code.store16(ring.available() + 2, 0);
+            device.notify(code, ring.queue).look16(ring.used_index(), 2, LOOKS)
+        });
+    }
+}
+
+#[test]
+fn rings_that_are_nowhere() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, _) in targets() {
+        for offset in [register::DESCRIPTORS, register::AVAILABLE, register::USED] {
+            for (low, high) in
+                [(MEMORY_END as u32 - 4, 0), (MEMORY_END as u32, 0), (WINDOW, 0), (0, u32::MAX), (1, 0)]
+            {
+                attack(&format!("{name}: register {offset:#x} = {high:x}{low:08x}"), device, &tap, |code| {
+                    let code = device.queue(device.negotiate(code, 0), ring);
+                    let code = code.store(device.register(register::QUEUE_READY), 0);
+                    let code =
+                        code.store(device.register(offset), low).store(device.register(offset + 4), high);
+                    let code = device.go(code.store(device.register(register::QUEUE_READY), 1));
+                    submit(code, device, ring, 0)
+                });
+            }
+        }
+        for size in [0, 3, 0x8000, 0x1_0000] {
+            attack(&format!("{name}: queue size {size:#x}"), device, &tap, |code| {
+                let code =
+                    device.negotiate(code, 0).store(device.register(register::QUEUE_SELECT), ring.queue);
+                let code = code.store(device.register(register::QUEUE_SIZE), size);
+                submit(device.go(code.store(device.register(register::QUEUE_READY), 1)), device, ring, 0)
+            });
+        }
+    }
+}
+
+/// The device thread is in the middle of a request whenever the guest resets, reconfigures and rings again.
+#[test]
+fn resets_and_changes_while_requests_run() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, flags) in targets() {
+        attack(name, device, &tap, |code| {
+            let body = set_up(Code::default(), device);
+            let body = (0..8).fold(body, |code, n| {
+                ring.offer(ring.descriptor(code, n, BUFFER.into(), 4096, flags, 0), n, n)
+            });
+            let body = device.notify(body, ring.queue);
+            let body = body.store(device.register(register::QUEUE_SELECT), ring.queue);
+            let body = body.store(device.register(register::DESCRIPTORS), 0xffff_ffff);
+            let body = device.notify(body.store16(ring.available() + 2, 0x4000), ring.queue);
+            let body = body.store(device.register(register::STATUS), 0);
+            let body = device.notify(body, ring.queue).store(device.register(register::STATUS), 0x80);
+            code.times(300, &body).store(device.register(register::STATUS), 0)
+        });
+    }
+}
+
+/// Bells for queues that are there and for some that are not, acknowledgements of interrupts that never were.
+#[test]
+fn storms_of_bells_and_acknowledgements() {
+    let Some(tap) = tap::create() else { return };
+    for (name, device, ring, flags) in targets() {
+        attack(name, device, &tap, |code| {
+            let code = ring.descriptor(code, 0, BUFFER.into(), 16, flags, 0);
+            let body = [0, 1, 2, 255, 0xffff, u32::MAX]
+                .into_iter()
+                .fold(Code::default(), |code, queue| device.notify(code, queue));
+            let body = body.store(device.register(register::INTERRUPT_ACKNOWLEDGE), u32::MAX);
+            code.times(5_000, &body)
+        });
+    }
+}
+
+/// Ports, without the registers that end a machine: read and written in each width, one by one and as strings. All ports
+/// that a PC has devices at, and every thirteenth of the rest.
+#[test]
+fn a_sweep_over_the_ports() {
+    let Some(tap) = tap::create() else { return };
+    let ranges = [(0, SLEEP_CONTROL - 1, 1), (RESET + 1, 0xfff, 1), (0x1000, u16::MAX, 13_u32)];
+    let code = ranges.into_iter().fold(Code::default(), |code, (from, to, step)| {
+        // mov esi, FROM; again: mov edx, esi
+        let sweep = code.bytes(&[0xbe]).bytes(&u32::from(from).to_le_bytes()).bytes(&[0x89, 0xf2]);
+        // in al, dx; in ax, dx; in eax, dx; xor eax, eax; out dx, al; out dx, ax; out dx, eax
+        let sweep = sweep.bytes(&[0xec, 0x66, 0xed, 0xed, 0x31, 0xc0, 0xee, 0x66, 0xef, 0xef]);
+        // add esi, STEP; cmp esi, TO; jbe again
+        let sweep = sweep.bytes(&[0x81, 0xc6]).bytes(&step.to_le_bytes()).bytes(&[0x81, 0xfe]);
+        sweep.bytes(&u32::from(to).to_le_bytes()).bytes(&[0x76, 0xe6])
+    });
+    // rep insb and rep outsb, 8 KiB each, at ports with and without a device.
+    let code = [0x3f8, 0x3f9, 0x64, 0x600, 0x1234_u32].into_iter().fold(code, |code, port| {
+        let code = code.bytes(&[0xba]).bytes(&port.to_le_bytes()).address(BUFFER);
+        let code = code.bytes(&[0xb9, 0, 0x20, 0, 0, 0xf3, 0x6c]);
+        if matches!(port, 0x64 | 0x600) {
+            code
+        } else {
+            // mov esi, BUFFER; mov ecx, 0x2000; rep outsb
+            code.bytes(&[0xbe])
+                .bytes(&(BUFFER + 0x10_0000).to_le_bytes())
+                .bytes(&[0xb9, 0, 0x20, 0, 0, 0xf3, 0x6e])
+        }
+    });
+    let code = use_well(code, DISK).print("alive").power_off();
+    let mut machine = machine(&code);
+    machine.start(&common::machines::tap_argument(&tap));
+    let ended = machine.wait();
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert!(ended.console.ends_with("alive"), "{}", ended.stderr);
+}
+
+/// Registers in every width, at every offset, also across windows and where no device is.
+#[test]
+fn a_sweep_over_all_registers_in_all_widths() {
+    let Some(tap) = tap::create() else { return };
+    let windows = 4 * WINDOW_SIZE;
+    // mov edi, WINDOW; again: mov al, [rdi]; mov [rdi], al; mov ax, [rdi]; mov [rdi], ax; mov eax, [rdi]; mov [rdi], eax;
+    // mov rax, [rdi]; mov [rdi], rax; inc edi; cmp edi, END; jb again
+    let code = Code::default().address(WINDOW).bytes(&[
+        0x8a, 0x07, 0x88, 0x07, 0x66, 0x8b, 0x07, 0x66, 0x89, 0x07, 0x8b, 0x07, 0x89, 0x07, 0x48, 0x8b, 0x07,
+        0x48, 0x89, 0x07, 0xff, 0xc7, 0x81, 0xff,
+    ]);
+    let code = code.bytes(&(WINDOW + windows).to_le_bytes()).bytes(&[0x72, 0xe2]);
+    // Pages of the hole that belong to nobody, up to the IOAPIC: mov eax, [rdi]; mov [rdi], eax; add edi, 0x10ffc
+    let code = code.address(WINDOW + windows).bytes(&[0x8b, 0x07, 0x89, 0x07, 0x81, 0xc7]);
+    let code = code.bytes(&0x1_0ffc_u32.to_le_bytes()).bytes(&[0x81, 0xff]);
+    let code = code.bytes(&0xfec0_0000_u32.to_le_bytes()).bytes(&[0x72, 0xee]);
+    let code = [DISK, NET, ENTROPY].into_iter().fold(code, use_well).print("alive").power_off();
+    let mut machine = machine(&code);
+    machine.start(&common::machines::tap_argument(&tap));
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "alive"), "{}", ended.stderr);
+}
+
+/// The API answers while a guest does nothing but ring bells and print.
+#[test]
+fn a_storm_does_not_keep_the_api_waiting() {
+    let Some(tap) = tap::create() else { return };
+    let code = [DISK, NET, ENTROPY].into_iter().fold(Code::default(), set_up);
+    let storm = [DISK, NET, ENTROPY].into_iter().fold(Code::default(), |code, device| {
+        let code = device.notify(device.notify(code, 0), 1);
+        code.store(device.register(register::INTERRUPT_ACKNOWLEDGE), 3)
+    });
+    let storm = storm.print(".");
+    let back = -i32::try_from(storm.0.len() + 5).unwrap();
+    let code = code.bytes(&storm.0).bytes(&[0xe9]).bytes(&back.to_le_bytes());
+    let mut machine = machine(&code);
+    machine.start(&common::machines::tap_argument(&tap));
+    let client = machine.client().with_timeout(std::time::Duration::from_secs(5));
+    common::wait_for("the storm", || machine.console().contains("....").then_some(()));
+    for _ in 0..20 {
+        client.metrics().unwrap();
+        client.pause().unwrap();
+        client.resume().unwrap();
+    }
+    client.force_stop().unwrap();
+    let ended = machine.wait();
+    assert_eq!(ended.code, roost_vmm::exit::ExitCode::Killed.code(), "{}", ended.stderr);
+}

@@ -1,0 +1,151 @@
+//! Every line of the system-call filters is of use to some machine: machines run here with each of their calls watched,
+//! and what was allowed is compared with what was made.
+
+// Tests build bytes out of numbers whose size they know.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::collections::BTreeSet;
+use std::io::Write;
+use std::process::Stdio;
+
+use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
+use common::watch::{self, Call};
+use common::{Code, Ended, Machine, disk, machines, tap, wait_for};
+use roost_vmm::exit::ExitCode;
+use roost_vmm::seccomp::rules::{Kind, allowed};
+use serde_json::json;
+
+#[derive(Default)]
+struct Ledger {
+    calls: BTreeSet<(u8, u32, Call)>,
+}
+
+impl Ledger {
+    /// Runs a machine, does something with it, and notes its calls.
+    fn run(
+        &mut self,
+        machine: &mut Machine,
+        arguments: &[String],
+        meanwhile: impl FnOnce(&mut Machine),
+    ) -> Ended {
+        let mut command = machine.command(arguments);
+        command.stdin(Stdio::piped());
+        let (child, seen) = watch::start(&mut command);
+        machine.adopt(child);
+        meanwhile(machine);
+        let ended = machine.wait();
+        let seen = seen.join().unwrap();
+        self.calls.extend(seen.calls.into_iter().map(|(kind, call)| (kind, seen.pid, call)));
+        ended
+    }
+
+    fn has(&self, kind: Kind, number: i64, takes: impl Fn(&[u64; 6], u32) -> bool) -> bool {
+        self.calls.iter().any(|(of, pid, (call, arguments))| {
+            *of == kind as u8 && *call == number && takes(arguments, *pid)
+        })
+    }
+}
+
+/// A machine that does all that machines do: disk, interface, entropy, console both ways, a reset, a pause.
+fn busy_life(ledger: &mut Ledger) {
+    let Some(tap) = tap::create() else { return };
+    let mut machine = machines::with_disk_and_interface();
+    let arguments = machines::tap_argument(&tap);
+    ledger.run(&mut machine, &arguments, |machine| {
+        wait_for("the guest", || machine.console().contains(machines::UP).then_some(()));
+        let client = machine.client();
+        client.pause().unwrap();
+        client.resume().unwrap();
+        client.metrics().unwrap();
+        client.console_input(b"x").unwrap();
+        client.force_stop().unwrap();
+    });
+}
+
+fn reset(ledger: &mut Ledger) {
+    let mut machine = Machine::new(&Code::default().print("again").reset());
+    let ended = ledger.run(&mut machine, &[], |machine| {
+        wait_for("a second start", || (machine.console().len() >= 15).then_some(()));
+        machine.client().force_stop().unwrap();
+    });
+    assert_eq!(ended.code, ExitCode::Killed.code(), "{}", ended.stderr);
+}
+
+/// A kernel of many pages, which a reset maps again.
+fn reset_of_a_large_kernel(ledger: &mut Ledger) {
+    let mut machine = Machine::new(&Code::default());
+    let mut code = Code::default().print("again").reset().0;
+    code.resize(1 << 20, 0x90);
+    let kernel = common::elf::Kernel {
+        entry: 0x10_0000,
+        segments: vec![common::elf::Segment::at(0x10_0000, code)],
+        pvh_entry: None,
+    };
+    std::fs::write(machine.path("kernel"), kernel.image()).unwrap();
+    ledger.run(&mut machine, &[], |machine| {
+        wait_for("a second start", || (machine.console().len() >= 15).then_some(()));
+        machine.client().force_stop().unwrap();
+    });
+}
+
+fn crash(ledger: &mut Ledger) {
+    let ended = ledger.run(&mut Machine::new(&Code::default().bytes(&[0x0f, 0x0b])), &[], |_| ());
+    assert_eq!(ended.code, ExitCode::GuestCrash.code(), "{}", ended.stderr);
+}
+
+/// Console input that comes from a pipe and ends; random bytes.
+fn input_and_entropy(ledger: &mut Ledger) {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    let code = ring.offer(ring.descriptor(code, 0, 0x50_0000, 64, WRITE, 0), 0, 0);
+    let code = device.notify(code, 0).wait16(ring.used_index(), 1);
+    // wait: mov edx, 0x3fd; in al, dx; test al, 1; jz wait
+    let code = code.bytes(&[0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xf6]).power_off();
+    let mut machine = Machine::new(&code);
+    machine.config["entropy"] = json!({});
+    machine.config["serial"]["input"] = json!("stdin");
+    let ended = ledger.run(&mut machine, &[], |machine| machine.type_and_close(b"x"));
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+}
+
+/// Disks that are written and then flushed by the end of the machine.
+fn power_off_with_a_disk(ledger: &mut Ledger) {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    let code = block_request(code, ring, 0, block::OUT, 0, 0x50_0000, 4096);
+    let code = block_clear(code, ring, 1, block::DISCARD, 0, 8).power_off();
+    let mut machine = Machine::new(&code);
+    disk(&machine.path("disk"), 1 << 20);
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    let ended = ledger.run(&mut machine, &[], |_| ());
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+}
+
+#[test]
+fn every_allowed_call_is_made() {
+    let mut ledger = Ledger::default();
+    if tap::create().is_none() {
+        return;
+    }
+    busy_life(&mut ledger);
+    reset(&mut ledger);
+    reset_of_a_large_kernel(&mut ledger);
+    crash(&mut ledger);
+    input_and_entropy(&mut ledger);
+    power_off_with_a_disk(&mut ledger);
+
+    let mut useless = Vec::new();
+    let mut report = std::io::stderr().lock();
+    for kind in [Kind::Api, Kind::Devices, Kind::Vcpu] {
+        for line in allowed(kind) {
+            let made = ledger.has(kind, line.call, |arguments, pid| line.only.takes(arguments, pid));
+            let _ = writeln!(report, "{kind:?} {} {:?}: {}, made: {made}", line.call, line.only, line.why);
+            if !made && line.unseen.is_none() {
+                useless.push((kind, roost_vmm::seccomp::name(line.call), line.only, line.why));
+            }
+        }
+    }
+    assert!(useless.is_empty(), "allowed, but made by no machine: {useless:#?}");
+}
