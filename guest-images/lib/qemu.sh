@@ -1,6 +1,6 @@
 # QEMU for the virtual host: Debian's own build of a version whose emulated SVM keeps its guests whole, with the
 # libraries it was built against, in a folder of its own. Nothing of it is installed on this machine, and it runs on
-# any release. Why this version: docs/decisions/0009-qemu-of-its-own.md.
+# any release. Why this version: docs/decisions/0012-qemu-of-its-own.md.
 #
 #   qemu_folder   prints the folder; its program is qemu-system-x86_64
 #
