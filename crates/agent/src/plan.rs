@@ -6,7 +6,7 @@
 //!                    ▲                                                         │ monitor gone
 //!                    └── new incarnation ── rest(stopped) ◀── tear down ◀── end ┘
 //!                                                           (a reboot goes back to `start monitor` instead)
-//! wanted stopped:    power button → (grace) → kill → end → tear down → rest(stopped)
+//! wanted stopped:    power button, again and again → (grace) → kill → end → tear down → rest(stopped)
 //! wanted terminated: kill → end → tear down → remove disk → forget
 //! ```
 //! There is no state of its own: a crash anywhere is a pause, and the next look goes on from what is there.
@@ -45,7 +45,7 @@ pub enum Action {
     NoteReboot,
     /// Remember how the run ended.
     NoteEnded(Ended),
-    /// Press the guest's power button (once), then wait for it until the grace is over.
+    /// Press the guest's power button, now and then, until the grace is over.
     PowerOff,
     /// End every process of it.
     Kill,

@@ -17,6 +17,9 @@ use tokio::sync::{Notify, watch};
 pub struct Pace {
     /// From the power button to the kill.
     pub stop_grace: Duration,
+    /// How long until the power button is pressed again: a guest that is still booting does not hear it, and neither
+    /// the monitor nor the guest remembers that it was pressed.
+    pub press_again: Duration,
     /// How often a running guest is looked after.
     pub tick: Duration,
     /// First pause after a failure; doubles up to `retry_max`.
@@ -31,6 +34,7 @@ impl Default for Pace {
     fn default() -> Self {
         Self {
             stop_grace: Duration::from_secs(60),
+            press_again: Duration::from_secs(3),
             tick: Duration::from_millis(500),
             retry_first: Duration::from_millis(250),
             retry_max: Duration::from_secs(15),
@@ -81,13 +85,24 @@ impl Shared {
     }
 }
 
+/// That a guest has been asked to power off.
+#[derive(Debug, Clone, Copy)]
+struct Asked {
+    /// For the sake of what.
+    wanted: DesiredState,
+    /// Since when it has known, or could have.
+    since: Instant,
+    /// When its button was pressed last; none: the monitor has not taken it yet.
+    pressed: Option<Instant>,
+}
+
 /// The task of one instance.
 pub struct Task<H: Host> {
     host: Arc<H>,
     records: Records,
     shared: Shared,
     pace: Pace,
-    asked: Option<(DesiredState, Instant)>,
+    asked: Option<Asked>,
     saw_alive: bool,
     failures: u32,
     scan: Scan,
@@ -283,24 +298,27 @@ impl<H: Host> Task<H> {
     /// What the guest has been asked, given what is wanted now.
     fn power(&mut self, spec: &InstanceSpec, alive: bool) -> Power {
         // A stop that overtakes a reboot (or the other way round) asks anew; so does a new monitor.
-        if !alive || self.asked.is_some_and(|(wanted, _)| wanted != spec.desired) {
+        if !alive || self.asked.is_some_and(|asked| asked.wanted != spec.desired) {
             self.asked = None;
         }
         match self.asked {
             None => Power::NotAsked,
-            Some((_, at)) if at.elapsed() < self.pace.stop_grace => Power::Waiting,
+            Some(asked) if asked.since.elapsed() < self.pace.stop_grace => Power::Waiting,
             Some(_) => Power::Overdue,
         }
     }
 
     async fn power_off(&mut self, accepted: &Accepted) -> Result<Next> {
-        if self.asked.is_none() {
-            self.asked = Some((accepted.spec().desired, Instant::now()));
-            // A monitor that does not answer is killed when the grace is over.
+        let now = Instant::now();
+        let wanted = accepted.spec().desired;
+        let mut asked = *self.asked.get_or_insert(Asked { wanted, since: now, pressed: None });
+        if asked.pressed.is_none_or(|at| at.elapsed() >= self.pace.press_again) {
+            // A monitor that does not answer is asked again after the usual pause, and killed when the grace is over.
             self.host.press_power(accepted).await?;
+            asked.pressed = Some(now);
+            self.asked = Some(asked);
         }
-        let left =
-            self.asked.map_or(Duration::ZERO, |(_, at)| self.pace.stop_grace.saturating_sub(at.elapsed()));
+        let left = self.pace.stop_grace.saturating_sub(asked.since.elapsed()).min(self.pace.press_again);
         Ok(Next::Rest(left.max(Duration::from_millis(1))))
     }
 

@@ -269,11 +269,29 @@ async fn a_guest_that_ignores_its_power_button_is_killed_after_the_grace() {
     let id = launch.instance_id.clone();
     bench.want(launch.clone());
     bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
-    bench.shared.poke(&id, |machine| machine.ignores_power = true);
+    bench.shared.poke(&id, |machine| machine.deaf_to = u32::MAX);
     bench.want(next(&launch, |e| e.spec.desired = DesiredState::Stopped));
     let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
     assert!(seen.run_ended_age_us.is_some());
-    assert_eq!(bench.shared.world().machines[&id].power_presses, 1, "pressed once, not again and again");
+    let presses = bench.shared.world().machines[&id].power_presses;
+    // 400 ms of grace, pressed every 40 ms if nothing is late.
+    assert!((1..=10).contains(&presses), "pressed now and then, not all the time: {presses}");
+    assert!(bench.shared.world().log.iter().any(|line| line.ends_with(" kill")));
+}
+
+#[tokio::test]
+async fn a_power_button_that_was_pressed_too_early_is_pressed_again() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.poke(&id, |machine| machine.deaf_to = 1);
+    bench.want(next(&launch, |e| e.spec.desired = DesiredState::Stopped));
+    bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    let world = bench.shared.world();
+    assert_eq!(world.machines[&id].power_presses, 2);
+    assert!(!world.log.iter().any(|line| line.ends_with(" kill")), "it powered itself off: {:?}", world.log);
 }
 
 #[tokio::test]

@@ -31,7 +31,8 @@ pub struct Machine {
     /// How often vCPUs were let run, over all incarnations.
     pub runs: u32,
     pub power_presses: u32,
-    pub ignores_power: bool,
+    /// Presses of the power button that its guest does not hear.
+    pub deaf_to: u32,
     pub breaks_at_start: bool,
 }
 
@@ -271,7 +272,7 @@ impl Host for FakeHost {
         let at_ns = self.shared.now();
         self.operation("power", of, |machine| {
             machine.power_presses += 1;
-            if !machine.ignores_power && machine.monitor_alive {
+            if machine.power_presses > machine.deaf_to && machine.monitor_alive {
                 machine.monitor_alive = false;
                 machine.word =
                     Some(LastWord { at_ns, reason: ExitReason::PowerOff, message: "powered off".into() });
@@ -359,7 +360,8 @@ impl Bench {
 
     pub fn pace() -> Pace {
         Pace {
-            stop_grace: Duration::from_millis(150),
+            stop_grace: Duration::from_millis(400),
+            press_again: Duration::from_millis(40),
             tick: Duration::from_millis(5),
             retry_first: Duration::from_millis(2),
             retry_max: Duration::from_millis(20),
