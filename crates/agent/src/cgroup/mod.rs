@@ -11,29 +11,30 @@
 //! ```
 //! Every value is read back. A missing controller or a value that did not take is final: the instance is not started.
 
+mod files;
+mod limits;
+mod scope;
+mod threads;
+
+pub use scope::end as end_scope;
+
 use crate::error::{Error, Result};
 use crate::names::Folders;
+use files::{CLEARING, enable, field, is_cgroup2, make, read, remove_tree};
+use limits::{Limit, limits, same};
 use nix::libc;
 use roost_types::agent::InstanceSpec;
 use roost_types::ids::InstanceId;
 use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
+use threads::{is_kernel_thread, vcpu_threads};
 
-/// Period of `cpu.max`, microseconds.
-pub const PERIOD_US: u64 = 100_000;
 /// Controllers that instances need.
 const CONTROLLERS: [&str; 4] = ["cpu", "cpuset", "memory", "pids"];
-/// CPU beside the vCPUs' that a monitor's device and API threads may take, in milli-CPUs.
-const IO_MILLI: u64 = 1000;
-/// Threads beside the vCPUs'.
-const IO_THREADS: u64 = 16;
 /// Leaf of the root for processes that were found in it.
 const KEEP: &str = "keep";
-/// How long the kernel may take to clear a killed cgroup.
-const CLEARING: Duration = Duration::from_secs(10);
 
 /// The cgroups of one host.
 #[derive(Debug, Clone)]
@@ -41,33 +42,6 @@ pub struct Cgroups {
     root: PathBuf,
     /// A folder that only looks like a cgroup (tests on hosts without v2): values are files, and nothing is enforced.
     pretend: bool,
-}
-
-/// One file and what it must hold.
-#[derive(Debug, Clone, PartialEq, Eq)]
-struct Limit {
-    file: &'static str,
-    value: String,
-}
-
-/// The limits of an instance and of its `vcpu` child: pure.
-fn limits(spec: &InstanceSpec, overhead_mib: u64) -> (Vec<Limit>, Vec<Limit>) {
-    let limit = |file, value: String| Limit { file, value };
-    let quota = |milli: u64| {
-        // 1 ms is the least that the kernel takes.
-        format!("{} {PERIOD_US}", (milli * PERIOD_US / 1000).max(1000))
-    };
-    let vcpu = u64::from(spec.cpu.max_milli);
-    let memory = (spec.memory_mib + overhead_mib) << 20;
-    let instance = vec![
-        limit("memory.max", memory.to_string()),
-        limit("memory.swap.max", "0".into()),
-        limit("memory.oom.group", "1".into()),
-        limit("pids.max", (u64::from(spec.cpu.vcpus) + IO_THREADS).to_string()),
-        limit("cpu.weight", spec.cpu.weight.to_string()),
-        limit("cpu.max", quota(vcpu + IO_MILLI)),
-    ];
-    (instance, vec![limit("cpu.max", quota(vcpu))])
 }
 
 impl Cgroups {
@@ -79,7 +53,7 @@ impl Cgroups {
     pub fn open(root: Option<&Path>, state: &Path) -> Result<Self> {
         let this = Self::at(match root {
             Some(root) => root.to_owned(),
-            None => default_root(state)?,
+            None => scope::root(state)?,
         });
         if !this.root.is_dir() {
             make(&this.root)?;
@@ -362,191 +336,10 @@ impl Cgroups {
     }
 }
 
-fn field(text: &str, name: &str) -> Option<u64> {
-    text.lines().find_map(|line| line.strip_prefix(name)?.trim().parse().ok())
-}
-
-/// Whether a limit reads as it was written. Memory is kept in whole pages, so what was written is too.
-fn same(got: &str, wanted: &str) -> bool {
-    got.trim() == wanted
-}
-
-fn read(path: &Path) -> Result<String> {
-    fs::read_to_string(path).map_err(Error::file("read", path))
-}
-
-fn make(path: &Path) -> Result<()> {
-    match fs::create_dir(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::AlreadyExists => {
-            Err(Error::file("create", path)(error))
-        }
-        _ => Ok(()),
-    }
-}
-
-/// Passes controllers down to the children, and reads back that they are.
-fn enable(path: &Path, controllers: &[&str]) -> Result<()> {
-    let file = path.join("cgroup.subtree_control");
-    let has = || read(&file).map(|text| text.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-    let missing: Vec<&str> = {
-        let have = has()?;
-        controllers.iter().copied().filter(|name| !have.iter().any(|h| h == name)).collect()
-    };
-    for name in missing {
-        fs::write(&file, format!("+{name}")).map_err(|error| {
-            Error::Impossible(format!(
-                "the cgroup controller {name:?} cannot be enabled in {}: {error}; available there: {}",
-                file.display(),
-                fs::read_to_string(path.join("cgroup.controllers")).unwrap_or_default().trim()
-            ))
-        })?;
-    }
-    let have = has()?;
-    match controllers.iter().find(|name| !have.iter().any(|h| h == *name)) {
-        None => Ok(()),
-        Some(name) => {
-            Err(Error::Impossible(format!("the cgroup controller {name:?} is not in {}", file.display())))
-        }
-    }
-}
-
-fn remove_tree(path: &Path) -> Result<()> {
-    if let Ok(children) = fs::read_dir(path) {
-        for child in children.flatten().filter(|child| child.path().is_dir()) {
-            remove_tree(&child.path())?;
-        }
-    }
-    let deadline = Instant::now() + CLEARING;
-    loop {
-        match fs::remove_dir(path) {
-            Ok(()) => return Ok(()),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(()),
-            // A zombie counts until its parent has seen it.
-            Err(error) if error.raw_os_error() == Some(libc::EBUSY) && Instant::now() < deadline => {
-                std::thread::sleep(Duration::from_millis(5));
-            }
-            Err(error) => return Err(Error::file("remove", path)(error)),
-        }
-    }
-}
-
-/// `f_type` of a cgroup2 mount, from linux/magic.h.
-fn is_cgroup2(path: &Path) -> bool {
-    rustix::fs::statfs(path).is_ok_and(|stat| stat.f_type == 0x6367_7270)
-}
-
-/// Where cgroups are made when nobody says: with systemd in a delegated scope of their own, else a folder at the top.
-///
-/// The agent's own unit will not do: with instances below it, systemd cannot start the agent there again (a cgroup
-/// that passes controllers down takes no process; status 219/CGROUP, seen with systemd 252). A scope is never
-/// started again, only found.
-fn default_root(state: &Path) -> Result<PathBuf> {
-    if !Path::new("/run/systemd/system").is_dir() {
-        return Ok(PathBuf::from("/sys/fs/cgroup/roost"));
-    }
-    let name = scope_name(state);
-    if let Some(root) = scope_root(&name) {
-        return Ok(root);
-    }
-    // The scope lives as long as a process in it does: this one holds it open while there are no instances.
-    let mut holder = Command::new("systemd-run")
-        .args(["--scope", "--quiet", "--collect", "--property=Delegate=yes", "--property=TasksMax=infinity"])
-        .arg(format!("--unit={name}"))
-        // At shutdown systemd ends the agent first, so that nobody takes the end of the host for the end of a guest.
-        .args(own_service().map(|unit| format!("--property=Before={unit}")))
-        .args(["--description=Roost instances", "--", "sleep", "infinity"])
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        // It outlives the agent: whoever waits for the end of the agent's output must not wait for it.
-        .stderr(Stdio::null())
-        .spawn()
-        .map_err(Error::io("running systemd-run"))?;
-    let deadline = Instant::now() + CLEARING;
-    loop {
-        if let Some(root) = scope_root(&name) {
-            return Ok(root);
-        }
-        if let Ok(Some(status)) = holder.try_wait() {
-            return Err(Error::NotNow(format!("systemd-run could not make {name}: {status}")));
-        }
-        if Instant::now() > deadline {
-            return Err(Error::NotNow(format!("systemd has not made {name}")));
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-}
-
-/// The systemd service that this process runs in.
-fn own_service() -> Option<String> {
-    let cgroup = fs::read_to_string("/proc/self/cgroup").ok()?;
-    let unit = cgroup.lines().find_map(|line| line.strip_prefix("0::"))?.rsplit('/').next()?;
-    unit.ends_with(".service").then(|| unit.to_owned())
-}
-
-/// One scope per state folder, so that several agents can stand side by side.
-fn scope_name(state: &Path) -> String {
-    let state = state.canonicalize().unwrap_or_else(|_| state.to_owned());
-    format!("roost-instances-{}.scope", &crate::record::hash_of(&state)[..8])
-}
-
-fn scope_root(name: &str) -> Option<PathBuf> {
-    let output =
-        Command::new("systemctl").args(["show", "--property=ControlGroup", "--value", name]).output().ok()?;
-    let path = String::from_utf8_lossy(&output.stdout).trim().to_owned();
-    let root = Path::new("/sys/fs/cgroup").join(path.strip_prefix('/').filter(|path| !path.is_empty())?);
-    root.is_dir().then_some(root)
-}
-
-/// Ends the scope of a state folder, with everything in it.
-pub fn end_scope(state: &Path) {
-    if Path::new("/run/systemd/system").is_dir() {
-        // Not loaded when the agent never made one.
-        let _ = Command::new("systemctl").args(["stop", &scope_name(state)]).stderr(Stdio::null()).status();
-    }
-}
-
-/// KVM's helpers (`kvm-nx-lpage-recovery`) stand in their machine's cgroup and go with it. Field 4 of
-/// `/proc/<pid>/stat` is the parent: kthreadd has number 2.
-fn is_kernel_thread(pid: i32) -> bool {
-    let text = fs::read_to_string(format!("/proc/{pid}/stat")).unwrap_or_default();
-    text.rsplit_once(')').and_then(|(_, rest)| rest.split_ascii_whitespace().nth(1)) == Some("2")
-}
-
-/// Thread ids of a process whose names are `vcpu` and a number.
-fn vcpu_threads(pid: i32) -> Result<Vec<i32>> {
-    let folder = PathBuf::from(format!("/proc/{pid}/task"));
-    let mut threads = Vec::new();
-    for entry in fs::read_dir(&folder).map_err(Error::file("list", &folder))?.flatten() {
-        let name = fs::read_to_string(entry.path().join("comm")).unwrap_or_default();
-        let number = name
-            .trim()
-            .strip_prefix("vcpu")
-            .is_some_and(|n| !n.is_empty() && n.bytes().all(|b| b.is_ascii_digit()));
-        if let (true, Some(thread)) = (number, entry.file_name().to_str().and_then(|text| text.parse().ok()))
-        {
-            threads.push(thread);
-        }
-    }
-    Ok(threads)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::testing::ensure;
-
-    #[test]
-    fn limits_follow_from_the_spec() {
-        let mut spec = ensure(1).spec;
-        spec.cpu.max_milli = 250;
-        let (instance, vcpu) = limits(&spec, 64);
-        assert_eq!(vcpu, [Limit { file: "cpu.max", value: "25000 100000".into() }]);
-        assert!(instance.contains(&Limit { file: "memory.max", value: (192 << 20).to_string() }));
-        assert!(instance.contains(&Limit { file: "memory.swap.max", value: "0".into() }));
-        assert!(instance.contains(&Limit { file: "cpu.max", value: "125000 100000".into() }));
-        spec.cpu.max_milli = 1;
-        assert_eq!(limits(&spec, 0).1[0].value, "1000 100000", "the kernel's least");
-    }
 
     #[test]
     fn a_pretended_cgroup_is_made_found_and_removed_with_its_family() {
@@ -580,29 +373,5 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let error = Cgroups::open(Some(folder.path()), folder.path()).unwrap_err().to_string();
         assert!(error.contains("no cgroup v2 folder") && error.contains("--cgroup-root"), "{error}");
-    }
-
-    #[test]
-    fn vcpu_threads_are_told_by_their_names() {
-        let threads: Vec<_> = ["vcpu0", "vcpu12", "vcpux", "device"]
-            .iter()
-            .map(|name| {
-                let (ready, is_ready) = std::sync::mpsc::channel();
-                let (hold, held) = std::sync::mpsc::channel::<()>();
-                let thread = std::thread::Builder::new().name((*name).into());
-                let thread = thread.spawn(move || {
-                    ready.send(()).unwrap();
-                    let _ = held.recv();
-                });
-                is_ready.recv().unwrap();
-                (thread.unwrap(), hold)
-            })
-            .collect();
-        let pid = i32::try_from(std::process::id()).unwrap();
-        assert_eq!(vcpu_threads(pid).unwrap().len(), 2);
-        for (thread, hold) in threads {
-            drop(hold);
-            thread.join().unwrap();
-        }
     }
 }
