@@ -1,6 +1,9 @@
-//! An instance's network with real links, rules and sockets, natively, as root, in namespaces that vanish with the
-//! test. The guest is a namespace of its own whose network card is a second tap; the test carries frames between the
-//! two taps, as a monitor does between a tap and a guest's memory.
+//! An instance's network with real links, rules and sockets, natively, in namespaces that vanish with the test. The
+//! guest is a namespace of its own whose network card is a second tap; the test carries frames between the two taps,
+//! as a monitor does between a tap and a guest's memory.
+//!
+//! Needs root, so it is left out unless asked for: `scripts/test` does, or as root
+//! `cargo nextest run -p roost-agent --test network --run-ignored only`.
 
 #![allow(clippy::unwrap_used)] // a test may panic, its helpers too
 
@@ -28,12 +31,9 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
-/// Does a test in a host's network of its own; says so where it cannot.
+/// Does a test in a host's network of its own.
 fn in_a_host(test: impl FnOnce(Bench) + Send + 'static) {
-    if !rustix::process::geteuid().is_root() {
-        eprintln!("NOT RUN: needs root (namespaces, taps, nftables)");
-        return;
-    }
+    assert!(rustix::process::geteuid().is_root(), "needs root (namespaces, taps, nftables)");
     let thread = std::thread::spawn(move || {
         unshare(CloneFlags::CLONE_NEWNS | CloneFlags::CLONE_NEWNET).unwrap();
         mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>).unwrap();
@@ -219,6 +219,7 @@ fn reaches(to: &str) -> bool {
 }
 
 #[test]
+#[ignore = "needs root: scripts/test runs it as such"]
 fn a_guest_gets_its_address_by_dhcp_and_its_metadata_from_its_own_wire() {
     in_a_host(|bench| {
         let mac = links::mac(&bench.links.interface.mac).unwrap();
@@ -266,6 +267,7 @@ fn a_guest_gets_its_address_by_dhcp_and_its_metadata_from_its_own_wire() {
 }
 
 #[test]
+#[ignore = "needs root: scripts/test runs it as such"]
 fn replies_of_the_metadata_service_go_one_hop() {
     in_a_host(|bench| {
         bench.configure_guest();
@@ -297,6 +299,7 @@ fn replies_of_the_metadata_service_go_one_hop() {
 }
 
 #[test]
+#[ignore = "needs root: scripts/test runs it as such"]
 fn the_public_address_leads_to_the_guest_where_the_security_group_allows() {
     in_a_host(|mut bench| {
         bench.configure_guest();
@@ -332,6 +335,7 @@ fn the_public_address_leads_to_the_guest_where_the_security_group_allows() {
 }
 
 #[test]
+#[ignore = "needs root: scripts/test runs it as such"]
 fn a_guest_reaches_neither_the_host_nor_anyone_with_a_borrowed_address() {
     in_a_host(|bench| {
         bench.configure_guest();
@@ -372,6 +376,7 @@ fn a_guest_reaches_neither_the_host_nor_anyone_with_a_borrowed_address() {
 }
 
 #[test]
+#[ignore = "needs root: scripts/test runs it as such"]
 fn making_twice_makes_once_and_removing_leaves_nothing() {
     in_a_host(|mut bench| {
         let id = bench.links.id.clone();

@@ -3,7 +3,7 @@
 //! - `ROOST_TEST_TINY`: folder of the guest image `tiny` (kernel, initrd, root.ext4, manifest.json),
 //! - `ROOST_TEST_BIN`: folder with `roost-agent` and `roost-vmm`,
 //!
-//! so it is ignored unless asked for.
+//! so it is left out unless asked for: `scripts/test` runs it in the virtual host.
 
 #![allow(clippy::unwrap_used)] // a test may panic, its helpers too
 
@@ -230,7 +230,7 @@ fn assert_jailed(pid: i32, uid: u32) {
 }
 
 #[tokio::test(flavor = "multi_thread")]
-#[ignore = "needs a host whose KVM boots Linux; docs/hack.md says how to run it in the virtual host"]
+#[ignore = "needs a host whose KVM boots Linux: scripts/test runs it in the virtual host"]
 async fn a_life_with_a_linux_guest() {
     let (tiny, bin) = places();
     let filter = tracing_subscriber::EnvFilter::try_from_env("ROOST_LOG").unwrap_or_default();
