@@ -8,6 +8,7 @@
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test harness: every failure is a test's failure")]
 
 mod own_host;
+pub mod session;
 
 pub use own_host::OwnHost;
 

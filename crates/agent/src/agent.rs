@@ -181,6 +181,12 @@ impl<H: Host> Agent<H> {
         self.entries().get(id).map(|entry| entry.shared.live().accepted.clone())
     }
 
+    /// Whether nothing of an instance runs or is on its way: it is stopped, has failed, or is not here.
+    pub fn rests(&self, id: &InstanceId) -> bool {
+        let state = self.entries().get(id).map_or(Observed::Absent, |entry| entry.shared.live().state);
+        matches!(state, Observed::Stopped | Observed::Failed | Observed::Absent)
+    }
+
     /// The blobs that instances refer to.
     pub fn blobs_in_use(&self) -> BTreeSet<String> {
         let mut blobs = BTreeSet::new();

@@ -99,7 +99,14 @@ impl Streams {
         let out = async {
             loop {
                 tokio::time::sleep(LOOK).await;
-                let Chunk { bytes, next_offset, .. } = reader.read_from(chunk.next_offset)?;
+                // Asked first: what a guest wrote before its end is shown.
+                let rests = self.agent.rests(id);
+                let Chunk { bytes, lost, next_offset } = reader.read_from(chunk.next_offset)?;
+                // The user's side counts what it gets. It opens another stream where this one ended, and is told
+                // there how much the ring has lost meanwhile.
+                if lost > 0 || rests && bytes.is_empty() {
+                    return to.shutdown().await;
+                }
                 chunk.next_offset = next_offset;
                 if !bytes.is_empty() {
                     to.write_all(&bytes).await?;

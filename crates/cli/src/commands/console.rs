@@ -2,7 +2,7 @@
 //!
 //! What a guest writes goes through a filter ([`crate::harmless`]) on its way to the terminal.
 
-use super::escape::Escape;
+use super::escape::{Escape, Typed};
 use crate::args::ConsoleArgs;
 use crate::client::{Client, Duplex};
 use crate::context::Context;
@@ -18,6 +18,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
 /// Pause before a lost stream is opened again.
 const RECONNECT: Duration = Duration::from_millis(500);
+/// Most typed bytes that wait for a console that is away.
+const KEPT_MAX: usize = 64 * 1024;
 const HELP: &str = "\r\nCtrl-] ends; so does ~. after Enter; ~~ types one ~\r\n";
 
 /// `console`.
@@ -109,53 +111,126 @@ fn print(text: &str) -> Result<()> {
     Ok(())
 }
 
-/// Joins the user's terminal and the console.
+/// The user's keyboard, or a script that is piped in.
+struct Typist {
+    stdin: tokio::io::Stdin,
+    interactive: bool,
+    escape: Escape,
+    ended: bool,
+}
+
+impl Typist {
+    /// What is typed next; it may be dropped while it waits. After the end of a script nothing comes any more, but
+    /// its answers still may.
+    async fn next(&mut self) -> Result<Typed> {
+        let mut bytes = [0; 4096];
+        if !self.ended {
+            match self.stdin.read(&mut bytes).await? {
+                0 => self.ended = true,
+                count if self.interactive => return Ok(self.escape.feed(&bytes[..count])),
+                count => return Ok(Typed { bytes: bytes[..count].to_vec(), ..Typed::default() }),
+            }
+        }
+        std::future::pending().await
+    }
+}
+
+/// Joins the user's terminal and the console, also after the connection, the agent or the controller was away. What is
+/// typed meanwhile is kept.
 async fn attach(context: &Context, client: &Client, id: &InstanceId) -> Result<()> {
-    let (Duplex { mut reader, mut writer }, _) = open(context, client, id, 0, true, true).await?;
+    let (mut link, mut offset) = open(context, client, id, 0, true, true).await?;
     let interactive = std::io::stdin().is_terminal();
     if interactive {
         context.output.note(&format!("console of {id}: Ctrl-] ends (or ~. after Enter)"));
     }
     // Until the end of this function, however it is reached.
-    let _mode = if interactive { Some(Mode::raw()?) } else { None };
+    let mode = if interactive { Some(Mode::raw()?) } else { None };
     let mut filter = if std::io::stdout().is_terminal() { Stream::terminal() } else { Stream::plain() };
-    let mut escape = Escape::LineStart;
-    let mut stdin = tokio::io::stdin();
-    let (mut typed, mut shown) = (vec![0; 4096], vec![0; 16 * 1024]);
-    let mut typing = true;
+    let mut typist =
+        Typist { stdin: tokio::io::stdin(), interactive, escape: Escape::LineStart, ended: false };
+    let mut shown = vec![0; 16 * 1024];
+    let mut kept = Vec::new();
     loop {
-        tokio::select! {
-            count = reader.read(&mut shown) => match count {
-                Ok(count @ 1..) => print(&filter.feed(&shown[..count]))?,
-                Ok(0) | Err(_) => break,
-            },
-            count = stdin.read(&mut typed), if typing => {
-                let count = count?;
-                if count == 0 {
-                    // A script's input has ended; its answers may still come.
-                    typing = false;
-                    continue;
-                }
-                if !interactive {
-                    writer.write_all(&typed[..count]).await?;
-                    writer.flush().await?;
-                    continue;
-                }
-                let keys = escape.feed(&typed[..count]);
-                writer.write_all(&keys.bytes).await?;
-                writer.flush().await?;
-                if keys.help {
-                    print(HELP)?;
-                }
-                if keys.end {
-                    drop(_mode);
-                    context.output.note("\nleft the console; the instance goes on");
-                    return Ok(());
+        let mut lost = !send(&mut link, &mut kept).await;
+        while !lost {
+            tokio::select! {
+                count = link.reader.read(&mut shown) => match count {
+                    Ok(count @ 1..) => {
+                        offset += count as u64;
+                        print(&filter.feed(&shown[..count]))?;
+                    }
+                    Ok(0) | Err(_) => lost = true,
+                },
+                typed = typist.next() => {
+                    let Typed { bytes, end, help } = typed?;
+                    kept.extend(bytes);
+                    lost = !send(&mut link, &mut kept).await;
+                    if help {
+                        print(HELP)?;
+                    }
+                    if end {
+                        drop(mode);
+                        context.output.note("\nleft the console; the instance goes on");
+                        return Ok(());
+                    }
                 }
             }
         }
+        let again = reopen(context, client, id, offset);
+        tokio::pin!(again);
+        let opened = loop {
+            tokio::select! {
+                opened = &mut again => break opened?,
+                typed = typist.next() => {
+                    let Typed { bytes, end, .. } = typed?;
+                    kept.extend(bytes);
+                    kept.truncate(KEPT_MAX);
+                    if end {
+                        drop(mode);
+                        context.output.note("\nleft the console, which was away");
+                        return Ok(());
+                    }
+                }
+            }
+        };
+        let Some(opened) = opened else { break };
+        (link, offset) = opened;
     }
-    drop(_mode);
+    drop(mode);
     context.output.note(&format!("\nthe console of {id} has ended; `roost describe {id}` says why"));
     Ok(())
+}
+
+/// Sends what was typed; `false`, and it is kept, if nobody takes it.
+async fn send(link: &mut Duplex, typed: &mut Vec<u8>) -> bool {
+    if typed.is_empty() {
+        return true;
+    }
+    let sent = async {
+        link.writer.write_all(typed).await?;
+        link.writer.flush().await
+    };
+    let sent = sent.await.is_ok();
+    if sent {
+        typed.clear();
+    }
+    sent
+}
+
+/// Opens an attached console again, as long as the instance goes on.
+async fn reopen(
+    context: &Context,
+    client: &Client,
+    id: &InstanceId,
+    offset: u64,
+) -> Result<Option<(Duplex, u64)>> {
+    while goes_on(client, id).await? {
+        tokio::time::sleep(RECONNECT).await;
+        match open(context, client, id, offset, true, true).await {
+            Ok(link) => return Ok(Some(link)),
+            Err(error) if may_come_back(&error) => {}
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(None)
 }

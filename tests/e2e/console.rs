@@ -1,0 +1,75 @@
+//! The console as its owner uses it: followed, typed on, and both over a restart of the agent.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use roost_e2e::session::Session;
+use roost_e2e::{Rig, wait_for};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(90);
+
+#[test]
+fn a_console_is_followed_and_typed_on_while_the_agent_restarts() {
+    let rig = Rig::get();
+    let tenant = rig.tenant("console");
+    let id = tenant.launch("tiny-fast", "home1.micro", &["--wait"]);
+    tenant.wait_console(&id, "roost-guest: ready", SOON);
+    let mut follows = Session::start(&tenant, &["console", &id, "--follow"]);
+    let mut typed = Session::start(&tenant, &["console", &id, "--attach"]);
+
+    // The guest answers; its echo of the command is not taken for the answer.
+    typed.enter("echo first-$((6 * 7))-answer");
+    for session in [&follows, &typed] {
+        session.wait_text("first-42-answer", SOON);
+    }
+
+    // A clean restart, then a killed agent: both sessions go on by themselves, and what is typed at once is not lost.
+    rig.host(&format!("systemctl restart {}-agent", rig.units)).ok();
+    typed.enter("echo second-$((6 * 8))-answer");
+    for session in [&follows, &typed] {
+        session.wait_text("second-48-answer", SOON);
+    }
+    rig.host(&format!("systemctl kill --signal=KILL {}-agent", rig.units)).ok();
+    typed.enter("echo third-$((6 * 9))-answer");
+    for session in [&follows, &typed] {
+        session.wait_text("third-54-answer", SOON);
+        for answer in ["first-42-answer", "second-48-answer", "third-54-answer"] {
+            let times = session.shown().matches(answer).count();
+            assert_eq!(times, 1, "{answer} is shown once, not {times} times:\n{}", session.shown());
+        }
+    }
+
+    // When the guest has ended, so does what shows it; the last words are there.
+    typed.enter("poweroff");
+    for session in [&mut follows, &mut typed] {
+        assert!(session.wait_end(SOON).success());
+        assert!(session.shown().contains("shutting down"), "{}", session.shown());
+    }
+    tenant.wait_state(&id, "stopped", SOON);
+    // A stopped instance's console is shown to its end, followed or not.
+    for more in [&["--follow"][..], &[]] {
+        let ran = tenant.roost(&[&["console", id.as_str()], more].concat());
+        assert!(ran.ok().contains("third-54-answer"));
+    }
+    tenant.terminate_clean(&id);
+}
+
+#[test]
+fn a_guest_that_is_stopped_while_it_boots_is_shut_down_and_not_cut_off() {
+    let rig = Rig::get();
+    let tenant = rig.tenant("early-stop");
+    let id = tenant.launch("tiny-fast", "home1.micro", &[]);
+    // Its kernel runs, but its power button's driver does not yet.
+    wait_for("the state running", SOON, || {
+        let seen = tenant.describe(&id);
+        if seen["state"] == "running" { Ok(()) } else { Err(seen.to_string()) }
+    });
+    let console = tenant.roost(&["console", &id]).stdout;
+    assert!(!console.contains("roost-guest: ready"), "too late to be early:\n{console}");
+    let stopped = tenant.roost(&["stop", &id, "--wait"]);
+    println!("stopped in {:.1} s", stopped.took.as_secs_f64());
+    stopped.ok();
+    // Cut off at the end of its time, it could not have said so.
+    let console = tenant.roost(&["console", &id]).stdout;
+    assert!(console.contains("power button, shutting down"), "{console}");
+    tenant.terminate_clean(&id);
+}
