@@ -72,7 +72,21 @@ datasource:
     apply_full_imds_network_config: false
 network: {config: disabled}
 ssh_genkeytypes: [ ed25519 ]
+# Made before the network is up and said on the console (roost-host-keys.service); made anew for a copied disk below.
+ssh_deletekeys: false
 CFG
+        install -d "$root/var/lib/cloud/scripts/per-instance"
+        cat > "$root/var/lib/cloud/scripts/per-instance/roost-host-keys" << 'SCRIPT'
+#!/bin/sh
+# A disk that was copied from another instance has that one's host key.
+mkdir -p /var/lib/roost
+if [ -s /var/lib/roost/instance-id ]; then
+    /usr/lib/roost/host-keys new
+    systemctl try-restart --no-block ssh.service
+fi
+cp /var/lib/cloud/data/instance-id /var/lib/roost/instance-id
+SCRIPT
+        chmod 755 "$root/var/lib/cloud/scripts/per-instance/roost-host-keys"
     else
         for unit in roost-init roost-user-data; do ln -sf "../$unit.service" "$wants/"; done
         rm -rf "$root/etc/cloud"
