@@ -10,8 +10,10 @@ const SOON: Duration = Duration::from_secs(90);
 
 /// Fills a folder's file system but for so many KiB.
 fn fill(host: &OwnHost, folder: &str, leave_kib: u32) {
+    let rest = if leave_kib == 0 { "head -c 64M /dev/zero >> $fill;" } else { "" };
     host.ssh(&format!(
-        "free=$(df --output=avail -k {folder} | tail -n 1); head -c $(((free - {leave_kib}) * 1024)) /dev/zero > {folder}/fill"
+        "fill={folder}/fill; free=$(df --output=avail -k {folder} | tail -n 1)
+         fallocate -l $(((free - {leave_kib} - 1024) * 1024)) $fill; {rest} sync; true"
     ))
     .ok();
 }
@@ -34,7 +36,8 @@ fn a_full_disk_is_said_and_over_when_there_is_room() {
     let (database, volumes) = ("/var/lib/roost/stack/controller", "/var/lib/roost/stack/agent");
     host.ssh(&format!(
         "mkdir -p {database} {volumes}
-         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -t tmpfs -o size=64m,mode=0700 tmpfs {volumes}"
+         truncate -s 3G /root/volumes.img && mke2fs -q -m 0 /root/volumes.img
+         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -o loop /root/volumes.img {volumes}"
     ))
     .ok();
     let (own, _config) = host.with_stack(&rig);
@@ -70,7 +73,7 @@ fn a_full_disk_is_said_and_over_when_there_is_room() {
     assert_eq!(tenant.describe(&runs)["incarnation"], 2);
 
     // The host's disk: the launch is accepted, says what it waits for, and goes on by itself.
-    fill(&host, volumes, 64);
+    fill(&host, volumes, 0);
     let waits = tenant.launch("tiny-fast", "home1.nano", &[]);
     wait_for("the launch to say that the disk is full", SOON, || {
         let seen = tenant.describe(&waits);

@@ -36,7 +36,7 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     // A checkout with programs that were built elsewhere. The data disk of a virtual host is no part of a bare host.
     host.ssh(
         "set -e
-         umount -l /var/lib/roost
+         umount -l /var/lib/roost && mount -t tmpfs -o size=6g tmpfs /var/lib/roost
          useradd --create-home --shell /bin/sh ann
          mkdir -p /root/checkout/target/x86_64-unknown-linux-gnu
          ln -s /opt/roost/scripts /root/checkout/scripts
