@@ -32,12 +32,11 @@ fn refused_as_full(ran: &Ran) {
 #[test]
 fn a_full_disk_is_said_and_over_when_there_is_room() {
     let rig = Rig::get();
-    let host = OwnHost::up(&rig, "full", &["--memory-mib", "3072"]);
+    let host = OwnHost::up(&rig, "full", &["--memory-mib", "5120"]);
     let (database, volumes) = ("/var/lib/roost/stack/controller", "/var/lib/roost/stack/agent");
     host.ssh(&format!(
         "mkdir -p {database} {volumes}
-         truncate -s 3G /root/volumes.img && mke2fs -q -m 0 /root/volumes.img
-         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -o loop /root/volumes.img {volumes}"
+         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -t tmpfs -o size=2200m,mode=0700 tmpfs {volumes}"
     ))
     .ok();
     let (own, _config) = host.with_stack(&rig);
