@@ -10,8 +10,10 @@ const SOON: Duration = Duration::from_secs(90);
 
 /// Fills a folder's file system but for so many KiB.
 fn fill(host: &OwnHost, folder: &str, leave_kib: u32) {
+    let rest = if leave_kib == 0 { "head -c 64M /dev/zero >> $fill;" } else { "" };
     host.ssh(&format!(
-        "free=$(df --output=avail -k {folder} | tail -n 1); head -c $(((free - {leave_kib}) * 1024)) /dev/zero > {folder}/fill"
+        "fill={folder}/fill; free=$(df --output=avail -k {folder} | tail -n 1)
+         fallocate -l $(((free - {leave_kib} - 1024) * 1024)) $fill; {rest} sync; true"
     ))
     .ok();
 }
@@ -30,11 +32,11 @@ fn refused_as_full(ran: &Ran) {
 #[test]
 fn a_full_disk_is_said_and_over_when_there_is_room() {
     let rig = Rig::get();
-    let host = OwnHost::up(&rig, "full", &["--memory-mib", "3072"]);
+    let host = OwnHost::up(&rig, "full", &["--memory-mib", "5120"]);
     let (database, volumes) = ("/var/lib/roost/stack/controller", "/var/lib/roost/stack/agent");
     host.ssh(&format!(
         "mkdir -p {database} {volumes}
-         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -t tmpfs -o size=64m,mode=0700 tmpfs {volumes}"
+         mount -t tmpfs -o size=320m,mode=0700 tmpfs {database} && mount -t tmpfs -o size=2200m,mode=0700 tmpfs {volumes}"
     ))
     .ok();
     let (own, _config) = host.with_stack(&rig);
@@ -70,7 +72,7 @@ fn a_full_disk_is_said_and_over_when_there_is_room() {
     assert_eq!(tenant.describe(&runs)["incarnation"], 2);
 
     // The host's disk: the launch is accepted, says what it waits for, and goes on by itself.
-    fill(&host, volumes, 64);
+    fill(&host, volumes, 0);
     let waits = tenant.launch("tiny-fast", "home1.nano", &[]);
     wait_for("the launch to say that the disk is full", SOON, || {
         let seen = tenant.describe(&waits);

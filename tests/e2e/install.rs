@@ -5,12 +5,13 @@
 use roost_e2e::{OwnHost, Rig};
 use std::time::Duration;
 
-/// Everything that could be left of an installation, as text: files (without what changes by itself), users, units,
-/// firewall, links, namespaces, cgroups, processes.
+/// Everything that could be left of an installation, as text: files (without what changes by itself, and without the
+/// folder of network namespaces, which is the system's), users, units, firewall, links, namespaces, cgroups, processes.
 const EVERYTHING: &str = r"
 find / -xdev \( -path /proc -o -path /sys -o -path /dev -o -path /tmp -o -path /var/log -o -path /var/cache \
     -o -path /opt/roost -o -path /run/log -o -path /run/systemd/units -o -path /run/systemd/transient \) -prune -o -print
-find /run /var/lib \( -path /run/log -o -path /run/systemd/units -o -path /run/systemd/inhibit \) -prune -o -print
+find /run /var/lib \( -path /run/log -o -path /run/systemd/units -o -path /run/systemd/inhibit \
+    -o -path /run/systemd/transient -o -path /run/netns \) -prune -o -print
 getent passwd
 getent group
 systemctl list-unit-files --no-legend --no-pager | awk '{print $1}'
@@ -36,7 +37,7 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     // A checkout with programs that were built elsewhere. The data disk of a virtual host is no part of a bare host.
     host.ssh(
         "set -e
-         umount -l /var/lib/roost
+         umount -l /var/lib/roost && mount -t tmpfs -o size=6g tmpfs /var/lib/roost
          useradd --create-home --shell /bin/sh ann
          mkdir -p /root/checkout/target/x86_64-unknown-linux-gnu
          ln -s /opt/roost/scripts /root/checkout/scripts

@@ -28,6 +28,8 @@ pub struct Agent<H: Host> {
     pace: Pace,
     run_id: String,
     entries: Mutex<BTreeMap<InstanceId, Entry>>,
+    /// What could not be taken in, such as on a full disk: its incarnation, and why.
+    unwritten: Mutex<BTreeMap<InstanceId, (u64, String)>>,
     changed: Arc<watch::Sender<u64>>,
     runtime: Handle,
     // Held for as long as this agent lives.
@@ -47,6 +49,7 @@ impl<H: Host> Agent<H> {
             pace,
             run_id: random_hex(),
             entries: Mutex::new(BTreeMap::new()),
+            unwritten: Mutex::default(),
             changed: Arc::new(watch::channel(0).0),
             runtime: Handle::current(),
             _lock: lock,
@@ -91,8 +94,12 @@ impl<H: Host> Agent<H> {
     /// # Errors
     /// Something could not be made durable; it is to be taken in again.
     pub fn apply(&self, desired: &Desired) -> Result<()> {
+        // One that cannot be written down holds up no other.
+        let mut failed = None;
         for ensure in &desired.instances {
-            self.take_in(ensure)?;
+            if let Err(error) = self.take_in(ensure) {
+                failed.get_or_insert(error);
+            }
         }
         let wanted: BTreeSet<&InstanceId> =
             desired.instances.iter().map(|ensure| &ensure.instance_id).collect();
@@ -103,7 +110,7 @@ impl<H: Host> Agent<H> {
             }
             wanted.contains(id) || !absent
         });
-        Ok(())
+        failed.map_or(Ok(()), Err)
     }
 
     /// Takes in one `ensure`: refused, known, or made durable and then worked on.
@@ -111,6 +118,27 @@ impl<H: Host> Agent<H> {
     /// # Errors
     /// It could not be made durable.
     pub fn take_in(&self, ensure: &Ensure) -> Result<()> {
+        let taken = self.write_down(ensure);
+        let mut unwritten = self.unwritten();
+        let news = match &taken {
+            Ok(()) => unwritten.remove(&ensure.instance_id).is_some(),
+            Err(error) => {
+                let told = (ensure.spec.incarnation, error.chain());
+                unwritten.insert(ensure.instance_id.clone(), told).is_none()
+            }
+        };
+        drop(unwritten);
+        if news {
+            self.changed.send_modify(|version| *version += 1);
+        }
+        taken
+    }
+
+    fn unwritten(&self) -> MutexGuard<'_, BTreeMap<InstanceId, (u64, String)>> {
+        self.unwritten.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn write_down(&self, ensure: &Ensure) -> Result<()> {
         let mut entries = self.entries();
         let entry = entries.get(&ensure.instance_id);
         let current = entry.map(|entry| entry.shared.live().accepted.clone());
@@ -168,12 +196,14 @@ impl<H: Host> Agent<H> {
         let now = self.host.now_ns();
         let boot = self.host.boot_id();
         let lives: Vec<Live> = self.entries().values().map(|entry| entry.shared.live().clone()).collect();
-        Report {
-            host: self.host.facts(),
-            boot_id: boot.clone(),
-            agent_run: self.run_id.clone(),
-            instances: lives.iter().map(|live| self.observe(live, now, &boot)).collect(),
+        let mut instances: Vec<_> = lives.iter().map(|live| self.observe(live, now, &boot)).collect();
+        for (id, (incarnation, why)) in self.unwritten().iter() {
+            match instances.iter_mut().find(|known| known.instance_id == *id) {
+                Some(known) => known.trouble = Some(why.clone()),
+                None => instances.push(nothing_yet(id, *incarnation, why)),
+            }
         }
+        Report { host: self.host.facts(), boot_id: boot.clone(), agent_run: self.run_id.clone(), instances }
     }
 
     /// The newest accepted `ensure` of an instance.
@@ -235,6 +265,28 @@ impl<H: Host> Drop for Agent<H> {
         for entry in self.entries().values() {
             entry.task.abort();
         }
+    }
+}
+
+/// The observation of an instance that was never taken in. Its generation is that of nothing, so that nobody takes it
+/// for the end of anything.
+fn nothing_yet(id: &InstanceId, incarnation: u64, why: &str) -> Observation {
+    Observation {
+        instance_id: id.clone(),
+        generation: 0,
+        incarnation,
+        state: Observed::Absent,
+        reason: None,
+        age_us: 0,
+        run_began_age_us: None,
+        run_ended_age_us: None,
+        last_seen_age_us: None,
+        refused: None,
+        trouble: Some(why.to_owned()),
+        guest_ready: false,
+        ssh_host_key: None,
+        cpu_usage_us: None,
+        timing: vec![],
     }
 }
 

@@ -116,6 +116,26 @@ async fn an_agent_may_die_at_every_operation_before_or_after_it_took_effect() {
 }
 
 #[tokio::test]
+async fn what_cannot_be_written_down_is_told_and_taken_in_later_and_holds_up_no_other() {
+    let mut bench = Bench::new();
+    let (first, second) = (ensure(1), ensure_of(9, 1));
+    let id = first.instance_id.clone();
+    // As on a full disk, writing fails: something stands in the way.
+    let obstacle = bench.folders.instance(&id).join("spec.new");
+    std::fs::create_dir_all(&obstacle).unwrap();
+    bench.desired.instances = vec![first, second.clone()];
+    let error = bench.agent.as_ref().unwrap().apply(&bench.desired).unwrap_err();
+    assert!(error.chain().contains("spec.new"), "{}", error.chain());
+    let seen = bench.observation(&id).unwrap();
+    assert_eq!((seen.state, seen.generation), (Observed::Absent, 0));
+    assert!(seen.trouble.unwrap().contains("spec.new"));
+    bench.until(&second.instance_id, "running", |seen| seen.state == Observed::Running).await;
+    std::fs::remove_dir(&obstacle).unwrap();
+    bench.agent.as_ref().unwrap().apply(&bench.desired).unwrap();
+    bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.trouble.is_none()).await;
+}
+
+#[tokio::test]
 async fn a_restarted_agent_adopts_its_monitors_and_they_do_not_notice() {
     let mut bench = Bench::new();
     let launch = ensure(1);
