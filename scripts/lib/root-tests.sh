@@ -1,6 +1,6 @@
 # Sourced by scripts/test: tests that need root or a host of their own, which plain `cargo nextest run` leaves out
 # (they are marked `#[ignore]` with the reason).
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2154 # host.sh sets host_kind and _vh
 
 NOT_RUN=() # what was left out, and why: the run's last lines say it
 
