@@ -76,6 +76,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             backing: Some("base".into()),
             is_root_device: true,
             is_read_only: false,
+            rate_limiter: None,
         }],
         network_interfaces: vec![NetworkInterface {
             iface_id: "eth0".into(),

@@ -57,6 +57,7 @@ enum Source {
     Bell { device: Shared, queue: usize, bell: EventFd },
     Backend { device: Shared, again: EventFd },
     Again { device: Shared, again: EventFd },
+    Timer { device: Shared },
     Input { serial: Arc<SerialPort>, file: File },
     Stop,
 }
@@ -109,6 +110,10 @@ impl EventLoop {
             // Edge-triggered: a packet that finds no buffers must not keep the thread spinning.
             let source = Source::Backend { device: Arc::clone(device), again: ours };
             self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
+        }
+        let timer = lock(device).timer_fd();
+        if let Some(descriptor) = timer {
+            self.add(descriptor, EventSet::IN, Source::Timer { device: Arc::clone(device) })?;
         }
         Ok(())
     }
@@ -183,6 +188,7 @@ impl EventLoop {
                     let _ = again.write(1);
                 }
             }
+            Source::Timer { device } => lock(device).timer_event(),
             Source::Input { serial, file } => self.read_input(serial, file),
             Source::Stop => {}
         }

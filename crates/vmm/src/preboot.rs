@@ -31,6 +31,7 @@ use crate::devices::virtio::entropy::host_random;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::net::tap::TapDevice;
+use crate::devices::virtio::pace::Pace;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::running::{Held, Parts};
@@ -327,7 +328,9 @@ impl Preboot {
                 what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
                 source,
             })?;
-        Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image)))
+        let pace = drive.rate_limiter.map(Pace::new).transpose();
+        let pace = pace.map_err(Error::io(format!("a timer for the limits of {:?}", drive.drive_id)))?;
+        Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image), pace))
     }
 
     fn net(&self, interface: &NetworkInterface, index: usize) -> Result<Net> {

@@ -207,6 +207,38 @@ fn a_guest_gives_disk_space_back() {
     assert!(content[1024 * 512..1025 * 512].iter().chain(&content[1028 * 512..]).all(|byte| *byte == 7));
 }
 
+/// A guest that writes 256 KiB to a disk of 64 KiB at once and 64 KiB per 100 ms needs 200 ms at least; nothing is lost.
+#[test]
+fn a_disk_keeps_its_limits() {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let mut code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    for index in 0..8_u16 {
+        code = code.store(0x50_0000, u32::from(index) + 1);
+        code = block_request(code, ring, index, block::OUT, u64::from(index) * 64, 0x50_0000, 32 << 10);
+    }
+    let mut machine = Machine::new(&code.print("done").power_off());
+    disk(&machine.path("disk"), 1 << 20);
+    machine.config["drives"] = json!([{
+        "drive_id": "root",
+        "path_on_host": machine.text("disk"),
+        "rate_limiter": { "bandwidth": { "size": 65536, "refill_time": 100 } },
+    }]);
+    let ended = machine.run();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
+    let time = |event: &Event| match event {
+        Event::Built { boottime_ns, .. }
+        | Event::VcpusRunning { boottime_ns }
+        | Event::GuestReset { boottime_ns }
+        | Event::Exited { boottime_ns, .. } => *boottime_ns,
+    };
+    let took = time(ended.events.last().unwrap()) - time(&ended.events[1]);
+    assert!(took >= 200_000_000, "{took} ns");
+    let content = std::fs::read(machine.path("disk")).unwrap();
+    for index in 0..8 {
+        assert_eq!(usize::from(content[index * 32 * 1024]), index + 1);
+    }
+}
+
 #[test]
 fn console_input_reaches_the_guest() {
     // again: mov edx, 0x3fd; wait: in al, dx; test al, 1; jz wait; mov dl, 0xf8; in al, dx; out dx, al; cmp al, 'q'; jne again

@@ -110,7 +110,7 @@ fn input_and_entropy(ledger: &mut Ledger) {
     assert_eq!(ended.code, 0, "{}", ended.stderr);
 }
 
-/// Disks that are written and then flushed by the end of the machine.
+/// Disks that are limited, written, and then flushed by the end of the machine.
 fn power_off_with_a_disk(ledger: &mut Ledger) {
     let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
     let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
@@ -118,7 +118,11 @@ fn power_off_with_a_disk(ledger: &mut Ledger) {
     let code = block_clear(code, ring, 1, block::DISCARD, 0, 8).power_off();
     let mut machine = Machine::new(&code);
     disk(&machine.path("disk"), 1 << 20);
-    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    machine.config["drives"] = json!([{
+        "drive_id": "root",
+        "path_on_host": machine.text("disk"),
+        "rate_limiter": { "bandwidth": { "size": 512, "refill_time": 2 } },
+    }]);
     let ended = ledger.run(&mut machine, &[], |_| ());
     assert_eq!(ended.code, 0, "{}", ended.stderr);
 }

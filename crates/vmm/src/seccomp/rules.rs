@@ -194,6 +194,7 @@ const DEVICES: &[Allowed] = &[
     with(libc::SYS_epoll_ctl, 1, bits(libc::EPOLL_CTL_DEL), "console input that has ended"),
     any(libc::SYS_read, "bells, packets, console input"),
     any(libc::SYS_getrandom, "the entropy device"),
+    any(libc::SYS_timerfd_settime, "a device waits because of its limits"),
     any(libc::SYS_preadv, "a disk is read"),
     any(libc::SYS_pwritev, "a disk is written"),
     any(libc::SYS_fdatasync, "a disk is flushed").unseen(unseen::FORMAT),

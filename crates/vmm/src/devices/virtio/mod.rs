@@ -11,6 +11,7 @@ pub mod block;
 pub mod entropy;
 pub mod mmio;
 pub mod net;
+pub mod pace;
 pub mod queue;
 #[cfg(test)]
 mod testing;
@@ -124,6 +125,12 @@ pub trait VirtioDevice: Send {
     fn backend_event(&mut self) -> bool {
         false
     }
+    /// A timer that wakes [`VirtioDevice::timer_event`] when a device that must wait may go on.
+    fn timer_fd(&self) -> Option<RawFd> {
+        None
+    }
+    /// The timer rang.
+    fn timer_event(&mut self) {}
     /// Puts everything on stable storage (the machine is about to end).
     ///
     /// # Errors

@@ -30,7 +30,7 @@ pub struct Turn {
     pub more: bool,
 }
 
-/// Takes every available chain, lets `handle` say how many bytes it wrote into it, and returns it as used.
+/// Takes every available chain as [`drain_while`] does, without asking.
 ///
 /// # Errors
 /// [`Broken`].
@@ -38,15 +38,32 @@ pub fn drain<F>(queue: &mut Queue, memory: &Memory, mut handle: F) -> Result<Tur
 where
     F: FnMut(DescriptorChain<&Memory>) -> u32,
 {
+    drain_while(queue, memory, |chain| chain.map_or(Some(0), |chain| Some(handle(chain))))
+}
+
+/// Takes every available chain, lets `handle` say how many bytes it wrote into it, and returns it as used. Before each chain `handle`
+/// is asked without one: `None` leaves the rest in the queue, and whoever says so takes care that another turn comes.
+///
+/// # Errors
+/// [`Broken`].
+pub fn drain_while<F>(queue: &mut Queue, memory: &Memory, mut handle: F) -> Result<Turn, Broken>
+where
+    F: FnMut(Option<DescriptorChain<&Memory>>) -> Option<u32>,
+{
     let mut left = BUDGET;
     let mut any = false;
     loop {
         queue.disable_notification(memory)?;
         let mut found = false;
         while left > 0 {
+            if handle(None).is_none() {
+                // The guest need not ring meanwhile.
+                let interrupt = any && queue.needs_notification(memory)?;
+                return Ok(Turn { interrupt, more: false });
+            }
             let Some(chain) = next(queue, memory)? else { break };
             let head = chain.head_index();
-            let written = handle(chain);
+            let written = handle(Some(chain)).unwrap_or(0);
             queue.add_used(memory, head, written)?;
             (found, any) = (true, true);
             left -= 1;

@@ -21,8 +21,18 @@ pub struct Metrics {
     pub cleared_bytes: u64,
     /// Flush requests.
     pub flushes: u64,
+    /// Times that the disk waited because of its limits.
+    pub limited: u64,
     /// Requests that the guest formed badly, and those of kinds that the disk does not have.
     pub refused: u64,
     /// Requests that the host could not do.
     pub failed: u64,
+}
+
+impl Metrics {
+    /// Bytes that were moved, either way.
+    #[must_use]
+    pub const fn bytes(&self) -> u64 {
+        self.read_bytes + self.write_bytes
+    }
 }

@@ -13,6 +13,9 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_WRITE_ZEROES,
 };
 
+use std::os::fd::RawFd;
+
+use super::pace::Pace;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use backend::Backend;
 use metrics::Metrics;
@@ -30,15 +33,16 @@ pub struct Block {
     id: String,
     read_only: bool,
     backend: Box<dyn Backend>,
+    pace: Option<Pace>,
     active: Option<Active>,
     metrics: Metrics,
 }
 
 impl Block {
-    /// A disk of this image.
+    /// A disk of this image, within these limits.
     #[must_use]
-    pub fn new(id: String, read_only: bool, backend: Box<dyn Backend>) -> Self {
-        Self { id, read_only, backend, active: None, metrics: Metrics::default() }
+    pub fn new(id: String, read_only: bool, backend: Box<dyn Backend>, pace: Option<Pace>) -> Self {
+        Self { id, read_only, backend, pace, active: None, metrics: Metrics::default() }
     }
 }
 
@@ -107,6 +111,7 @@ impl VirtioDevice for Block {
             backend: self.backend.as_mut(),
             read_only: self.read_only,
             write_through: active.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
+            pace: self.pace.as_mut(),
             id: &self.id,
         };
         match queue::process(queue, &active.memory, &mut disk, &mut self.metrics) {
@@ -122,6 +127,20 @@ impl VirtioDevice for Block {
                 self.active = None;
                 false
             }
+        }
+    }
+
+    fn timer_fd(&self) -> Option<RawFd> {
+        self.pace.as_ref().map(Pace::alarm)
+    }
+
+    fn timer_event(&mut self) {
+        if let Some(pace) = &mut self.pace {
+            pace.silence();
+        }
+        let more = self.queue_event(0);
+        if let Some(pace) = self.pace.as_mut().filter(|_| more) {
+            pace.soon();
         }
     }
 

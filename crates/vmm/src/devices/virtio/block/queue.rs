@@ -10,7 +10,10 @@ use vm_memory::VolatileSlice;
 use super::backend::Backend;
 use super::metrics::Metrics;
 use super::ranges::{self, Kind};
-use crate::devices::virtio::queue::{Broken, Buffers, Turn, copy_in, copy_out, drain, length, split_at};
+use crate::devices::virtio::pace::Pace;
+use crate::devices::virtio::queue::{
+    Broken, Buffers, Turn, copy_in, copy_out, drain_while, length, split_at,
+};
 use crate::memory::Memory;
 
 /// Bytes of a sector, whatever the image's own blocks are.
@@ -28,6 +31,8 @@ pub struct Disk<'a> {
     pub read_only: bool,
     /// The guest has no FLUSH, so each write must be stable before it is acknowledged (virtio 1.2, 5.2.6.2).
     pub write_through: bool,
+    /// How much the guest may do.
+    pub pace: Option<&'a mut Pace>,
     /// Serial number.
     pub id: &'a str,
 }
@@ -42,7 +47,21 @@ pub fn process(
     disk: &mut Disk<'_>,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
-    drain(queue, memory, |chain| request(memory, chain, disk, metrics))
+    drain_while(queue, memory, |chain| match chain {
+        None => {
+            let passes = disk.pace.as_mut().is_none_or(|pace| pace.may_pass());
+            metrics.limited += u64::from(!passes);
+            passes.then_some(0)
+        }
+        Some(chain) => {
+            let before = metrics.bytes();
+            let written = request(memory, chain, disk, metrics);
+            if let Some(pace) = &mut disk.pace {
+                pace.charge(metrics.bytes() - before);
+            }
+            Some(written)
+        }
+    })
 }
 
 /// Does one request; returns how many bytes were written into the chain.
