@@ -88,7 +88,7 @@ fn a_host_that_reboots_or_loses_its_power_brings_its_instances_back_and_bills_on
             let again = seen["state"] == "running" && seen["incarnation"] == incarnation;
             if again { Ok(seen) } else { Err(seen.to_string()) }
         });
-        assert_eq!(back["guest_ready"].is_boolean(), true, "{back}");
+        assert!(back["guest_ready"].is_boolean(), "{back}");
         tenant.wait_console(&runs, "roost-guest: ready", SOON);
         outages.push((began, power_cut));
         let still = tenant.describe(&rests);

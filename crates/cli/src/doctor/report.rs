@@ -1,8 +1,8 @@
 //! The findings one by one, each with the exact way to mend it. Pure.
 
 use super::decision::{
-    Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL,
-    SLOWEST_CPL0, WANTED_CONTROLLERS, in_millions, missing_controllers,
+    Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL, SLOWEST_CPL0,
+    WANTED_CONTROLLERS, in_millions, missing_controllers,
 };
 use serde::Serialize;
 

@@ -421,14 +421,7 @@ fn spawn_qemu(qemu: &Path, seat: &Seat, arguments: Vec<String>, life: Life) -> R
         Life::Tied => {
             let mut command = Command::new("setpriv");
             let me = std::process::id().to_string();
-            command.args([
-                "--pdeathsig",
-                "KILL",
-                "sh",
-                "-c",
-                "[ \"$PPID\" = \"$0\" ] && exec \"$@\"",
-                &me,
-            ]);
+            command.args(["--pdeathsig", "KILL", "sh", "-c", "[ \"$PPID\" = \"$0\" ] && exec \"$@\"", &me]);
             command.arg(qemu);
             command
         }
