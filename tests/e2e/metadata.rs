@@ -6,14 +6,15 @@ use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(90);
 
-/// Asks, and says on the console what it was told. busybox wget cannot send PUT: /run/imds is the pipe that the image's
-/// own boot script speaks HTTP through.
+/// Asks, and says on the console what it was told. busybox wget cannot send PUT, so HTTP is spoken by hand; the pipe
+/// stays open behind the request, because a server may take its end for ours.
 const ASK: &str = "#!/bin/sh
 echo x >> /var/runs
 base=http://169.254.169.254/latest
 get() { wget -qO- \"$@\" 2>&1; }
 put() {
-  exec 3<> /run/imds
+  [ -p /run/ask ] || mkfifo /run/ask
+  exec 3<> /run/ask
   printf 'PUT %s HTTP/1.0\\r\\nHost: 169.254.169.254\\r\\nConnection: close\\r\\nContent-Length: 0\\r\\n%b\\r\\n\\r\\n' \"$@\" >&3
   timeout 5 nc -w 5 169.254.169.254 80 <&3
   exec 3>&-
