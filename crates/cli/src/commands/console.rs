@@ -159,6 +159,8 @@ async fn attach(context: &Context, client: &Client, id: &InstanceId) -> Result<(
                         offset += count as u64;
                         print(&filter.feed(&shown[..count]))?;
                     }
+                    // A script that has been typed to its end has nothing to wait for.
+                    Ok(0) if typist.ended => return Ok(()),
                     Ok(0) | Err(_) => lost = true,
                 },
                 typed = typist.next() => {
