@@ -52,6 +52,9 @@ where
 {
     let mut left = BUDGET;
     let mut any = false;
+    // The guest had made a chain available when the last round ended. One that it makes available between the look
+    // for a chain and the end of a round is no fault of its own: the next round must find it.
+    let mut promised = false;
     loop {
         queue.disable_notification(memory)?;
         let mut found = false;
@@ -68,14 +71,15 @@ where
             (found, any) = (true, true);
             left -= 1;
         }
+        if promised && !found {
+            return Err(Broken("available chains that cannot be taken".into()));
+        }
         let more = queue.enable_notification(memory)?;
         if !more || left == 0 {
             let interrupt = any && queue.needs_notification(memory)?;
             return Ok(Turn { interrupt, more });
         }
-        if !found {
-            return Err(Broken("available chains that cannot be taken".into()));
-        }
+        promised = true;
     }
 }
 
