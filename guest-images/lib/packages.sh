@@ -36,6 +36,11 @@ _index_prepare() {
     [[ -z ${ROOST_REFRESH_PACKAGES:-} && -n $(find "$APT_ROOT/fetched" -mtime "-$INDEX_DAYS" 2> /dev/null) ]] && return 0
     : > "$APT_ROOT/status"
     main=${ROOST_DEBIAN_MIRROR:-$(_mirror Debian)}
+    if [[ -z $main ]]; then
+        # Whose an archive is stands in its index, which a fresh machine has not fetched.
+        as_root apt-get -qq update >&2 || true
+        main=$(_mirror Debian)
+    fi
     [[ -n $main ]] || die "this machine's package sources name no archive of Debian, or their index was never fetched (apt-get update): guest images are made of Debian packages. ROOST_DEBIAN_MIRROR can name one"
     security=${ROOST_DEBIAN_SECURITY_MIRROR:-$(_mirror Debian-Security)}
     # Mirrors keep both side by side.
