@@ -1,5 +1,5 @@
-# QEMU for the virtual host: Debian's own build of a version whose emulated SVM keeps its guests whole, with the
-# libraries it was built against, in a folder of its own. Nothing of it is installed on this machine, and it runs on
+# QEMU for the virtual host: Debian's own build of a newer version than the machine's, with the libraries it was built
+# against and one mend (below), in a folder of its own. Nothing of it is installed on this machine, and it runs on
 # any release. Why this version: docs/decisions/0012-qemu-of-its-own.md.
 #
 #   qemu_folder   prints the folder; its program is qemu-system-x86_64

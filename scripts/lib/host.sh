@@ -5,6 +5,7 @@
 #   start_stack FILE OPTIONS...    starts both with the options of scripts/lib/stack; the administrator's key goes to FILE
 #   stop_stack                     removes both and everything of theirs
 #   on_host COMMAND                runs a shell command there, as root
+#   copy_to_host DIR FILE...       copies files and folders into a fresh folder there
 # They set host_kind (machine, virtual or empty), host_bin, host_lib, state, stack_name, cli_endpoint.
 # shellcheck shell=bash disable=SC2034 # what is set here is read by who sources it
 
@@ -31,6 +32,14 @@ on_host() {
     machine) as_root sh -c "$*" ;;
     virtual) scripts/virtual-host --name "$_vh" ssh "$*" ;;
     *) die "no host was chosen" ;;
+    esac
+}
+
+copy_to_host() {
+    on_host "rm -rf '$1' && mkdir -p '$1'" || return
+    case $host_kind in
+    machine) as_root cp -r "${@:2}" "$1" ;;
+    virtual) scripts/virtual-host --name "$_vh" copy "${@:2}" "$1" ;;
     esac
 }
 

@@ -1,6 +1,6 @@
 # Sourced by scripts/test: tests that need root or a host of their own, which plain `cargo nextest run` leaves out
 # (they are marked `#[ignore]` with the reason).
-# shellcheck shell=bash disable=SC2154 # host.sh sets host_kind and _vh
+# shellcheck shell=bash
 
 NOT_RUN=() # what was left out, and why: the run's last lines say it
 
@@ -29,15 +29,6 @@ real_host_tests() {
     copy_to_host "$there" "$test" "$image" &&
         on_host "ROOST_TEST_BIN=$host_bin ROOST_TEST_TINY=$there/${image##*/} $there/${test##*/} --ignored --nocapture" &&
         on_host "rm -rf $there"
-}
-
-# copy_to_host DIR FILE...: into a fresh folder there.
-copy_to_host() {
-    on_host "rm -rf '$1' && mkdir -p '$1'" || return
-    case $host_kind in
-    machine) as_root cp -r "${@:2}" "$1" ;;
-    virtual) scripts/virtual-host --name "$_vh" copy "${@:2}" "$1" ;;
-    esac
 }
 
 # One line for each thing that was not run. Silence would look like success.
