@@ -109,6 +109,8 @@ pub enum Command {
     /// Stop instances: disk and addresses stay, CPU, memory and their cost end
     Stop(StopArgs),
     /// Start stopped instances
+    ///
+    /// Those that are pending or running stay as they are.
     Start(StartArgs),
     /// Reboot running instances
     Reboot(RebootArgs),

@@ -206,7 +206,7 @@ impl Owner {
                 }
                 done
             }
-            Deed::Start => over || state == InstanceState::Running || world.start(&id).is_ok(),
+            Deed::Start => over || world.start(&id).is_ok(),
             Deed::Reboot => over || state == InstanceState::Stopped || world.reboot(&id).is_ok(),
             Deed::Terminate => {
                 self.note_end(world);

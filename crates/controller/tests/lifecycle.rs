@@ -229,10 +229,9 @@ fn states_forbid_what_ec2_forbids() {
     let code =
         |result: Result<roost_types::api::StateChanges, roost_types::ApiError>| result.unwrap_err().code;
     assert_eq!(code(world.stop(&id)), ErrorCode::IncorrectInstanceState, "pending");
-    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "pending");
     world.wait(&id, InstanceState::Running);
-    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "running");
     world.stop(&id).unwrap();
+    assert_eq!(code(world.start(&id)), ErrorCode::IncorrectInstanceState, "stopping");
     assert_eq!(world.reboot(&id).unwrap_err().code, ErrorCode::IncorrectInstanceState, "stopping");
     world.stop(&id).unwrap();
     world.wait(&id, InstanceState::Stopped);
@@ -242,7 +241,49 @@ fn states_forbid_what_ec2_forbids() {
     world.wait(&id, InstanceState::Terminated);
     let error = world.start(&id).unwrap_err();
     assert_eq!(error.code, ErrorCode::IncorrectInstanceState, "terminated");
-    assert!(error.message.contains("terminated") && error.message.contains("stopped"), "{error}");
+    let allowed = "is terminated: only stopped, pending and running instances can be started";
+    assert_eq!(error.message, format!("instance {id} {allowed}"));
+}
+
+#[test]
+fn a_start_of_what_is_pending_or_runs_succeeds_and_changes_nothing() {
+    let mut world = World::new();
+    let (id, other) = (world.one(), world.one());
+    let again = |world: &World, state| {
+        let everything =
+            |world: &World| (world.record(&id), world.store().claim(&id).unwrap(), world.intervals(&id));
+        let before = everything(world);
+        let change = world.start(&id).unwrap().changes.remove(0);
+        assert_eq!((change.instance_id, change.previous, change.current), (id.clone(), state, state));
+        assert_eq!(everything(world), before, "{state}");
+    };
+    again(&world, InstanceState::Pending);
+    world.wait(&id, InstanceState::Running);
+    again(&world, InstanceState::Running);
+    // Nor does it need its host.
+    world.hosts[0].connected = false;
+    for _ in 0..60 {
+        world.tick();
+    }
+    again(&world, InstanceState::Running);
+    world.hosts[0].connected = true;
+    world.tick();
+
+    world.stop(&other).unwrap();
+    let both = [id.clone(), other.clone()];
+    let error = world.start_all(&both).unwrap_err();
+    assert_eq!(error.code, ErrorCode::IncorrectInstanceState);
+    assert!(error.message.starts_with(&format!("instance {other} is stopping")), "{error}");
+    world.wait(&other, InstanceState::Stopped);
+    let changes = world.start_all(&both).unwrap().changes;
+    let changes: Vec<_> = changes.iter().map(|change| (change.previous, change.current)).collect();
+    let (pending, running) = (InstanceState::Pending, InstanceState::Running);
+    assert_eq!(changes, [(running, running), (InstanceState::Stopped, pending)]);
+    again(&world, running);
+    world.wait(&other, running);
+    assert_eq!((world.show(&id).incarnation, world.show(&other).incarnation), (1, 2));
+    assert_eq!((world.intervals(&id).len(), world.intervals(&other).len()), (1, 2));
+    world.check();
 }
 
 #[test]

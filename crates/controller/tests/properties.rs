@@ -5,18 +5,19 @@ mod world;
 
 use proptest::prelude::*;
 use roost_controller::engine::EngineSettings;
+use roost_store::Store;
 use roost_testbed::sim::Death;
-use roost_types::InstanceId;
 use roost_types::api::ModifyInstanceType;
 use roost_types::state::InstanceState;
-use std::collections::BTreeMap;
+use roost_types::{ErrorCode, InstanceId};
+use std::collections::{BTreeMap, BTreeSet};
 use world::{World, caller};
 
 #[derive(Debug, Clone)]
 enum Event {
     Launch(u32),
     Stop(usize, bool),
-    Start(usize),
+    Start(Vec<usize>),
     Reboot(usize),
     Terminate(usize),
     Retype(usize, bool),
@@ -39,7 +40,7 @@ fn event() -> impl Strategy<Value = Event> {
     prop_oneof![
         3 => (1_u32..4).prop_map(Event::Launch),
         3 => (which.clone(), any::<bool>()).prop_map(|(n, force)| Event::Stop(n, force)),
-        3 => which.clone().prop_map(Event::Start),
+        3 => prop::collection::vec(which.clone(), 1..4).prop_map(Event::Start),
         2 => which.clone().prop_map(Event::Reboot),
         2 => which.clone().prop_map(Event::Terminate),
         1 => (which.clone(), any::<bool>()).prop_map(|(n, large)| Event::Retype(n, large)),
@@ -81,6 +82,38 @@ fn reachable(from: InstanceState, to: InstanceState) -> bool {
         at += 1;
     }
     seen.contains(&to)
+}
+
+/// Starts them, and checks that each changed as its state allows: all or none.
+fn start(world: &World, ids: &[InstanceId]) {
+    use InstanceState::{Pending, Running, Stopped};
+    let everything =
+        |id: &InstanceId| (world.record(id), world.store().claim(id).unwrap(), world.usage(id.as_str()));
+    let before: Vec<_> = ids.iter().map(everything).collect();
+    let states: Vec<_> = before.iter().map(|(record, ..)| record.row.state()).collect();
+    let answer = world.start_all(ids);
+    let forbidden = states.iter().any(|state| !matches!(state, Pending | Running | Stopped));
+    let none_to_start = !states.contains(&Stopped);
+    match &answer {
+        Ok(_) => assert!(!forbidden, "started from {states:?}"),
+        Err(error) if forbidden => assert_eq!(error.code, ErrorCode::IncorrectInstanceState, "{error}"),
+        // A host may be full or away; what is pending or runs asks nothing of it.
+        Err(error) => assert!(!none_to_start, "{states:?}: {error}"),
+    }
+    for (n, id) in ids.iter().enumerate() {
+        let starts = answer.is_ok() && states[n] == Stopped;
+        if let Ok(answer) = &answer {
+            let change = &answer.changes[n];
+            assert_eq!((&change.instance_id, change.previous), (id, states[n]));
+            assert_eq!(change.current, if starts { Pending } else { states[n] });
+        }
+        let after = everything(id);
+        if starts {
+            assert_eq!(after.0.row.incarnation, before[n].0.row.incarnation + 1);
+        } else {
+            assert_eq!(after, before[n], "{id}: nothing changes");
+        }
+    }
 }
 
 impl Player {
@@ -129,7 +162,12 @@ impl Player {
                     let _ = world.engine().stop_instances(&caller("alice"), request);
                 }
             }
-            Event::Start(n) if runs => drop(id(n).map(|id| world.start(&id))),
+            Event::Start(some) if runs => {
+                let ids: BTreeSet<_> = some.iter().filter_map(id).collect();
+                if !ids.is_empty() {
+                    start(world, &Vec::from_iter(ids));
+                }
+            }
             Event::Reboot(n) if runs => drop(id(n).map(|id| world.reboot(&id))),
             Event::Terminate(n) if runs => drop(id(n).map(|id| world.terminate(&id).unwrap())),
             Event::Retype(n, large) if runs => {

@@ -40,7 +40,14 @@ fn an_instance_is_launched_stopped_resized_started_rebooted_and_terminated() {
     let listed = stack.roost(&["ls"]).ok();
     assert!(listed.contains(id) && listed.contains("running") && listed.contains("web"), "{listed}");
 
-    stack.roost(&["start", "web"]).fails(6, &["IncorrectInstanceState", id]);
+    let unchanged = stack.roost(&["start", "web"]).ok();
+    assert_eq!(
+        unchanged.lines().nth(1).unwrap().split_whitespace().collect::<Vec<_>>(),
+        [id, "running", "running"]
+    );
+    let unchanged = stack.json(&["start", "web", "--wait"]);
+    assert_eq!(unchanged["changes"][0]["current"], "running");
+    assert_eq!(one(&stack.json(&["describe", "web"]))["incarnation"], 1);
     stack
         .roost(&["resize", "web", "--type", "t3.small"])
         .fails(6, &["IncorrectInstanceState", "--stop-start", "stopped"]);
@@ -66,6 +73,9 @@ fn an_instance_is_launched_stopped_resized_started_rebooted_and_terminated() {
     stack.roost(&["terminate", "web", "--wait"]).ok();
     stack.roost(&["describe", "web"]).fails(5, &["web"]);
     assert_eq!(one(&stack.json(&["describe", id]))["state"], "terminated");
+    stack
+        .roost(&["start", id])
+        .fails(6, &["IncorrectInstanceState", id, "terminated", "stopped, pending and running"]);
     assert_eq!(stack.json(&["ls"])["instances"], serde_json::json!([]));
 }
 

@@ -123,7 +123,8 @@ impl Engine {
         ))
     }
 
-    /// Starts stopped instances: each claims capacity again on the host that has its volume.
+    /// Starts stopped instances: each claims capacity again on the host that has its volume. Those that are pending or
+    /// running stay as they are, so a start whose answer was lost can be asked for again.
     ///
     /// # Errors
     /// EC2's; `InsufficientInstanceCapacity` if a host is full, `Unavailable` if it does not answer.
@@ -134,10 +135,18 @@ impl Engine {
         let mut incarnations = Vec::new();
         let answer = self.change(caller, &ids, "controller.start", |drafts, views| {
             incarnations.clear();
-            drafts.iter().try_for_each(|draft| accept::may_start(&draft.record.row))?;
+            let mut stopped = Vec::new();
+            for (draft, view) in drafts.iter_mut().zip(views) {
+                if accept::needs_start(&draft.record.row)? {
+                    stopped.push((draft, view));
+                }
+            }
+            if stopped.is_empty() {
+                return Ok(());
+            }
             let now = self.clock.now();
             let mut hosts = watch.store(self, || self.placeable(now))?;
-            for (draft, view) in drafts.iter_mut().zip(views) {
+            for (draft, view) in stopped {
                 let claim = watch.placement(self, || reclaim(&mut hosts, draft))?;
                 accept::start(draft, claim, view.now, &view.limits);
                 let row = &draft.record.row;

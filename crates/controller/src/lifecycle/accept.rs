@@ -13,18 +13,19 @@ fn wrong_state(row: &InstanceRow, verb: &str, from: &str) -> ApiError {
     )
 }
 
-/// Whether an instance may be started.
+/// Whether a start has anything to do: one of an instance that is pending or running succeeds and changes nothing.
 ///
 /// # Errors
-/// `IncorrectInstanceState` in any state but `stopped`.
-pub fn may_start(row: &InstanceRow) -> Result<(), ApiError> {
+/// `IncorrectInstanceState` in any state but these and `stopped`.
+pub fn needs_start(row: &InstanceRow) -> Result<bool, ApiError> {
     match row.state() {
-        InstanceState::Stopped => Ok(()),
-        _ => Err(wrong_state(row, "started", "stopped")),
+        InstanceState::Stopped => Ok(true),
+        InstanceState::Pending | InstanceState::Running => Ok(false),
+        _ => Err(wrong_state(row, "started", "stopped, pending and running")),
     }
 }
 
-/// Starts a stopped instance with this claim. [`may_start`] has said yes.
+/// Starts a stopped instance with this claim. [`needs_start`] has said yes.
 pub fn start(draft: &mut Draft, claim: Claim, now: Micros, limits: &Limits) {
     draft.hop(Step::Place, now, limits);
     draft.record.row.state_reason = None;

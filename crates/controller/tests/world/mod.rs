@@ -331,7 +331,11 @@ impl World {
     }
 
     pub fn start(&self, id: &InstanceId) -> Result<StateChanges, ApiError> {
-        let instance_ids = vec![id.to_string()];
+        self.start_all(std::slice::from_ref(id))
+    }
+
+    pub fn start_all(&self, ids: &[InstanceId]) -> Result<StateChanges, ApiError> {
+        let instance_ids = ids.iter().map(ToString::to_string).collect();
         self.engine().start_instances(&caller("alice"), StartInstances { instance_ids })
     }
 

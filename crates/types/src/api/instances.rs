@@ -152,7 +152,7 @@ pub struct Instances {
     pub instances: Vec<Instance>,
 }
 
-/// Starts stopped instances.
+/// Starts stopped instances. Those that are pending or running stay as they are.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct StartInstances {

@@ -46,9 +46,19 @@ where
 ///
 /// # Errors
 /// [`Broken`].
-pub fn drain_while<F>(queue: &mut Queue, memory: &Memory, mut handle: F) -> Result<Turn, Broken>
+pub fn drain_while<F>(queue: &mut Queue, memory: &Memory, handle: F) -> Result<Turn, Broken>
 where
     F: FnMut(Option<DescriptorChain<&Memory>>) -> Option<u32>,
+{
+    rounds(queue, memory, handle, || ())
+}
+
+/// The rounds of [`drain_while`]. `looked` is called in each between its last look for a chain and its end: what the guest does
+/// at that moment, tests do there.
+fn rounds<F, L>(queue: &mut Queue, memory: &Memory, mut handle: F, mut looked: L) -> Result<Turn, Broken>
+where
+    F: FnMut(Option<DescriptorChain<&Memory>>) -> Option<u32>,
+    L: FnMut(),
 {
     let mut left = BUDGET;
     let mut any = false;
@@ -71,6 +81,7 @@ where
             (found, any) = (true, true);
             left -= 1;
         }
+        looked();
         if promised && !found {
             return Err(Broken("available chains that cannot be taken".into()));
         }
@@ -216,3 +227,6 @@ pub fn copy_in(list: &[VolatileSlice<'_>], source: &[u8]) -> usize {
     }
     done
 }
+
+#[cfg(test)]
+mod tests;
