@@ -40,7 +40,8 @@ cache_entry() {
             tmp=$(mktemp -d "$CACHE/$kind/.new-$name-XXXXXX")
             chmod 755 "$tmp"
             # A subshell of its own, not a condition: `set -e` must hold inside the builder.
-            (set -e; "$1" "$tmp" "${@:2}" >&2)
+            # The modes of files go into what is built.
+            (set -e; umask 022; "$1" "$tmp" "${@:2}" >&2)
             mv -T "$tmp" "$entry"
             _cache_prune "$kind" "$name"
             ok "built $kind/$name in $((($(now_ms) - start) / 1000)) s"

@@ -39,7 +39,7 @@ image_folder() {
     [[ " $KERNELS_ALLOWED " == *" $kernel "* ]] || die "image $name boots with: $KERNELS_ALLOWED, not with '$kernel'"
     kernel_dir=$(kernel_folder "$kernel")
     root_key=$(_root_key "$name" "$@")
-    [[ $name == virtual-host ]] && root_key=$(printf '%s %s' "$root_key" "$kernel_dir" | hash_key)
+    [[ $name == virtual-host ]] && root_key=$(printf '%s %s' "$root_key" "${kernel_dir##*/}" | hash_key)
     key=$( { echo "$root_key" "${kernel_dir##*/}"; hash_files "$ROOST_ROOT/guest-images/lib/images.sh"; } | hash_key)
     cache_entry images "$full.$kernel" "$key" _build_image "$name" "$full" "$root_key" "$kernel" "$kernel_dir" "$@"
 }

@@ -2,7 +2,8 @@
 #
 # shellcheck shell=bash
 
-export SOURCE_DATE_EPOCH=${SOURCE_DATE_EPOCH:-1767225600} # 2026-01-01: every file we make carries this time
+# 2026-01-01: every file we make carries this time, whatever the caller's environment says: it goes into the bytes.
+export SOURCE_DATE_EPOCH=1767225600
 
 # pack_cpio DIR OUT: DIR as an lz4-compressed cpio, sorted, owned by root, with one fixed time.
 pack_cpio() {

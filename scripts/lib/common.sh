@@ -92,7 +92,7 @@ require_root_or_sudo() {
 
 # Runs CMD as root. HOME and the cache stay the caller's.
 as_root() {
-    if [[ $EUID == 0 ]]; then "$@"; else sudo --preserve-env=HOME,XDG_CACHE_HOME,SOURCE_DATE_EPOCH -- "$@"; fi
+    if [[ $EUID == 0 ]]; then "$@"; else sudo --preserve-env=HOME,XDG_CACHE_HOME -- "$@"; fi
 }
 
 # "debian 12", "debian 13", or the ID and version of what else this is.
