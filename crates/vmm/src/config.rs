@@ -8,6 +8,8 @@ use serde::{Deserialize, Serialize};
 use crate::error::{Error, Result};
 use crate::layout;
 
+pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
+
 /// Everything about one machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
@@ -27,6 +29,9 @@ pub struct VmConfig {
     /// An entropy device, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub entropy: Option<Entropy>,
+    /// A balloon, if present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub balloon: Option<BalloonConfig>,
     /// COM1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
@@ -261,12 +266,18 @@ impl VmConfig {
         if let Some(smbios) = &self.smbios {
             smbios.check()?;
         }
+        if let Some(balloon) = &self.balloon {
+            balloon.check(self.machine_config.mem_size_mib)?;
+        }
         unique("drives: drive_id", self.drives.iter().map(|d| &d.drive_id))?;
         unique("network-interfaces: iface_id", self.network_interfaces.iter().map(|n| &n.iface_id))?;
         if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
             return Err(Error::Config("drives: more than one has is_root_device".into()));
         }
-        let devices = self.drives.len() + self.network_interfaces.len() + usize::from(self.entropy.is_some());
+        let single = [self.entropy.is_some(), self.balloon.is_some()];
+        let devices = self.drives.len()
+            + self.network_interfaces.len()
+            + single.into_iter().filter(|there| *there).count();
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(Error::Config(format!(
                 "{devices} devices, at most {} fit one machine",
@@ -440,7 +451,8 @@ mod tests {
         "machine-config":{"vcpu_count":2,"mem_size_mib":1024},
         "drives":[{"drive_id":"root","path_on_host":"root","format":"qcow2","backing":"base","is_root_device":true,"is_read_only":false}],
         "network-interfaces":[{"iface_id":"eth0","guest_mac":"06:00:ac:1f:00:05","host_dev_name":"tap0"}],
-        "entropy":{},"serial":{"output":"console"},
+        "entropy":{},"balloon":{"amount_mib":512,"deflate_on_oom":true,"stats_polling_interval_s":5,"free_page_reporting":true},
+        "serial":{"output":"console"},
         "smbios":{"manufacturer":"Amazon EC2","uuid":"ec2a0001-0002-0003-0004-000000000005"},"status":"status"}"#;
 
     #[test]
@@ -474,6 +486,12 @@ mod tests {
                 "guest_mac",
             ),
             (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
+            (r#"{"balloon":{"amount_mib":129}}"#, "amount_mib 129 is outside 0–128"),
+            (r#"{"balloon":{"deflate_on_oom":true}}"#, "amount_mib"),
+            (
+                r#"{"balloon":{"amount_mib":1,"stats_polling_interval_s":65536}}"#,
+                "stats_polling_interval_s 65536",
+            ),
             (r#"{"smbios":{"serial":"ä"}}"#, "serial"),
             (r#"{"boot-source":{"kernel_image_path":"k","boot_args":"a\nb"}}"#, "boot_args"),
         ];

@@ -8,7 +8,7 @@
 //! | [`descriptors`] | names → open descriptors; the only place that opens a path |
 //! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
-//! | [`vm`], [`vcpu`], [`memory`], [`layout`], [`cpu`] | KVM: the machine |
+//! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
 //! | [`boot`], [`acpi`], [`smbios`] | what the guest finds in its memory when it starts |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
 //! | [`seccomp`], [`threads`], [`heap`] | the lock-down, and what a process has |
@@ -37,6 +37,7 @@ pub mod log;
 pub mod memory;
 pub mod preboot;
 pub mod probe;
+pub mod ranges;
 pub mod running;
 pub mod seccomp;
 pub mod smbios;

@@ -2,15 +2,34 @@
 //! [`crate::boot::mapped`]).
 
 use std::fs::File;
+use std::io;
 use std::os::fd::AsRawFd;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::error::{Error, Result};
 use crate::layout::{HIGH_RAM_START, MMIO_HOLE_START};
+use crate::ranges::RangeSet;
 
 /// The memory of one guest.
 pub type Memory = GuestMemoryMmap<()>;
+
+/// Bytes of a page.
+pub const PAGE: u64 = 4096;
+
+/// Most pieces that guests may cut a file's pages into: each is a mapping of the host's, of which a process has 65,530.
+const MAX_FILE_PIECES: usize = 1024;
+
+/// Which of the guest's pages are a file's (host addresses). Who maps and who gives back share it.
+#[derive(Clone, Debug, Default)]
+pub struct FilePages(Arc<Mutex<RangeSet>>);
+
+impl FilePages {
+    fn lock(&self) -> MutexGuard<'_, RangeSet> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
 
 /// One range of RAM.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +81,14 @@ pub fn use_huge_pages(memory: &Memory) {
 /// Maps pages of a file in place of `length` bytes of guest memory at the host's address `target`; what the guest writes
 /// there stays its own. `false`: it could not be done, and the memory is as it was.
 #[must_use]
-pub fn map_file(memory: &Memory, target: *mut u8, length: usize, file: &File, offset: u64) -> bool {
+pub fn map_file(
+    memory: &Memory,
+    pages: &FilePages,
+    target: *mut u8,
+    length: usize,
+    file: &File,
+    offset: u64,
+) -> bool {
     let (start, end) = (target as usize, (target as usize).saturating_add(length));
     let inside = memory.iter().any(|region| {
         let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_or(0, |host| host as usize);
@@ -83,7 +109,76 @@ pub fn map_file(memory: &Memory, target: *mut u8, length: usize, file: &File, of
     }
     // As for all guest memory. SAFETY: the mapping was just made.
     unsafe { libc::madvise(mapped, length, libc::MADV_DONTDUMP) };
+    pages.lock().add(start as u64..end as u64);
     true
+}
+
+/// Gives whole pages of guest memory back to the host: the guest finds zeroes there when it looks again. Returns how many
+/// bytes went: pages of a file stay as they are where more holes would cut it into too many pieces.
+///
+/// # Errors
+/// The range is not of whole pages or leaves guest memory (nothing was done then), or the host's error.
+pub fn give_back(memory: &Memory, pages: &FilePages, range: Range) -> io::Result<u64> {
+    let whole = range.start.is_multiple_of(PAGE) && range.size.is_multiple_of(PAGE);
+    let bytes = usize::try_from(range.size).map_err(io::Error::other)?;
+    if !whole || range.size == 0 || !memory.check_range(GuestAddress(range.start), bytes) {
+        return Err(io::ErrorKind::InvalidInput.into());
+    }
+    let (mut at, mut left, mut given) = (range.start, range.size, 0);
+    while left > 0 {
+        let (region, offset) = memory.to_region_addr(GuestAddress(at)).ok_or(io::ErrorKind::InvalidInput)?;
+        let here = left.min(region.len() - offset.raw_value());
+        let host = region.get_host_address(offset).map_err(io::Error::other)?;
+        given += give_back_mapped(&mut pages.lock(), host, here)?;
+        (at, left) = (at + here, left - here);
+    }
+    Ok(given)
+}
+
+/// The same within one region: `length` bytes from the host's address `host` on.
+fn give_back_mapped(pages: &mut RangeSet, host: *mut u8, length: u64) -> io::Result<u64> {
+    let start = host as u64;
+    let mut given = 0;
+    for (piece, of_file) in pages.cut(start..start + length) {
+        let bytes = piece.end - piece.start;
+        let (at, count) = (usize::try_from(piece.start - start), usize::try_from(bytes));
+        let (Ok(at), Ok(count)) = (at, count) else { continue };
+        let target = host.wrapping_add(at);
+        if of_file {
+            pages.remove(piece.clone());
+            if pages.len() > MAX_FILE_PIECES {
+                pages.add(piece);
+                continue;
+            }
+            // Advice alone would bring the file's bytes back.
+            map_nothing(target, count)?;
+        } else {
+            // SAFETY: the range lies inside guest memory, which Rust code reads only through volatile accesses, so that
+            // content may change under it at any time.
+            let result = unsafe { libc::madvise(target.cast(), count, libc::MADV_DONTNEED) };
+            if result < 0 {
+                return Err(io::Error::last_os_error());
+            }
+        }
+        given += bytes;
+    }
+    Ok(given)
+}
+
+/// Puts fresh pages in place of what is mapped.
+fn map_nothing(target: *mut u8, length: usize) -> io::Result<()> {
+    let (access, kind) = (
+        libc::PROT_READ | libc::PROT_WRITE,
+        libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_FIXED | libc::MAP_NORESERVE,
+    );
+    // SAFETY: only memory of the guest is replaced, which Rust code reads through volatile accesses alone.
+    let mapped = unsafe { libc::mmap(target.cast(), length, access, kind, -1, 0) };
+    if mapped == libc::MAP_FAILED {
+        return Err(io::Error::last_os_error());
+    }
+    // As for all guest memory. SAFETY: the mapping was just made.
+    unsafe { libc::madvise(mapped, length, libc::MADV_DONTDUMP) };
+    Ok(())
 }
 
 /// Gives every page back to the host: the guest finds zeroes, as after power-on, or what a file that is mapped holds.
@@ -93,7 +188,7 @@ pub fn map_file(memory: &Memory, target: *mut u8, length: usize, file: &File, of
 pub fn clear(memory: &Memory) -> Result<()> {
     for region in memory.iter() {
         if !advise(region, libc::MADV_DONTNEED) {
-            return Err(Error::Memory(format!("clearing: {}", std::io::Error::last_os_error())));
+            return Err(Error::Memory(format!("clearing: {}", io::Error::last_os_error())));
         }
     }
     Ok(())
@@ -134,5 +229,77 @@ mod tests {
         clear(&memory).unwrap();
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
         assert_eq!(low_end(&memory), 4 << 20);
+    }
+
+    fn byte(memory: &Memory, address: u64) -> u8 {
+        memory.read_obj(GuestAddress(address)).unwrap()
+    }
+
+    #[test]
+    fn what_is_given_back_is_zero_and_nothing_else_is() {
+        // Two regions, so that a range across their border would be one across the hole.
+        let memory = create(3 * 1024 + 4).unwrap();
+        let pages = FilePages::default();
+        for page in [0, 1, 2, 3] {
+            memory.write_obj(7_u8, GuestAddress(page * PAGE)).unwrap();
+        }
+        assert_eq!(give_back(&memory, &pages, Range { start: PAGE, size: 2 * PAGE }).unwrap(), 2 * PAGE);
+        assert_eq!([0, 1, 2, 3].map(|page| byte(&memory, page * PAGE)), [7, 0, 0, 7]);
+        for (start, size) in [
+            (1, PAGE),
+            (PAGE, 1),
+            (PAGE, 0),
+            (MMIO_HOLE_START, PAGE),
+            (MMIO_HOLE_START - PAGE, 2 * PAGE),
+            (u64::MAX - PAGE + 1, PAGE),
+            (0, u64::MAX - PAGE + 1),
+        ] {
+            assert!(give_back(&memory, &pages, Range { start, size }).is_err(), "{start:#x} {size:#x}");
+        }
+        assert_eq!(byte(&memory, 0), 7);
+        give_back(&memory, &pages, Range { start: HIGH_RAM_START, size: PAGE }).unwrap();
+    }
+
+    fn with_file(file_pages: u64) -> (Memory, FilePages, File) {
+        let memory = create(16).unwrap();
+        let pages = FilePages::default();
+        let mut file = tempfile::tempfile().unwrap();
+        let bytes = usize::try_from(file_pages * PAGE).unwrap();
+        io::Write::write_all(&mut file, &vec![9; bytes]).unwrap();
+        let target = memory.get_host_address(GuestAddress(PAGE)).unwrap();
+        assert!(map_file(&memory, &pages, target, bytes, &file, 0));
+        (memory, pages, file)
+    }
+
+    #[test]
+    fn pages_of_a_file_are_zero_too_and_the_file_is_as_it_was() {
+        let (memory, pages, file) = with_file(8);
+        memory.write_obj(5_u8, GuestAddress(3 * PAGE)).unwrap();
+        // From anonymous memory across the file's pages into anonymous memory, and once more over the same.
+        for _ in 0..2 {
+            give_back(&memory, &pages, Range { start: 2 * PAGE, size: 3 * PAGE }).unwrap();
+            let found = [1, 2, 3, 4, 5, 8, 9].map(|page| byte(&memory, page * PAGE));
+            assert_eq!(found, [9, 0, 0, 0, 9, 9, 0]);
+        }
+        give_back(&memory, &pages, Range { start: 0, size: 16 * PAGE }).unwrap();
+        assert_eq!([0, 1, 5, 8, 9].map(|page| byte(&memory, page * PAGE)), [0; 5]);
+        assert!(pages.lock().is_empty());
+        let mut content = Vec::new();
+        io::Seek::rewind(&mut &file).unwrap();
+        io::Read::read_to_end(&mut &file, &mut content).unwrap();
+        assert!(content.iter().all(|byte| *byte == 9));
+    }
+
+    /// A guest that gives back every other page of a large kernel must not use up the monitor's mappings.
+    #[test]
+    fn a_files_pages_are_not_cut_into_any_number_of_pieces() {
+        let count = 3 * MAX_FILE_PIECES as u64;
+        let (memory, pages, _file) = with_file(count);
+        let given: u64 = (0..count / 2 - 1)
+            .map(|n| give_back(&memory, &pages, Range { start: (2 + 2 * n) * PAGE, size: PAGE }).unwrap())
+            .sum();
+        assert_eq!(pages.lock().len(), MAX_FILE_PIECES);
+        assert_eq!(given, (MAX_FILE_PIECES as u64 - 1) * PAGE);
+        assert_eq!((byte(&memory, 2 * PAGE), byte(&memory, (count - 2) * PAGE)), (0, 9));
     }
 }

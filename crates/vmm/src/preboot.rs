@@ -9,14 +9,14 @@
 //! What is illegal in a phase is no method of its type.
 
 use std::io::IsTerminal;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::VirtioWindow;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
-    BootSource, DEFAULT_BOOT_ARGS, Drive, Entropy, MachineConfig, NetworkInterface, SerialConfig,
+    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, NetworkInterface, SerialConfig,
     SmbiosConfig, VmConfig, parse_mac,
 };
 use crate::console::ConsoleWriter;
@@ -25,21 +25,23 @@ use crate::descriptors::{Access, Descriptors};
 use crate::devices::power::{self, KeyboardReset, Power};
 use crate::devices::serial::{SerialPort, Sink};
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::Block;
 use crate::devices::virtio::block::backend::Image;
-use crate::devices::virtio::entropy::host_random;
+use crate::devices::virtio::entropy::{Entropy, host_random};
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::net::tap::TapDevice;
 use crate::devices::virtio::pace::Pace;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
+use crate::layout;
+use crate::memory::{self, FilePages};
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
 use crate::status::StatusWriter;
 use crate::vcpu::{Buses, VcpuHandle};
 use crate::vm::{CpuModel, Vm, open_kvm};
-use crate::{layout, memory};
 
 /// Name of the handed `/dev/kvm`.
 pub const KVM_NAME: &str = "kvm";
@@ -109,8 +111,16 @@ impl Preboot {
     ///
     /// # Errors
     /// [`Error::Config`].
-    pub fn set_entropy(&mut self, entropy: Entropy) -> Result<()> {
+    pub fn set_entropy(&mut self, entropy: config::Entropy) -> Result<()> {
         self.change(|config| config.entropy = Some(entropy))
+    }
+
+    /// Adds the balloon, or replaces it.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_balloon(&mut self, balloon: BalloonConfig) -> Result<()> {
+        self.change(|config| config.balloon = Some(balloon))
     }
 
     /// Sets where the console goes.
@@ -167,9 +177,10 @@ impl Preboot {
         buses.ports.insert(u64::from(layout::POWER_PORT), u64::from(power::SIZE), Arc::clone(&power) as _);
         buses.ports.insert(u64::from(layout::I8042_COMMAND_PORT), 1, Arc::new(KeyboardReset));
 
+        let balloon = self.balloon(&payload.pages)?;
         let mut transports = Vec::new();
         let mut windows = Vec::new();
-        for (index, device) in self.virtio_devices()?.into_iter().enumerate() {
+        for (index, device) in self.virtio_devices(balloon.as_ref())?.into_iter().enumerate() {
             let window = VirtioWindow {
                 address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
                 gsi: layout::VIRTIO_GSIS[index],
@@ -220,6 +231,7 @@ impl Preboot {
             payload,
             description,
             transports,
+            balloon,
             serial,
             power,
             stops,
@@ -243,6 +255,7 @@ impl Preboot {
             initrd,
             cmdline: String::new(),
             protocol: boot.boot_protocol,
+            pages: FilePages::default(),
         })
     }
 
@@ -297,22 +310,30 @@ impl Preboot {
         Ok(serial)
     }
 
-    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy.
-    fn virtio_devices(&self) -> Result<Vec<Shared>> {
+    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon.
+    fn virtio_devices(&self, balloon: Option<&Arc<Mutex<Balloon>>>) -> Result<Vec<Shared>> {
         let mut devices: Vec<Shared> = Vec::new();
         let mut drives: Vec<&Drive> = self.config.drives.iter().collect();
         drives.sort_by_key(|drive| !drive.is_root_device);
         for drive in drives {
-            devices.push(Arc::new(std::sync::Mutex::new(self.block(drive)?)));
+            devices.push(Arc::new(Mutex::new(self.block(drive)?)));
         }
         for (index, interface) in self.config.network_interfaces.iter().enumerate() {
-            devices.push(Arc::new(std::sync::Mutex::new(self.net(interface, index)?)));
+            devices.push(Arc::new(Mutex::new(self.net(interface, index)?)));
         }
         if self.config.entropy.is_some() {
-            devices
-                .push(Arc::new(std::sync::Mutex::new(crate::devices::virtio::entropy::Entropy::default())));
+            devices.push(Arc::new(Mutex::new(Entropy::default())));
+        }
+        if let Some(balloon) = balloon {
+            devices.push(Arc::clone(balloon) as _);
         }
         Ok(devices)
+    }
+
+    fn balloon(&self, pages: &FilePages) -> Result<Option<Arc<Mutex<Balloon>>>> {
+        let Some(config) = &self.config.balloon else { return Ok(None) };
+        let balloon = Balloon::new(config, pages.clone()).map_err(Error::io("the balloon's timer"))?;
+        Ok(Some(Arc::new(Mutex::new(balloon))))
     }
 
     fn block(&self, drive: &Drive) -> Result<Block> {

@@ -1,15 +1,16 @@
 //! From the start on: the guest runs or is paused, and only what is open already is used.
 
-use std::sync::Arc;
 use std::sync::mpsc::Receiver;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Description, Payload};
-use crate::config::{OnReset, VmConfig};
+use crate::config::{BalloonConfig, BalloonUpdate, OnReset, StatisticsUpdate, VmConfig};
 use crate::devices::power::Power;
 use crate::devices::serial::SerialPort;
+use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::mmio::{Transport, lock};
 use crate::error::{Error, Result};
 use crate::event_loop::DeviceThread;
@@ -31,6 +32,7 @@ pub(crate) struct Parts {
     pub payload: Payload,
     pub description: Description,
     pub transports: Vec<Arc<Transport>>,
+    pub balloon: Option<Arc<Mutex<Balloon>>>,
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
     pub stops: Receiver<Stop>,
@@ -217,6 +219,58 @@ impl Running {
                 bytes.len()
             ))
         })
+    }
+
+    fn balloon(&self) -> Result<(BalloonConfig, MutexGuard<'_, Balloon>)> {
+        let balloon = self.parts.config.balloon.zip(self.parts.balloon.as_ref());
+        let (config, balloon) = balloon.ok_or_else(|| {
+            Error::State("the machine has no balloon; one is added before the start (PUT /balloon)".into())
+        })?;
+        Ok((config, balloon.lock().unwrap_or_else(PoisonError::into_inner)))
+    }
+
+    /// Says how much memory the guest should do without.
+    ///
+    /// # Errors
+    /// [`Error::Config`] when that is more than it has, [`Error::State`] without a balloon.
+    pub fn update_balloon(&mut self, update: BalloonUpdate) -> Result<()> {
+        let (config, mut balloon) = self.balloon()?;
+        let config = BalloonConfig { amount_mib: update.amount_mib, ..config };
+        config.check(self.parts.config.machine_config.mem_size_mib)?;
+        balloon.set_target(config.amount_mib);
+        drop(balloon);
+        self.parts.config.balloon = Some(config);
+        Ok(())
+    }
+
+    /// What the balloon holds and what the guest says about its memory.
+    ///
+    /// # Errors
+    /// [`Error::State`] without a balloon or without statistics.
+    pub fn balloon_statistics(&self) -> Result<serde_json::Map<String, serde_json::Value>> {
+        let (config, balloon) = self.balloon()?;
+        if config.stats_polling_interval_s == 0 {
+            return Err(Error::State(
+                "the balloon has no statistics: stats_polling_interval_s was 0 at the start".into(),
+            ));
+        }
+        Ok(balloon.statistics())
+    }
+
+    /// Sets how often the guest is asked for statistics.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for what the balloon was not started for, [`Error::State`] without a balloon.
+    pub fn update_balloon_statistics(&mut self, update: StatisticsUpdate) -> Result<()> {
+        let (config, mut balloon) = self.balloon()?;
+        let config = config.with_interval(update)?;
+        config.check(self.parts.config.machine_config.mem_size_mib)?;
+        balloon
+            .set_interval(config.stats_polling_interval_s)
+            .map_err(Error::io("setting the balloon's timer"))?;
+        drop(balloon);
+        self.parts.config.balloon = Some(config);
+        Ok(())
     }
 
     /// Handles what a vCPU reported. `Some`: the machine has ended.

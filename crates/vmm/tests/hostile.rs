@@ -9,6 +9,7 @@
 
 mod common;
 
+use common::balloon::{REPORTING, STATISTICS, give, list, send};
 use common::virtio::{
     Device, INDIRECT, NEXT, Ring, WINDOW, WINDOW_SIZE, WRITE, block, block_header, block_request, register,
 };
@@ -21,9 +22,13 @@ const MEMORY_END: u64 = MEMORY_MIB << 20;
 const DISK: Device = Device(0);
 const NET: Device = Device(1);
 const ENTROPY: Device = Device(2);
+const BALLOON: Device = Device(3);
+const DEVICES: [Device; 4] = [DISK, NET, ENTROPY, BALLOON];
 /// Looks that a device is given to answer to an attack, which it mostly does not.
 const LOOKS: u32 = 2_000;
 const BUFFER: u32 = 0x80_0000;
+/// A page that a good driver gives back.
+const GIVEN: u32 = 0x90_0000;
 const DISK_BYTES: u64 = 1 << 20;
 /// What a good driver writes there at the end.
 const WRITTEN: u32 = 0x600d_600d;
@@ -38,10 +43,15 @@ fn canary(ring: Ring) -> u32 {
     ring.used() + 4 + 8 * u32::from(ring.size) + 4
 }
 
+/// How many queues a device has.
+fn queues(device: Device) -> u32 {
+    [1, 2, 1, 4][device.0 as usize]
+}
+
 /// Sets a device up with all its queues.
 fn set_up(code: Code, device: Device) -> Code {
-    let queues = if device.0 == NET.0 { 2 } else { 1 };
-    let code = (0..queues).fold(device.negotiate(code, 1 << 28), |code, n| {
+    let own = if device.0 == BALLOON.0 { REPORTING | STATISTICS } else { 0 };
+    let code = (0..queues(device)).fold(device.negotiate(code, 1 << 28 | own), |code, n| {
         let ring = queue(n);
         // A queue starts with empty rings.
         let code = code.store(ring.available(), 0).store(ring.used(), 0).store(canary(ring), CANARY);
@@ -64,6 +74,12 @@ fn use_well(code: Code, device: Device) -> Code {
             let code = ring.descriptor(code, 0, BUFFER.into(), 72, 0, 0);
             device.notify(ring.offer(code, 0, 0), 1).wait16(ring.used_index(), 1)
         }
+        3 => {
+            // A page of its own, gone and back.
+            let code = code.store(GIVEN, 1);
+            let code = give(code, device, queue(0), 0, (GIVEN >> 12, 1)).expect32(GIVEN, 0);
+            give(code, device, queue(1), 0, (GIVEN >> 12, 1))
+        }
         _ => {
             let ring = queue(0);
             let code = ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0);
@@ -81,14 +97,15 @@ fn machine(code: &Code) -> Machine {
     machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
     machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
     machine.config["entropy"] = json!({});
+    machine.config["balloon"] =
+        json!({ "amount_mib": 1, "stats_polling_interval_s": 1, "free_page_reporting": true });
     machine
 }
 
 /// Runs an attack on a device, then the good driver; returns how it ended.
 fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(Code) -> Code) -> Ended {
     let code = attack(set_up(Code::default(), device));
-    let rings = if device.0 == NET.0 { 2 } else { 1 };
-    let code = (0..rings).fold(code, |code, n| code.expect32(canary(queue(n)), CANARY));
+    let code = (0..queues(device)).fold(code, |code, n| code.expect32(canary(queue(n)), CANARY));
     let code = use_well(code, device).print("alive").power_off();
     let mut machine = machine(&code);
     machine.start(&common::machines::tap_argument(tap));
@@ -104,12 +121,16 @@ fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(C
 }
 
 /// The queue that an attack goes to, and whether its device writes into chains.
-fn targets() -> [(&'static str, Device, Ring, u16); 4] {
+fn targets() -> [(&'static str, Device, Ring, u16); 8] {
     [
         ("disk", DISK, queue(0), 0),
         ("net, receive", NET, queue(0), WRITE),
         ("net, transmit", NET, queue(1), 0),
         ("entropy", ENTROPY, queue(0), WRITE),
+        ("balloon, inflate", BALLOON, queue(0), 0),
+        ("balloon, deflate", BALLOON, queue(1), 0),
+        ("balloon, statistics", BALLOON, queue(2), 0),
+        ("balloon, reporting", BALLOON, queue(3), WRITE),
     ]
 }
 
@@ -229,6 +250,49 @@ fn block_requests_that_are_none() {
     ask("a read over the available ring", block::IN, 0, &[(queue(0).available().into(), 512, WRITE), status]);
     ask("a request of no kind", 0xffff_ffff, 0, &[into, status]);
     ask("a flush with data", block::FLUSH, 7, &[sector, status]);
+}
+
+#[test]
+fn lists_of_pages_that_are_none() {
+    let Some(tap) = tap::create() else { return };
+    let last = (MEMORY_END >> 12) as u32 - 1;
+    for n in [0, 1] {
+        let ring = queue(n);
+        let ask = |name: &str, first: u32, count: u32, length: u32| {
+            attack(&format!("queue {n}: {name}"), BALLOON, &tap, |code| {
+                let code = list(code, 0x60_0000, first, count);
+                send(code, BALLOON, ring, 0, (0x60_0000, length), 0).look16(ring.used_index(), 1, LOOKS)
+            });
+        };
+        ask("pages beyond the end", last, 64, 256);
+        ask("pages in the hole", 0xbffff, 64, 256);
+        ask("pages at the end of the world", u32::MAX - 3, 8, 32);
+        ask("half a page number", BUFFER >> 12, 1, 2);
+        ask("a list that is too long", BUFFER >> 12, 16, 1 << 20);
+        ask("its own list", 0x60_0000 >> 12, 64, 256);
+        // Whatever the device reads next is zero then.
+        ask("its own descriptors", ring.descriptors() >> 12, 4, 16);
+        ask("its own available ring", ring.available() >> 12, 4, 16);
+        // The same page again and again, in one list and in many.
+        attack(&format!("queue {n}: duplicates"), BALLOON, &tap, |code| {
+            let code = [0, 4, 8].into_iter().fold(code, |code, at| code.store(BUFFER + at, GIVEN >> 12));
+            (0..200).fold(code, |code, index| {
+                let code = send(code, BALLOON, ring, index, (BUFFER, 12), 0);
+                code.wait16(ring.used_index(), index + 1)
+            })
+        });
+    }
+    let ring = queue(3);
+    attack("a report of its own rings", BALLOON, &tap, |code| {
+        let code = send(code, BALLOON, ring, 0, (ring.base, 0x8000), WRITE);
+        code.look16(ring.used_index(), 1, LOOKS)
+    });
+    attack("many buffers for statistics", BALLOON, &tap, |code| {
+        (0..100).fold(code, |code, index| {
+            let code = send(code, BALLOON, queue(2), index, (BUFFER, 13), 0);
+            code.look16(queue(2).used_index(), index, LOOKS)
+        })
+    });
 }
 
 #[test]
@@ -359,7 +423,7 @@ fn a_sweep_over_the_ports() {
 #[test]
 fn a_sweep_over_all_registers_in_all_widths() {
     let Some(tap) = tap::create() else { return };
-    let windows = 4 * WINDOW_SIZE;
+    let windows = 5 * WINDOW_SIZE;
     // mov edi, WINDOW; again: mov al, [rdi]; mov [rdi], al; mov ax, [rdi]; mov [rdi], ax; mov eax, [rdi]; mov [rdi], eax;
     // mov rax, [rdi]; mov [rdi], rax; inc edi; cmp edi, END; jb again
     let code = Code::default().address(WINDOW).bytes(&[
@@ -371,7 +435,7 @@ fn a_sweep_over_all_registers_in_all_widths() {
     let code = code.address(WINDOW + windows).bytes(&[0x8b, 0x07, 0x89, 0x07, 0x81, 0xc7]);
     let code = code.bytes(&0x1_0ffc_u32.to_le_bytes()).bytes(&[0x81, 0xff]);
     let code = code.bytes(&0xfec0_0000_u32.to_le_bytes()).bytes(&[0x72, 0xee]);
-    let code = [DISK, NET, ENTROPY].into_iter().fold(code, use_well).print("alive").power_off();
+    let code = DEVICES.into_iter().fold(code, use_well).print("alive").power_off();
     let mut machine = machine(&code);
     machine.start(&common::machines::tap_argument(&tap));
     let ended = machine.wait();
@@ -382,8 +446,8 @@ fn a_sweep_over_all_registers_in_all_widths() {
 #[test]
 fn a_storm_does_not_keep_the_api_waiting() {
     let Some(tap) = tap::create() else { return };
-    let code = [DISK, NET, ENTROPY].into_iter().fold(Code::default(), set_up);
-    let storm = [DISK, NET, ENTROPY].into_iter().fold(Code::default(), |code, device| {
+    let code = DEVICES.into_iter().fold(Code::default(), set_up);
+    let storm = DEVICES.into_iter().fold(Code::default(), |code, device| {
         let code = device.notify(device.notify(code, 0), 1);
         code.store(device.register(register::INTERRUPT_ACKNOWLEDGE), 3)
     });

@@ -10,6 +10,7 @@ use std::collections::BTreeSet;
 use std::io::Write;
 use std::process::Stdio;
 
+use common::balloon::give;
 use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
 use common::watch::{self, Call};
 use common::{Code, Ended, Machine, disk, machines, tap, wait_for};
@@ -76,14 +77,7 @@ fn reset(ledger: &mut Ledger) {
 /// A kernel of many pages, which a reset maps again.
 fn reset_of_a_large_kernel(ledger: &mut Ledger) {
     let mut machine = Machine::new(&Code::default());
-    let mut code = Code::default().print("again").reset().0;
-    code.resize(1 << 20, 0x90);
-    let kernel = common::elf::Kernel {
-        entry: 0x10_0000,
-        segments: vec![common::elf::Segment::at(0x10_0000, code)],
-        pvh_entry: None,
-    };
-    std::fs::write(machine.path("kernel"), kernel.image()).unwrap();
+    machine.write_large_kernel(Code::default().print("again").reset());
     ledger.run(&mut machine, &[], |machine| {
         wait_for("a second start", || (machine.console().len() >= 15).then_some(()));
         machine.client().force_stop().unwrap();
@@ -121,10 +115,27 @@ fn power_off_with_a_disk(ledger: &mut Ledger) {
     machine.config["drives"] = json!([{
         "drive_id": "root",
         "path_on_host": machine.text("disk"),
-        "rate_limiter": { "bandwidth": { "size": 512, "refill_time": 2 } },
+        "rate_limiter": { "bandwidth": { "size": 512, "refill_time": 20 } },
     }]);
     let ended = ledger.run(&mut machine, &[], |_| ());
     assert_eq!(ended.code, 0, "{}", ended.stderr);
+}
+
+/// A balloon that is given a page of the kernel's file and pages of nobody's; its statistics come at another interval.
+fn balloon(ledger: &mut Ledger) {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x30_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    let code = give(code, device, ring, 0, (0x18_0000 >> 12, 1));
+    let code = give(code, device, ring, 1, (0x50_0000 >> 12, 4));
+    let mut machine = Machine::new(&Code::default());
+    machine.write_large_kernel(code.print("given").stop());
+    machine.config["balloon"] = json!({ "amount_mib": 1, "stats_polling_interval_s": 1 });
+    ledger.run(&mut machine, &[], |machine| {
+        wait_for("the guest", || machine.console().contains("given").then_some(()));
+        let client = machine.client();
+        client.put("PATCH", "/balloon/statistics", &json!({ "stats_polling_interval_s": 60 })).unwrap();
+        client.force_stop().unwrap();
+    });
 }
 
 #[test]
@@ -139,6 +150,7 @@ fn every_allowed_call_is_made() {
     crash(&mut ledger);
     input_and_entropy(&mut ledger);
     power_off_with_a_disk(&mut ledger);
+    balloon(&mut ledger);
 
     let mut useless = Vec::new();
     let mut report = std::io::stderr().lock();

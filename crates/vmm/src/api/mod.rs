@@ -6,10 +6,14 @@
 //! | `GET /` | always | id, state (`Not started`, `Running`, `Paused`), version |
 //! | `GET /version` | always | version |
 //! | `GET /machine-config`, `GET /vm/config` | always | the configuration |
+//! | `GET /balloon` | always | the balloon's configuration |
 //! | `GET /metrics` | built | counters of all devices |
-//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/serial`, `/smbios` | before the build | configures |
+//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/serial`, `/smbios` | before the build | configures |
 //! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
+//! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |
+//! | `GET /balloon/statistics` | running | what the balloon holds, what the guest says about its memory |
+//! | `PATCH /balloon/statistics` | running | `{"stats_polling_interval_s": …}` |
 //! | `PUT /serial/input` | running | the body's bytes become console input |
 //!
 //! Success is 200 with a body or 204; what fails is 400 with `{"fault_message": …}`.

@@ -60,7 +60,7 @@ impl Server {
                 self.running().and_then(|r| r.console_input(request.body)).map(|()| Answer::Done)
             }
             "PUT" => self.configure(request.path, request.body),
-            "PATCH" if request.path == "/vm" => self.change_state(request.body),
+            "PATCH" => self.change(request),
             _ => Err(unknown(request)),
         };
         let response = match answer {
@@ -146,6 +146,11 @@ impl Server {
             "/version" => json!({ "roost_vmm_version": env!("CARGO_PKG_VERSION") }),
             "/machine-config" => json!(self.config().machine_config),
             "/vm/config" => json!(self.config()),
+            "/balloon" => match self.config().balloon {
+                Some(balloon) => json!(balloon),
+                None => return Err(Error::State("the machine has no balloon".into())),
+            },
+            "/balloon/statistics" => json!(self.running()?.balloon_statistics()?),
             "/metrics" => match &self.machine {
                 Some(Machine::Held(held)) => json!(held.metrics()),
                 Some(Machine::Running(running)) => json!(running.metrics()),
@@ -177,6 +182,7 @@ impl Server {
             "/boot-source" => preboot.set_boot_source(json(body)?)?,
             "/machine-config" => preboot.set_machine_config(json(body)?)?,
             "/entropy" => preboot.set_entropy(json(body)?)?,
+            "/balloon" => preboot.set_balloon(json(body)?)?,
             "/serial" => preboot.set_serial(json(body)?)?,
             "/smbios" => preboot.set_smbios(json(body)?)?,
             _ => {
@@ -192,6 +198,17 @@ impl Server {
                     return Err(Error::State(format!("there is no PUT {path}")));
                 }
             }
+        }
+        Ok(Answer::Done)
+    }
+
+    /// Changes something of a machine that runs.
+    fn change(&mut self, request: &Request<'_>) -> Result<Answer> {
+        match request.path {
+            "/vm" => return self.change_state(request.body),
+            "/balloon" => self.running()?.update_balloon(json(request.body)?)?,
+            "/balloon/statistics" => self.running()?.update_balloon_statistics(json(request.body)?)?,
+            _ => return Err(unknown(request)),
         }
         Ok(Answer::Done)
     }

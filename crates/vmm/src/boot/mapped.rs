@@ -10,9 +10,8 @@ use std::io::{self, Read, Seek, SeekFrom};
 use vm_memory::bitmap::BitmapSlice;
 use vm_memory::{ReadVolatile, VolatileMemoryError, VolatileSlice};
 
-use crate::memory::{self, Memory};
+use crate::memory::{self, FilePages, Memory, PAGE};
 
-const PAGE: u64 = 4096;
 /// Below this, copying costs less than another mapping.
 const WORTH_MAPPING: u64 = 16 * PAGE;
 
@@ -22,15 +21,16 @@ pub struct MappedFile<'a> {
     /// Bytes in the file: pages behind its end must never be mapped, as touching them is a bus error.
     size: u64,
     memory: &'a Memory,
+    pages: &'a FilePages,
 }
 
 impl<'a> MappedFile<'a> {
-    /// A file to load into `memory`.
+    /// A file to load into `memory`; which pages are mapped then is noted in `pages`.
     ///
     /// # Errors
     /// Its size cannot be found.
-    pub fn new(file: &'a File, memory: &'a Memory) -> io::Result<Self> {
-        Ok(Self { file, size: file.metadata()?.len(), memory })
+    pub fn new(file: &'a File, memory: &'a Memory, pages: &'a FilePages) -> io::Result<Self> {
+        Ok(Self { file, size: file.metadata()?.len(), memory, pages })
     }
 
     /// Maps the whole pages of `target` from the file's position on; returns how many bytes that were.
@@ -40,7 +40,7 @@ impl<'a> MappedFile<'a> {
         let aligned = position.is_multiple_of(PAGE) && (target as u64).is_multiple_of(PAGE);
         let Ok(bytes) = usize::try_from(there) else { return Ok(0) };
         let worth = aligned && there >= WORTH_MAPPING;
-        if !worth || !memory::map_file(self.memory, target, bytes, self.file, position) {
+        if !worth || !memory::map_file(self.memory, self.pages, target, bytes, self.file, position) {
             return Ok(0);
         }
         self.file.seek(SeekFrom::Start(position + there))?;

@@ -21,7 +21,7 @@ use crate::cpu::registers::{self, Entry};
 use crate::devices::power;
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::memory::{Memory, low_end};
+use crate::memory::{FilePages, Memory, low_end};
 use crate::smbios;
 use mapped::MappedFile;
 
@@ -36,6 +36,8 @@ pub struct Payload {
     pub cmdline: String,
     /// How an ELF kernel is entered.
     pub protocol: BootProtocol,
+    /// Pages of guest memory that are the kernel's or the initrd's file.
+    pub pages: FilePages,
 }
 
 /// What the tables describe.
@@ -85,9 +87,9 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
         .map_err(Error::memory("reset vector"))?;
     write_cmdline(memory, &payload.cmdline)?;
 
-    let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol)?;
+    let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol, &payload.pages)?;
     let initrd = match &mut payload.initrd {
-        Some(file) => Some(load_initrd(memory, file, &kernel)?),
+        Some(file) => Some(load_initrd(memory, file, &kernel, &payload.pages)?),
         None => None,
     };
     let entry = match kernel.start {
@@ -160,15 +162,24 @@ const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
 /// `initrd_addr_max` of kernels that do not say (boot protocol below 2.03 and ELF images).
 const DEFAULT_INITRD_LIMIT: u64 = 0x7fff_ffff;
 
-fn load_kernel(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
+fn load_kernel(
+    memory: &Memory,
+    image: &mut File,
+    protocol: BootProtocol,
+    pages: &FilePages,
+) -> Result<Kernel> {
     let mut magic = [0; 4];
     let start = image.seek(SeekFrom::Start(0)).and_then(|_| image.read_exact(&mut magic));
     start.map_err(|error| Error::Kernel(format!("cannot be read: {error}")))?;
-    if magic == ELF_MAGIC { load_elf(memory, image, protocol) } else { load_bzimage(memory, image) }
+    if magic == ELF_MAGIC {
+        load_elf(memory, image, protocol, pages)
+    } else {
+        load_bzimage(memory, image, pages)
+    }
 }
 
-fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result<Kernel> {
-    let mut source = MappedFile::new(image, memory).map_err(Error::io("kernel: finding its size"))?;
+fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol, pages: &FilePages) -> Result<Kernel> {
+    let mut source = MappedFile::new(image, memory, pages).map_err(Error::io("kernel: finding its size"))?;
     let loaded = Elf::load(memory, None, &mut source, None)
         .map_err(|error| Error::Kernel(format!("{error} (has the guest enough memory?)")))?;
     let end = loaded.kernel_end;
@@ -194,7 +205,7 @@ fn load_elf(memory: &Memory, image: &mut File, protocol: BootProtocol) -> Result
     Ok(Kernel { start, end, initrd_limit: DEFAULT_INITRD_LIMIT })
 }
 
-fn load_bzimage(memory: &Memory, image: &mut File) -> Result<Kernel> {
+fn load_bzimage(memory: &Memory, image: &mut File, pages: &FilePages) -> Result<Kernel> {
     let header = linux::read_setup_header(image)?;
     let address = if header.relocatable_kernel != 0 && header.pref_address >= layout::HIMEM_START {
         header.pref_address
@@ -209,7 +220,7 @@ fn load_bzimage(memory: &Memory, image: &mut File) -> Result<Kernel> {
             low_end(memory) >> 20
         )));
     }
-    let mut source = MappedFile::new(image, memory).map_err(Error::io("kernel: finding its size"))?;
+    let mut source = MappedFile::new(image, memory, pages).map_err(Error::io("kernel: finding its size"))?;
     let himem = Some(GuestAddress(layout::HIMEM_START));
     let KernelLoaderResult { kernel_load, setup_header, .. } =
         BzImage::load(memory, Some(GuestAddress(address)), &mut source, himem)
@@ -223,7 +234,7 @@ fn load_bzimage(memory: &Memory, image: &mut File) -> Result<Kernel> {
 }
 
 /// Loads the initrd as high as the kernel can take it, below the hole.
-fn load_initrd(memory: &Memory, file: &mut File, kernel: &Kernel) -> Result<Loaded> {
+fn load_initrd(memory: &Memory, file: &mut File, kernel: &Kernel, pages: &FilePages) -> Result<Loaded> {
     let size = file.seek(SeekFrom::End(0)).map_err(Error::io("initrd: finding its size"))?;
     file.seek(SeekFrom::Start(0)).map_err(Error::io("initrd: going to its start"))?;
     if size == 0 {
@@ -240,7 +251,7 @@ fn load_initrd(memory: &Memory, file: &mut File, kernel: &Kernel) -> Result<Load
         )));
     };
     let count = usize::try_from(size).map_err(|_| Error::Kernel("the initrd is too large".into()))?;
-    let mut source = MappedFile::new(file, memory).map_err(Error::io("initrd: finding its size"))?;
+    let mut source = MappedFile::new(file, memory, pages).map_err(Error::io("initrd: finding its size"))?;
     memory
         .read_exact_volatile_from(GuestAddress(start), &mut source, count)
         .map_err(|error| Error::Kernel(format!("the initrd cannot be read: {error}")))?;
@@ -255,7 +266,13 @@ mod tests {
     fn payload(image: &[u8]) -> Payload {
         let mut kernel = tempfile::tempfile().unwrap();
         kernel.write_all(image).unwrap();
-        Payload { kernel, initrd: None, cmdline: "quiet".into(), protocol: BootProtocol::Auto }
+        Payload {
+            kernel,
+            initrd: None,
+            cmdline: "quiet".into(),
+            protocol: BootProtocol::Auto,
+            pages: FilePages::default(),
+        }
     }
 
     fn description() -> Description {

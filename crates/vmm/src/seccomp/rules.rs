@@ -121,8 +121,11 @@ mod unseen {
 /// The C library's and the allocator's own needs, the end of threads and of the process, and messages.
 const COMMON: &[Allowed] = &[
     any(libc::SYS_brk, "the allocator's heap grows").unseen(unseen::LARGE),
-    Allowed { only: Only::NotExecutable, ..any(libc::SYS_mmap, "buffers; a kernel's pages after a reset") }
-        .unseen(unseen::LARGE),
+    Allowed {
+        only: Only::NotExecutable,
+        ..any(libc::SYS_mmap, "buffers; a kernel's pages after a reset; a balloon's")
+    }
+    .unseen(unseen::LARGE),
     Allowed { only: Only::NotExecutable, ..any(libc::SYS_mprotect, "the allocator's heap grows") }
         .unseen(unseen::LIBRARY),
     any(libc::SYS_munmap, "buffers go").unseen(unseen::LARGE),
@@ -168,6 +171,7 @@ const API: &[Allowed] = &[
     any(libc::SYS_fstat, "the same, as another C library does it").unseen(unseen::LIBRARY),
     any(libc::SYS_getrandom, "keys of hash tables").unseen(unseen::LIBRARY),
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "a kernel's pages after a reset stay out of dumps"),
+    any(libc::SYS_timerfd_settime, "the balloon's statistics come at another interval"),
     with(libc::SYS_ioctl, 1, KVM_SET_IRQCHIP, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_PIT2, "a reset"),
     with(libc::SYS_ioctl, 1, bits_of(libc::TCSETS), "the terminal's mode is put back at the end")
@@ -195,6 +199,12 @@ const DEVICES: &[Allowed] = &[
     any(libc::SYS_read, "bells, packets, console input"),
     any(libc::SYS_getrandom, "the entropy device"),
     any(libc::SYS_timerfd_settime, "a device waits because of its limits"),
+    with(libc::SYS_madvise, 2, bits(libc::MADV_DONTNEED), "a balloon's pages go back to the host"),
+    Allowed {
+        only: Only::NotExecutable,
+        ..any(libc::SYS_mmap, "fresh pages in place of a kernel's that go back to the host")
+    },
+    with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "those pages stay out of dumps"),
     any(libc::SYS_preadv, "a disk is read"),
     any(libc::SYS_pwritev, "a disk is written"),
     any(libc::SYS_fdatasync, "a disk is flushed").unseen(unseen::FORMAT),

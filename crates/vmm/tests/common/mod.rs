@@ -3,6 +3,7 @@
 // Each test file uses some of this. Tests build bytes out of numbers whose size they know.
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
+pub mod balloon;
 pub mod elf;
 pub mod footprint;
 pub mod hold;
@@ -105,6 +106,16 @@ impl Machine {
             "status": path("status"),
         });
         Self { dir, config, program: env!("CARGO_BIN_EXE_roost-vmm").into(), child: None }
+    }
+
+    /// Puts a kernel of 1 MiB in place of the small one: its pages are mapped, not copied. Behind the code it is all 0x90.
+    pub fn write_large_kernel(&self, code: Code) -> Vec<u8> {
+        let mut bytes = code.0;
+        bytes.resize(1 << 20, 0x90);
+        let segments = vec![elf::Segment::at(0x10_0000, bytes)];
+        let image = elf::Kernel { entry: 0x10_0000, segments, pvh_entry: None }.image();
+        std::fs::write(self.path("kernel"), &image).unwrap();
+        image
     }
 
     pub fn path(&self, name: &str) -> PathBuf {

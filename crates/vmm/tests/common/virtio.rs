@@ -21,6 +21,7 @@ pub mod register {
     pub const INTERRUPT_STATUS: u32 = 0x60;
     pub const INTERRUPT_ACKNOWLEDGE: u32 = 0x64;
     pub const STATUS: u32 = 0x70;
+    pub const CONFIG_GENERATION: u32 = 0xfc;
     pub const DESCRIPTORS: u32 = 0x80;
     pub const AVAILABLE: u32 = 0x90;
     pub const USED: u32 = 0xa0;
@@ -64,6 +65,28 @@ impl Code {
     pub fn wait_bits(self, address: u32, bits: u32) -> Self {
         let [and, compare] = [0x25, 0x3d].map(|operation| [&[operation][..], &bits.to_le_bytes()].concat());
         self.address(address).bytes(&[0x8b, 0x07]).bytes(&and).bytes(&compare).bytes(&[0x75, 0xf2])
+    }
+
+    /// Waits until a register has a value: again: mov eax, [rdi]; cmp eax, VALUE; jne again
+    pub fn wait32(self, address: u32, value: u32) -> Self {
+        let code = self.address(address).bytes(&[0x8b, 0x07, 0x3d]).bytes(&value.to_le_bytes());
+        code.bytes(&[0x75, 0xf7])
+    }
+
+    /// Writes a word to the beginning of each of these pages: mov ecx, PAGES; again: mov dword [rdi], VALUE; add edi, 4096;
+    /// loop again
+    pub fn fill_pages(self, address: u32, pages: u32, value: u32) -> Self {
+        let code = self.address(address).bytes(&[0xb9]).bytes(&pages.to_le_bytes()).bytes(&[0xc7, 0x07]);
+        code.bytes(&value.to_le_bytes()).bytes(&[0x81, 0xc7, 0, 0x10, 0, 0, 0xe2, 0xf2])
+    }
+
+    /// Prints a `!` unless each of these pages begins with a zero: mov ecx, PAGES; xor eax, eax; again: or eax, [rdi];
+    /// add edi, 4096; loop again; test eax, eax; jz over; …; over:
+    pub fn expect_zero_pages(self, address: u32, pages: u32) -> Self {
+        let complaint = Self::default().print("!").0;
+        let code = self.address(address).bytes(&[0xb9]).bytes(&pages.to_le_bytes()).bytes(&[0x31, 0xc0]);
+        let code = code.bytes(&[0x0b, 0x07, 0x81, 0xc7, 0, 0x10, 0, 0, 0xe2, 0xf6, 0x85, 0xc0]);
+        code.bytes(&[0x74, complaint.len() as u8]).bytes(&complaint)
     }
 
     /// Prints a `!` unless the word at an address has a value: cmp dword [rdi], VALUE; je over; …; over:

@@ -135,6 +135,7 @@ impl Transport {
                 let broken = self.interrupt.needs_reset.load(std::sync::atomic::Ordering::SeqCst);
                 registers.status | if broken { STATUS_NEEDS_RESET } else { 0 }
             }
+            0xfc => self.interrupt.generation(),
             // No shared memory regions: their length reads as all ones.
             0xb0..=0xbf => u32::MAX,
             _ => 0,
@@ -298,6 +299,9 @@ impl BusDevice for Transport {
             && let Ok(bytes) = <[u8; 4]>::try_from(data)
         {
             self.write_register(offset, u32::from_le_bytes(bytes));
+        } else if offset >= CONFIG {
+            let at = usize::try_from(offset - CONFIG).unwrap_or(usize::MAX);
+            lock(&self.device).write_config(at, data);
         }
         Outcome::Done
     }

@@ -7,6 +7,7 @@
 //! device thread runs [`VirtioDevice::queue_event`] and [`VirtioDevice::backend_event`]. A device's own lock is what
 //! orders the two; the interrupt status is outside of it, so that a guest acknowledges interrupts while I/O runs.
 
+pub mod balloon;
 pub mod block;
 pub mod entropy;
 pub mod mmio;
@@ -42,6 +43,7 @@ const STATUS_CONFIG: u32 = 2;
 pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
+    generation: AtomicU32,
     line: EventFd,
 }
 
@@ -49,7 +51,12 @@ impl Interrupt {
     /// `line` is an irqfd.
     #[must_use]
     pub const fn new(line: EventFd) -> Self {
-        Self { status: AtomicU32::new(0), needs_reset: AtomicBool::new(false), line }
+        Self {
+            status: AtomicU32::new(0),
+            needs_reset: AtomicBool::new(false),
+            generation: AtomicU32::new(0),
+            line,
+        }
     }
 
     /// Tells the guest that there are used buffers.
@@ -61,6 +68,16 @@ impl Interrupt {
     pub fn needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
         self.raise(STATUS_CONFIG);
+    }
+
+    /// Tells the guest that the configuration space has changed; whoever was reading it finds another generation.
+    pub fn config_changed(&self) {
+        self.generation.fetch_add(1, Ordering::SeqCst);
+        self.raise(STATUS_CONFIG);
+    }
+
+    fn generation(&self) -> u32 {
+        self.generation.load(Ordering::SeqCst)
     }
 
     fn raise(&self, bit: u32) {
@@ -108,6 +125,8 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
     /// Configuration space.
     fn config(&self) -> Vec<u8>;
+    /// The guest writes to the configuration space. Most devices have nothing there to write.
+    fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// Starts the device.
     ///
     /// # Errors
