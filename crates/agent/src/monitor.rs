@@ -85,6 +85,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             mtu: Some(mtu),
         }],
         entropy: Some(Entropy {}),
+        balloon: None,
         serial: Some(SerialConfig { output: Some("console".into()), input: Some("input".into()) }),
         smbios: Some(SmbiosConfig {
             manufacturer: Some("Roost".into()),
