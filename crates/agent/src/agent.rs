@@ -271,23 +271,8 @@ impl<H: Host> Drop for Agent<H> {
 /// The observation of an instance that was never taken in. Its generation is that of nothing, so that nobody takes it
 /// for the end of anything.
 fn nothing_yet(id: &InstanceId, incarnation: u64, why: &str) -> Observation {
-    Observation {
-        instance_id: id.clone(),
-        generation: 0,
-        incarnation,
-        state: Observed::Absent,
-        reason: None,
-        age_us: 0,
-        run_began_age_us: None,
-        run_ended_age_us: None,
-        last_seen_age_us: None,
-        refused: None,
-        trouble: Some(why.to_owned()),
-        guest_ready: false,
-        ssh_host_key: None,
-        cpu_usage_us: None,
-        timing: vec![],
-    }
+    let trouble = Some(why.to_owned());
+    Observation { trouble, ..Observation::new(id.clone(), 0, incarnation, Observed::Absent) }
 }
 
 fn first_state(accepted: &Accepted, run: &Run) -> Observed {

@@ -301,6 +301,29 @@ pub struct Observation {
     pub timing: Vec<TimedPart>,
 }
 
+impl Observation {
+    /// The bare word: in this state as of now, and nothing else is known.
+    pub const fn new(instance_id: InstanceId, generation: u64, incarnation: u64, state: Observed) -> Self {
+        Self {
+            instance_id,
+            generation,
+            incarnation,
+            state,
+            reason: None,
+            age_us: 0,
+            run_began_age_us: None,
+            run_ended_age_us: None,
+            last_seen_age_us: None,
+            refused: None,
+            trouble: None,
+            guest_ready: false,
+            ssh_host_key: None,
+            cpu_usage_us: None,
+            timing: Vec::new(),
+        }
+    }
+}
+
 /// Why a state was reached.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct StateReason {

@@ -103,21 +103,5 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
 
 /// The word of a host that rebooted and has forgotten an instance that was running there.
 pub fn forgotten(row: &InstanceRow) -> Observation {
-    Observation {
-        instance_id: row.instance_id.clone(),
-        generation: row.generation,
-        incarnation: row.incarnation,
-        state: Observed::Stopped,
-        reason: None,
-        age_us: 0,
-        run_began_age_us: None,
-        run_ended_age_us: None,
-        last_seen_age_us: None,
-        refused: None,
-        trouble: None,
-        guest_ready: false,
-        ssh_host_key: None,
-        cpu_usage_us: None,
-        timing: Vec::new(),
-    }
+    Observation::new(row.instance_id.clone(), row.generation, row.incarnation, Observed::Stopped)
 }

@@ -299,21 +299,10 @@ impl Agent {
 /// An instance's word: it has run for this long.
 pub fn running(instance_id: &InstanceId, generation: u64, for_us: u64) -> Observation {
     Observation {
-        instance_id: instance_id.clone(),
-        generation,
-        incarnation: 1,
-        state: Observed::Running,
-        reason: None,
         age_us: for_us,
         run_began_age_us: Some(for_us),
-        run_ended_age_us: None,
         last_seen_age_us: Some(0),
-        refused: None,
-        trouble: None,
-        guest_ready: false,
-        ssh_host_key: None,
-        cpu_usage_us: None,
-        timing: Vec::new(),
+        ..Observation::new(instance_id.clone(), generation, 1, Observed::Running)
     }
 }
 
