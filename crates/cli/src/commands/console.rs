@@ -120,13 +120,16 @@ struct Typist {
 }
 
 impl Typist {
-    /// What is typed next; it may be dropped while it waits. After the end of a script nothing comes any more, but
-    /// its answers still may.
+    /// What is typed next; it may be dropped while it waits. The end of a script is nothing typed, once. After it nothing
+    /// comes any more, but its answers still may.
     async fn next(&mut self) -> Result<Typed> {
         let mut bytes = [0; 4096];
         if !self.ended {
             match self.stdin.read(&mut bytes).await? {
-                0 => self.ended = true,
+                0 => {
+                    self.ended = true;
+                    return Ok(Typed::default());
+                }
                 count if self.interactive => return Ok(self.escape.feed(&bytes[..count])),
                 count => return Ok(Typed { bytes: bytes[..count].to_vec(), ..Typed::default() }),
             }
@@ -152,6 +155,7 @@ async fn attach(context: &Context, client: &Client, id: &InstanceId) -> Result<(
     let mut kept = Vec::new();
     loop {
         let mut lost = !send(&mut link, &mut kept).await;
+        let mut farewell = false;
         while !lost {
             tokio::select! {
                 count = link.reader.read(&mut shown) => match count {
@@ -161,7 +165,8 @@ async fn attach(context: &Context, client: &Client, id: &InstanceId) -> Result<(
                     }
                     // A script that has been typed to its end has nothing to wait for.
                     Ok(0) if typist.ended => return Ok(()),
-                    Ok(0) | Err(_) => lost = true,
+                    Ok(0) => (lost, farewell) = (true, true),
+                    Err(_) => lost = true,
                 },
                 typed = typist.next() => {
                     let Typed { bytes, end, help } = typed?;
@@ -190,6 +195,10 @@ async fn attach(context: &Context, client: &Client, id: &InstanceId) -> Result<(
                     if end {
                         drop(mode);
                         context.output.note("\nleft the console, which was away");
+                        return Ok(());
+                    }
+                    // Whether a script's end or the stream's is seen first is chance.
+                    if typist.ended && farewell && kept.is_empty() {
                         return Ok(());
                     }
                 }

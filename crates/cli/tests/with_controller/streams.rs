@@ -44,6 +44,29 @@ fn what_is_typed_reaches_the_guest_and_its_answer_comes_back() {
     assert!(shown.ends_with("login: ROOT\rQ"), "{shown:?}");
 }
 
+#[test]
+fn a_script_that_ends_after_its_console_ends_the_command() {
+    let (stack, _agent) = launched();
+    let mut child = stack
+        .command(&["console", "web", "--attach"])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut script = child.stdin.take().unwrap();
+    script.write_all(b"root\rq").unwrap();
+    let mut shown = Vec::new();
+    let mut screen = child.stdout.take().unwrap();
+    while !shown.ends_with(b"ROOT\rQ") {
+        let mut byte = [0];
+        screen.read_exact(&mut byte).unwrap();
+        shown.extend(byte);
+    }
+    drop(script);
+    Ran::of(child.wait_with_output().unwrap()).ok();
+}
+
 /// A terminal with the command on it, attached to a console.
 struct Attached {
     terminal: nix::pty::OpenptyResult,
