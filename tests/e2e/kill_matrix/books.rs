@@ -33,6 +33,8 @@ pub struct Record {
     pub incarnation: u64,
     pub began: Option<Moment>,
     pub ended: Option<Moment>,
+    /// The process of the monitor that it may let run.
+    pub monitor: Option<i64>,
 }
 
 /// Reads the agent's record of an instance; its times are CLOCK_BOOTTIME, which is told as the host's clock.
@@ -55,6 +57,7 @@ pub fn record(rig: &Rig, id: &str) -> Record {
         incarnation: run["incarnation"].as_u64().unwrap_or(0),
         began: at(&run["began_ns"]),
         ended: at(&run["ended"]["at_ns"]),
+        monitor: run["monitor"]["pid"].as_i64(),
     }
 }
 

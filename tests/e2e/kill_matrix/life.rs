@@ -192,9 +192,10 @@ impl<'a> Life<'a> {
         let (units, halts) = (&self.rig.units, halts(self.rig));
         let part = if point.starts_with("controller") { "controller" } else { "agent" };
         let halted = format!(
-            "pid=$(systemctl show -p MainPID --value {units}-{part})
-             for n in $(seq 400); do
-                 read -r line < /proc/$pid/stat; state=${{line##*) }}
+            "for n in $(seq 400); do
+                 # It may just be on its way back from the kill before.
+                 pid=$(systemctl show -p MainPID --value {units}-{part})
+                 read -r line 2> /dev/null < /proc/$pid/stat || line=; state=${{line##*) }}
                  case $state in T*) break ;; esac
                  sleep 0.05
              done
@@ -252,9 +253,13 @@ impl<'a> Life<'a> {
             let number = seen["incarnation"].as_u64().unwrap_or(0);
             let new = match operation {
                 Operation::Start => number == incarnation + 1,
+                // A monitor that a killed agent started and did not write down is not the one yet.
                 Operation::Reboot if state == "running" => {
                     let now = self.monitor();
-                    number == incarnation && !now.is_empty() && now != *monitor
+                    let known = record(self.rig, &self.id).monitor;
+                    number == incarnation
+                        && now != *monitor
+                        && known.is_some_and(|pid| now == pid.to_string())
                 }
                 Operation::Resize => {
                     seen["instance_type"] != if self.large { "home1.micro" } else { "home1.nano" }
