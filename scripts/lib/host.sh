@@ -22,6 +22,9 @@ use_virtual_host() {
     _vh=$2
     shift 2
     host_kind=virtual stack_name=$name host_bin=/opt/roost/bin host_lib=/opt/roost/scripts/lib state=/var/lib/roost/${name#roost-}
+    # Would be built by what follows, too, but that waits for nobody when it is interrupted.
+    guest-images/build virtual-host > /dev/null
+    guest-images/build --qemu > /dev/null
     scripts/virtual-host --name "$_vh" "$@" up
     _port=7443 _agent_port=7444 _listen=0.0.0.0
     cli_endpoint=https://127.0.0.1:$(scripts/virtual-host --name "$_vh" port)
@@ -64,8 +67,8 @@ stop_stack() {
     case $host_kind in
     machine)
         [[ $stack_started == no ]] ||
-            as_root "$host_lib/stack" purge --name "$stack_name" --bin "$host_bin" --state "$state" || true ;;
+            as_root "$host_lib/stack" purge --name "$stack_name" --bin "$host_bin" --state "$state" ;;
     # Nothing in it is wanted any more. It may also be half started.
-    virtual) scripts/virtual-host --name "$_vh" down --discard >&2 || true ;;
+    virtual) scripts/virtual-host --name "$_vh" down --discard >&2 ;;
     esac
 }
