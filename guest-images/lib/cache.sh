@@ -35,14 +35,18 @@ cache_entry() {
         if [[ ! -d $entry ]]; then
             step "building $kind/$name ($key)"
             start=$(now_ms)
-            # Under the lock, whatever an interrupted build left can only be rubbish.
+            # Under the lock, whatever a killed build left can only be rubbish.
             rm -rf "$CACHE/$kind/.new-$name"-*
             tmp=$(mktemp -d "$CACHE/$kind/.new-$name-XXXXXX")
             chmod 755 "$tmp"
-            # A subshell of its own, not a condition: `set -e` must hold inside the builder.
-            # The modes of files go into what is built.
-            (set -e; umask 022; "$1" "$tmp" "${@:2}" >&2)
-            mv -T "$tmp" "$entry"
+            (
+                # However the builder ends: what is not whole is not kept.
+                at_end rm -rf "$tmp"
+                # A subshell of its own, not a condition: `set -e` must hold inside the builder.
+                # The modes of files go into what is built.
+                (set -e; umask 022; end_by_signal; "$1" "$tmp" "${@:2}" >&2)
+                mv -T "$tmp" "$entry"
+            )
             _cache_prune "$kind" "$name"
             ok "built $kind/$name in $((($(now_ms) - start) / 1000)) s"
         fi

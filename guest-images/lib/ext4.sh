@@ -20,8 +20,7 @@ make_ext4() {
 
 # mke2fs -d copies change times (and, before 1.47.1, access times) from DIR, where nobody can set them.
 _fix_inodes() {
-    local script
-    script=$(mktemp)
+    local script=$1.inodes
     # dumpe2fs names the free inodes of each group as ranges: all the others are in use.
     /sbin/dumpe2fs "$1" 2> /dev/null | awk -v t="@$SOURCE_DATE_EPOCH" -v root="${OWNER:-}" '
         /^Inodes per group:/ { per = $NF }

@@ -96,8 +96,7 @@ _build_root() {
     local out=$1 name=$2 kernel_dir=$3 work
     shift 3
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
-    # shellcheck disable=SC2064
-    trap "$([[ $OWNER == root ]] || echo as_root) rm -rf '$work'" EXIT
+    if [[ $OWNER == root ]]; then at_end rm -rf "$work"; else at_end as_root rm -rf "$work"; fi
     _recipe_packages > "$work/list"
     packages_fetch "$work/list" "$work/debs"
     local make_root=("$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir" "$@")

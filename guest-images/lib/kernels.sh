@@ -43,8 +43,7 @@ kernel_folder() {
 _build_kernel_debian() {
     local out=$1 work image release tree
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
-    # shellcheck disable=SC2064
-    trap "rm -rf '$work'" EXIT
+    at_end rm -rf "$work"
     image=$(package_behind linux-image-cloud-amd64 '^linux-image-[0-9].*-cloud-amd64$')
     packages_resolve_only "$image" busybox-static > "$work/list"
     packages_fetch "$work/list" "$work/debs"
@@ -58,19 +57,9 @@ _build_kernel_debian() {
     extract_vmlinux "$out/bzImage" "$out/kernel"
     _make_initrd "$work" "$tree" "$out/initrd" "${GUEST_MODULES[@]}"
     _make_initrd "$work" "$tree" "$out/initrd-host" "${HOST_MODULES[@]}"
+    /sbin/depmod -b "$work/kernel" "$release"
     mkdir "$out/modules"
     mv "$tree" "$out/modules/$release"
-    _depmod "$out/modules" "$release"
-}
-
-# depmod wants lib/modules/RELEASE below its base.
-_depmod() {
-    local base
-    base=$(mktemp -d)
-    mkdir "$base/lib"
-    ln -s "$1" "$base/lib/modules"
-    /sbin/depmod -b "$base" "$2"
-    rm -rf "$base"
 }
 
 _make_initrd() {
@@ -106,8 +95,7 @@ _u() { od -An -t "u$1" -j $(($2)) -N "$1" "$3" | tr -d ' '; }
 _build_kernel_fast() {
     local out=$1 work source option
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
-    # shellcheck disable=SC2064
-    trap "rm -rf '$work'" EXIT
+    at_end rm -rf "$work"
     packages_resolve_only linux-source-6.1 > "$work/list"
     packages_fetch "$work/list" "$work/debs"
     dpkg-deb --fsys-tarfile "$work"/debs/linux-source-*.deb | tar -C "$work" -xf - ./usr/src/linux-source-6.1.tar.xz

@@ -71,16 +71,19 @@ packages_index() {
 
 # What apt answers is kept as long as the index is: the second build in a row asks nothing.
 _resolve_cached() {
-    local kept tmp
+    local kept
     packages_index
     kept=$APT_ROOT/resolved/$(printf '%s\n' "$@" "$(stat -c %Y "$APT_ROOT/fetched")" | hash_key)
     if [[ ! -s $kept ]]; then
         mkdir -p "$APT_ROOT/resolved"
         find "$APT_ROOT/resolved" -type f ! -newer "$APT_ROOT/fetched" -delete
-        tmp=$(mktemp "$APT_ROOT/resolved/.new-XXXXXX")
-        _apt -qq -y --print-uris "$@" | awk '{ sub(/^SHA256:/, "", $4); print $2, $4 }' | LC_ALL=C sort > "$tmp"
-        awk 'length($2) != 64 { exit 1 }' "$tmp" || die "no SHA-256 for some package of: $*"
-        mv "$tmp" "$kept"
+        (
+            tmp=$(mktemp "$APT_ROOT/resolved/.new-XXXXXX")
+            at_end rm -f "$tmp"
+            _apt -qq -y --print-uris "$@" | awk '{ sub(/^SHA256:/, "", $4); print $2, $4 }' | LC_ALL=C sort > "$tmp"
+            awk 'length($2) != 64 { exit 1 }' "$tmp" || die "no SHA-256 for some package of: $*"
+            mv "$tmp" "$kept"
+        )
     fi
     cat "$kept"
 }

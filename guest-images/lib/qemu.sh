@@ -27,8 +27,7 @@ _qemu_packages() { _resolve_cached -t "$QEMU_SUITE-backports" install qemu-syste
 _build_qemu() {
     local out=$1 work deb
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
-    # shellcheck disable=SC2064
-    trap "rm -rf '$work'" EXIT
+    at_end rm -rf "$work"
     _qemu_suite _qemu_packages > "$work/list"
     _qemu_suite packages_fetch "$work/list" "$work/debs"
     mkdir "$out/root"

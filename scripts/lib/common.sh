@@ -7,6 +7,8 @@
 #   roost_cache_dir     $XDG_CACHE_HOME/roost: what can be built again
 #   roost_state_dir     $XDG_STATE_HOME/roost: what cannot
 #   as_root CMD...      runs CMD as root: directly, or through sudo
+#   at_end CMD...       runs CMD however the script ends; Ctrl-C ends it with exit code 130
+#   end_by_signal       the second half of that alone
 #
 # shellcheck shell=bash
 
@@ -38,6 +40,28 @@ quoted() {
         line+=" $word"
     done
     printf '%s\n' "${line# }"
+}
+
+# at_end CMD...: runs CMD when the script (or the subshell that says it) ends, with the exit code in $ended_with. It and the
+# programs that it runs are not interrupted: whoever presses Ctrl-C again wants it over, not half of it left.
+at_end() {
+    _at_end=("$@")
+    trap '_end $?' EXIT
+    end_by_signal
+}
+_end() {
+    ended_with=$1
+    trap '' HUP INT TERM
+    trap - EXIT
+    "${_at_end[@]}" || true
+    exit "$ended_with"
+}
+
+# With these a shell waits for what it has started, and for what that has to tidy up, before it ends.
+end_by_signal() {
+    trap 'exit 129' HUP
+    trap 'exit 130' INT
+    trap 'exit 143' TERM
 }
 
 # Milliseconds on a clock that only goes forward.

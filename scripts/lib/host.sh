@@ -2,6 +2,7 @@
 #
 #   use_this_machine NAME          NAME is the stack's: units, run folder, state folder
 #   use_virtual_host NAME VH UP... the same in the virtual host VH, which is started with the options UP
+#   in_virtual_host NAME VH        the same in VH as it is, for what ends it
 #   start_stack FILE OPTIONS...    starts both with the options of scripts/lib/stack; the administrator's key goes to FILE
 #   stop_stack                     removes both and everything of theirs
 #   on_host COMMAND                runs a shell command there, as root
@@ -17,11 +18,16 @@ use_this_machine() {
     cli_endpoint=https://127.0.0.1:$_port
 }
 
+in_virtual_host() {
+    host_kind=virtual stack_name=$1 _vh=$2 host_bin=/opt/roost/bin host_lib=/opt/roost/scripts/lib state=/var/lib/roost/${1#roost-}
+}
+
 use_virtual_host() {
-    local name=$1
-    _vh=$2
+    in_virtual_host "$1" "$2"
     shift 2
-    host_kind=virtual stack_name=$name host_bin=/opt/roost/bin host_lib=/opt/roost/scripts/lib state=/var/lib/roost/${name#roost-}
+    # Would be built by what follows, too, but that waits for nobody when it is interrupted.
+    guest-images/build virtual-host > /dev/null
+    guest-images/build --qemu > /dev/null
     scripts/virtual-host --name "$_vh" "$@" up
     _port=7443 _agent_port=7444 _listen=0.0.0.0
     cli_endpoint=https://127.0.0.1:$(scripts/virtual-host --name "$_vh" port)
@@ -52,20 +58,12 @@ start_stack() {
     on_host "$(quoted cat "$state/controller/admin.json")" > "$file"
 }
 
-# What ends it, for a person to type. In a virtual host of one's own that is the host's end.
-stop_stack_command() {
-    case $host_kind in
-    machine) quoted sudo scripts/lib/stack purge --name "$stack_name" --bin "$host_bin" --state "$state" ;;
-    virtual) quoted scripts/virtual-host --name "$_vh" down --discard ;;
-    esac
-}
-
 stop_stack() {
     case $host_kind in
     machine)
         [[ $stack_started == no ]] ||
-            as_root "$host_lib/stack" purge --name "$stack_name" --bin "$host_bin" --state "$state" || true ;;
+            as_root "$host_lib/stack" purge --name "$stack_name" --bin "$host_bin" --state "$state" ;;
     # Nothing in it is wanted any more. It may also be half started.
-    virtual) scripts/virtual-host --name "$_vh" down --discard >&2 || true ;;
+    virtual) scripts/virtual-host --name "$_vh" down --discard >&2 ;;
     esac
 }

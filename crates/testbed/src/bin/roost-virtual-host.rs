@@ -31,7 +31,7 @@ usage: scripts/virtual-host [OPTIONS] COMMAND
   --no-default-shares leave those two out
   --forward [OUT:]IN  also forward a port of 127.0.0.1 to port IN
   --end-with PID      (up) end it when process PID ends; its data is thrown away
-  --discard           (down) throw its data away
+  --discard           (down) kill it and throw its data away
   --image NAME        also put the guest image NAME at /opt/roost/images/NAME (built when missing)
 
 Exit codes: that of CMD; 1 an error; 2 wrong usage; 3 it does not run; 255 the connection failed.";
@@ -192,11 +192,10 @@ fn act(mut args: Arguments) -> Result<u8, Error> {
             Ok(0)
         }
         "down" => {
-            if let Some(host) = VirtualHost::find(&name)? {
-                host.stop()?;
-            }
             if args.discard {
                 VirtualHost::discard(&name)?;
+            } else if let Some(host) = VirtualHost::find(&name)? {
+                host.stop()?;
             }
             Ok(0)
         }

@@ -1,10 +1,10 @@
 //! Starting, finding, using and ending a virtual host.
 
-use super::machine::Machine;
+use super::machine::{Machine, console_word};
 use super::options::check_name;
 use super::process::{POLL, Process, run};
 use super::seat::{Seat, state_dir};
-use super::shares::Share;
+use super::shares::{self, Share};
 use super::{Accelerator, Data, Error, HostOptions, Result, identity, options, ssh};
 use std::collections::BTreeMap;
 use std::fs::{self, File};
@@ -100,7 +100,11 @@ impl VirtualHost {
         let seat = Seat::of(name);
         Ok(seat.read_record().and_then(|record| {
             let number = |key: &str| record.get(key)?.parse::<u64>().ok();
-            let process = Process { pid: u32::try_from(number("pid")?).ok()?, started: number("started")? };
+            let process = match number("pid") {
+                Some(pid) => Process { pid: u32::try_from(pid).ok()?, started: number("started")? },
+                // A start that was killed between QEMU's birth and the record of it.
+                None => Process::started_with(&console_word(&seat.file("console")))?,
+            };
             let ports = record
                 .iter()
                 .filter_map(|(key, value)| {
@@ -194,21 +198,31 @@ impl VirtualHost {
         self.end()
     }
 
-    /// Removes what a stopped virtual host has kept.
+    /// Ends a virtual host, running, half started or stopped, with all that it has kept. Nothing of it is wanted any
+    /// more, so it is not powered off but killed.
     ///
     /// # Errors
-    /// When the name cannot be one, it runs, or its folder cannot be removed.
+    /// When the name cannot be one, or its folder cannot be removed.
     pub fn discard(name: &str) -> Result<()> {
+        shares::sweep();
+        Self::remove(name, |running| {
+            running.process.end(Duration::from_secs(5));
+            true
+        })
+    }
+
+    /// Removes its folder, unless it runs and `end` did not end it.
+    fn remove(name: &str, end: impl FnOnce(&Self) -> bool) -> Result<()> {
         check_name(name)?;
         let seat = Seat::of(name);
         if !seat.dir.exists() {
             return Ok(());
         }
         let _lock = seat.lock()?;
-        if Self::find(name)?.is_some() {
-            return Err(Error::program("virtual host", format!("'{name}' is running: stop it first")));
+        if Self::find(name)?.as_ref().is_none_or(end) {
+            fs::remove_dir_all(&seat.dir).map_err(Error::file("cannot remove", &seat.dir))?;
         }
-        fs::remove_dir_all(&seat.dir).map_err(Error::file("cannot remove", &seat.dir))
+        Ok(())
     }
 
     /// Removes the throw-away folders of virtual hosts whose owner was killed.
@@ -219,7 +233,8 @@ impl VirtualHost {
                 .read_record()
                 .is_some_and(|record| record.get("data").is_some_and(|d| d == "throw-away"));
             if throw_away && matches!(Self::find(&name), Ok(None)) {
-                let _ = Self::discard(&name);
+                // One that is just being started has its lock until it runs.
+                let _ = Self::remove(&name, |_| false);
             }
         }
     }
@@ -229,7 +244,11 @@ impl VirtualHost {
     }
 
     fn end(&self) -> Result<()> {
-        if self.process.lives() {
+        let record = self.seat.read_record().unwrap_or_default();
+        let throw_away = record.get("data").is_some_and(|data| data == "throw-away");
+        if throw_away {
+            self.process.end(Duration::from_secs(5));
+        } else if self.process.lives() {
             // `systemctl poweroff` would ask logind, which is not there.
             let _ = self
                 .ssh_command()?
@@ -239,8 +258,7 @@ impl VirtualHost {
                 self.process.end(Duration::from_secs(5));
             }
         }
-        let record = self.seat.read_record().unwrap_or_default();
-        if record.get("data").is_some_and(|data| data == "throw-away") {
+        if throw_away {
             fs::remove_dir_all(&self.seat.dir).map_err(Error::file("cannot remove", &self.seat.dir))?;
         }
         Ok(())
@@ -303,13 +321,14 @@ impl VirtualHost {
             console: &seat.file("console"),
         }
         .arguments();
+        for (inside, outside) in &ports {
+            record.insert(format!("port.{inside}"), outside.to_string());
+        }
+        seat.write_record(&record)?;
         let _ = fs::remove_file(seat.file("console"));
         let process = spawn_qemu(&qemu, &seat, arguments, life)?;
         record.insert("pid".to_owned(), process.pid.to_string());
         record.insert("started".to_owned(), process.started.to_string());
-        for (inside, outside) in &ports {
-            record.insert(format!("port.{inside}"), outside.to_string());
-        }
         seat.write_record(&record)?;
         // Until it is ready it ends with this function, so that a failed start leaves nothing running.
         let mut host = Self { name: options.name.clone(), seat, process, ports, tied: true };
@@ -345,7 +364,7 @@ impl VirtualHost {
 impl Drop for VirtualHost {
     fn drop(&mut self) {
         if self.tied {
-            // Nothing of it is wanted any more: no need for a clean power-off.
+            // It was for this process, or never became ready: no need for a clean power-off.
             self.process.end(Duration::from_secs(5));
             let _ = self.end();
         }

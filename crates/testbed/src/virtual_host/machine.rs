@@ -36,7 +36,7 @@ impl Machine<'_> {
         add(&self.accelerator.arguments());
         add(&["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
-        add(&["-serial", &format!("file:{}", quoted(self.console))]);
+        add(&["-serial", &console_word(self.console)]);
         add(&["-kernel", &self.image.join("kernel").display().to_string()]);
         add(&["-initrd", &self.image.join("initrd").display().to_string()]);
         add(&["-append", self.boot_args]);
@@ -67,6 +67,11 @@ impl Machine<'_> {
         ]);
         all
     }
+}
+
+/// The word of the command line that no other virtual host has.
+pub(super) fn console_word(console: &Path) -> String {
+    format!("file:{}", quoted(console))
 }
 
 /// A comma in a path is doubled in QEMU's option lists.

@@ -25,6 +25,16 @@ impl Process {
         Some(Self { pid, started })
     }
 
+    /// A process that was started with this word on its command line, if there is one.
+    pub fn started_with(word: &str) -> Option<Self> {
+        let numbers =
+            fs::read_dir("/proc").ok()?.flatten().filter_map(|e| e.file_name().to_str()?.parse().ok());
+        numbers.filter(|&pid| pid != std::process::id()).find_map(|pid: u32| {
+            let line = fs::read(format!("/proc/{pid}/cmdline")).ok()?;
+            line.split(|&byte| byte == 0).any(|found| found == word.as_bytes()).then(|| Self::find(pid))?
+        })
+    }
+
     pub fn lives(self) -> bool {
         Self::find(self.pid) == Some(self)
     }
@@ -94,6 +104,7 @@ pub(super) fn wait_for_file(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::{Process, start_time};
+    use std::process::{Command, Stdio};
 
     #[test]
     fn a_start_time_is_read_past_any_program_name() {
@@ -101,6 +112,21 @@ mod tests {
         assert_eq!(start_time(&format!("12 (a) b (c) {tail}")), Some(777));
         assert_eq!(start_time(&format!("12 (sh) {}", tail.replacen('S', "Z", 1))), None);
         assert_eq!(start_time("nonsense"), None);
+    }
+
+    #[test]
+    fn a_process_is_found_by_a_word_of_its_command_line() {
+        let word = format!("roost-test-{}", std::process::id());
+        assert_eq!(Process::started_with(&word), None);
+        let mut child = Command::new("sh")
+            .args(["-c", "read line; :", &word])
+            .stdin(Stdio::piped())
+            .spawn()
+            .expect("sh is there");
+        let (found, other) = (Process::started_with(&word), Process::started_with(&word[1..]));
+        child.kill().and_then(|()| child.wait()).expect("it is ours");
+        assert_eq!(found.map(|process| process.pid), Some(child.id()));
+        assert_eq!(other, None, "a whole word");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! Files from outside that are put below `/opt/roost`: each share is one read-only ext4 disk, made by
 //! `mke2fs -d`, cached by what is in it, and laid under a writable layer inside.
 
-use super::process::run;
+use super::process::{Process, run};
 use super::seat::{cache_dir, private_dir};
 use super::{Error, Result};
 use std::ffi::OsString;
@@ -125,6 +125,18 @@ impl Share {
             .args([&root, &image])
             .arg(format!("{kib}K")))?;
         fs::rename(&image, disk).map_err(Error::file("cannot create", disk))
+    }
+}
+
+/// Removes half-made disks whose maker was killed.
+pub(super) fn sweep() {
+    let dead = |name: &OsString| {
+        let maker = name.to_string_lossy().strip_prefix(".new-")?.rsplit_once('-')?.1.parse().ok()?;
+        Process::find(maker).is_none().then_some(())
+    };
+    let Ok(list) = fs::read_dir(cache_dir().join("shares")) else { return };
+    for entry in list.flatten().filter(|entry| dead(&entry.file_name()).is_some()) {
+        let _ = fs::remove_dir_all(entry.path());
     }
 }
 
