@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
+pub use crate::devices::virtio::vsock::config::VsockConfig;
 
 /// Everything about one machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -32,6 +33,9 @@ pub struct VmConfig {
     /// A balloon, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// A vsock device, if present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
     /// COM1.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<SerialConfig>,
@@ -269,12 +273,15 @@ impl VmConfig {
         if let Some(balloon) = &self.balloon {
             balloon.check(self.machine_config.mem_size_mib)?;
         }
+        if let Some(vsock) = &self.vsock {
+            vsock.check()?;
+        }
         unique("drives: drive_id", self.drives.iter().map(|d| &d.drive_id))?;
         unique("network-interfaces: iface_id", self.network_interfaces.iter().map(|n| &n.iface_id))?;
         if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
             return Err(Error::Config("drives: more than one has is_root_device".into()));
         }
-        let single = [self.entropy.is_some(), self.balloon.is_some()];
+        let single = [self.entropy.is_some(), self.balloon.is_some(), self.vsock.is_some()];
         let devices = self.drives.len()
             + self.network_interfaces.len()
             + single.into_iter().filter(|there| *there).count();
@@ -452,7 +459,7 @@ mod tests {
         "drives":[{"drive_id":"root","path_on_host":"root","format":"qcow2","backing":"base","is_root_device":true,"is_read_only":false}],
         "network-interfaces":[{"iface_id":"eth0","guest_mac":"06:00:ac:1f:00:05","host_dev_name":"tap0"}],
         "entropy":{},"balloon":{"amount_mib":512,"deflate_on_oom":true,"stats_polling_interval_s":5,"free_page_reporting":true},
-        "serial":{"output":"console"},
+        "vsock":{"guest_cid":3,"uds_path":"sockets/v.sock"},"serial":{"output":"console"},
         "smbios":{"manufacturer":"Amazon EC2","uuid":"ec2a0001-0002-0003-0004-000000000005"},"status":"status"}"#;
 
     #[test]
@@ -488,6 +495,8 @@ mod tests {
             (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
             (r#"{"balloon":{"amount_mib":129}}"#, "amount_mib 129 is outside 0–128"),
             (r#"{"balloon":{"deflate_on_oom":true}}"#, "amount_mib"),
+            (r#"{"vsock":{"guest_cid":2,"uds_path":"v"}}"#, "guest_cid 2"),
+            (r#"{"vsock":{"guest_cid":3,"uds_path":"v/"}}"#, "uds_path"),
             (
                 r#"{"balloon":{"amount_mib":1,"stats_polling_interval_s":65536}}"#,
                 "stats_polling_interval_s 65536",

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 
 use crate::error::{Error, Result};
@@ -77,7 +78,23 @@ impl Descriptors {
         let path = PathBuf::from(name);
         options.open(&path).map_err(|source| Error::Open { what, path, source })
     }
+
+    /// The folder of this name: a handed descriptor, or the path of that name.
+    ///
+    /// # Errors
+    /// [`Error::Open`], also for what is no folder.
+    pub fn folder(&self, name: &str, what: &'static str) -> Result<OwnedFd> {
+        if self.has(name) {
+            return self.handed(name, what);
+        }
+        let path = PathBuf::from(name);
+        let opened = OpenOptions::new().read(true).custom_flags(FOLDER).open(&path);
+        opened.map(OwnedFd::from).map_err(|source| Error::Open { what, path, source })
+    }
 }
+
+/// Flags of a descriptor that only stands for a folder.
+const FOLDER: i32 = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
 
 /// How a path is opened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -66,6 +66,7 @@ enum Source {
 pub struct EventLoop {
     epoll: Epoll,
     sources: Vec<Source>,
+    devices: Vec<Shared>,
 }
 
 /// Handle on the running thread.
@@ -81,7 +82,8 @@ impl EventLoop {
     /// # Errors
     /// [`Error::Io`].
     pub fn new() -> Result<Self> {
-        Ok(Self { epoll: Epoll::new().map_err(Error::io("epoll"))?, sources: Vec::new() })
+        let epoll = Epoll::new().map_err(Error::io("epoll"))?;
+        Ok(Self { epoll, sources: Vec::new(), devices: Vec::new() })
     }
 
     fn add(&mut self, descriptor: RawFd, events: EventSet, source: Source) -> Result<()> {
@@ -96,6 +98,7 @@ impl EventLoop {
     /// # Errors
     /// [`Error::Io`].
     pub fn add_device(&mut self, device: &Shared, bells: &[EventFd]) -> Result<()> {
+        self.devices.push(Arc::clone(device));
         for (queue, bell) in bells.iter().enumerate() {
             let bell = bell.try_clone().map_err(Error::io("duplicating an eventfd"))?;
             let source = Source::Bell { device: Arc::clone(device), queue, bell };
@@ -136,7 +139,7 @@ impl EventLoop {
         self.add(stop.as_raw_fd(), EventSet::IN, Source::Stop)?;
         let (sender, receiver) = channel();
         let thread = threads::spawn(threads::DEVICES.to_owned(), move || {
-            let locked = seccomp::install(&filter);
+            let locked = self.prepare().and_then(|()| seccomp::install(&filter));
             let go = locked.is_ok();
             let _ = sender.send(locked);
             if go {
@@ -145,6 +148,16 @@ impl EventLoop {
         })?;
         receiver.recv().map_err(|_| Error::State("the device thread ended at once".into()))??;
         Ok(DeviceThread { stop, thread: Some(thread) })
+    }
+
+    /// What devices do on this thread while it may still do everything.
+    fn prepare(&self) -> Result<()> {
+        self.devices.iter().try_for_each(|device| {
+            let mut device = lock(device);
+            device
+                .prepare()
+                .map_err(|source| Error::Io { what: format!("preparing {}", device.name()), source })
+        })
     }
 
     fn run(&self) {

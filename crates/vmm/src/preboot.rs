@@ -17,7 +17,7 @@ use crate::acpi::VirtioWindow;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, NetworkInterface, SerialConfig,
-    SmbiosConfig, VmConfig, parse_mac,
+    SmbiosConfig, VmConfig, VsockConfig, parse_mac,
 };
 use crate::console::ConsoleWriter;
 use crate::cpu::registers::Entry;
@@ -33,6 +33,7 @@ use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::Net;
 use crate::devices::virtio::net::tap::TapDevice;
 use crate::devices::virtio::pace::Pace;
+use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::layout;
@@ -121,6 +122,14 @@ impl Preboot {
     /// [`Error::Config`].
     pub fn set_balloon(&mut self, balloon: BalloonConfig) -> Result<()> {
         self.change(|config| config.balloon = Some(balloon))
+    }
+
+    /// Adds the vsock device, or replaces it.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_vsock(&mut self, vsock: VsockConfig) -> Result<()> {
+        self.change(|config| config.vsock = Some(vsock))
     }
 
     /// Sets where the console goes.
@@ -310,7 +319,7 @@ impl Preboot {
         Ok(serial)
     }
 
-    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon.
+    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon, vsock.
     fn virtio_devices(&self, balloon: Option<&Arc<Mutex<Balloon>>>) -> Result<Vec<Shared>> {
         let mut devices: Vec<Shared> = Vec::new();
         let mut drives: Vec<&Drive> = self.config.drives.iter().collect();
@@ -326,6 +335,11 @@ impl Preboot {
         }
         if let Some(balloon) = balloon {
             devices.push(Arc::clone(balloon) as _);
+        }
+        if let Some(config) = &self.config.vsock {
+            let folder = self.descriptors.folder(config.place().0, "folder of vsock sockets")?;
+            let vsock = Vsock::new(config, folder).map_err(Error::io("the vsock device's epoll"))?;
+            devices.push(Arc::new(Mutex::new(vsock)));
         }
         Ok(devices)
     }

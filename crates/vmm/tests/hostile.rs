@@ -13,6 +13,7 @@ use common::balloon::{REPORTING, STATISTICS, give, list, send};
 use common::virtio::{
     Device, INDIRECT, NEXT, Ring, WINDOW, WINDOW_SIZE, WRITE, block, block_header, block_request, register,
 };
+use common::vsock::{self, GUEST_CID, HEADER};
 use common::{Code, Ended, Machine, RESET, SLEEP_CONTROL, disk, tap};
 use serde_json::json;
 
@@ -23,7 +24,8 @@ const DISK: Device = Device(0);
 const NET: Device = Device(1);
 const ENTROPY: Device = Device(2);
 const BALLOON: Device = Device(3);
-const DEVICES: [Device; 4] = [DISK, NET, ENTROPY, BALLOON];
+const VSOCK: Device = Device(4);
+const DEVICES: [Device; 5] = [DISK, NET, ENTROPY, BALLOON, VSOCK];
 /// Looks that a device is given to answer to an attack, which it mostly does not.
 const LOOKS: u32 = 2_000;
 const BUFFER: u32 = 0x80_0000;
@@ -45,7 +47,7 @@ fn canary(ring: Ring) -> u32 {
 
 /// How many queues a device has.
 fn queues(device: Device) -> u32 {
-    [1, 2, 1, 4][device.0 as usize]
+    [1, 2, 1, 4, 3][device.0 as usize]
 }
 
 /// Sets a device up with all its queues.
@@ -80,6 +82,14 @@ fn use_well(code: Code, device: Device) -> Code {
             let code = give(code, device, queue(0), 0, (GIVEN >> 12, 1)).expect32(GIVEN, 0);
             give(code, device, queue(1), 0, (GIVEN >> 12, 1))
         }
+        4 => {
+            // Nobody listens, and the device says so.
+            let ring = queue(0);
+            let code = ring.offer(ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0), 0, 0);
+            let code = vsock::header(code, (1000, 52), 0, vsock::REQUEST, 0);
+            let code = vsock::send(device.notify(code, 0), device, 0, HEADER).wait16(ring.used_index(), 1);
+            code.expect32(BUFFER + vsock::TYPE_AND_OP, 1 | vsock::RESET << 16)
+        }
         _ => {
             let ring = queue(0);
             let code = ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0);
@@ -97,6 +107,7 @@ fn machine(code: &Code) -> Machine {
     machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
     machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
     machine.config["entropy"] = json!({});
+    machine.config["vsock"] = json!({ "guest_cid": GUEST_CID, "uds_path": machine.text("v.sock") });
     machine.config["balloon"] =
         json!({ "amount_mib": 1, "stats_polling_interval_s": 1, "free_page_reporting": true });
     machine
@@ -121,7 +132,7 @@ fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(C
 }
 
 /// The queue that an attack goes to, and whether its device writes into chains.
-fn targets() -> [(&'static str, Device, Ring, u16); 8] {
+fn targets() -> [(&'static str, Device, Ring, u16); 11] {
     [
         ("disk", DISK, queue(0), 0),
         ("net, receive", NET, queue(0), WRITE),
@@ -131,6 +142,9 @@ fn targets() -> [(&'static str, Device, Ring, u16); 8] {
         ("balloon, deflate", BALLOON, queue(1), 0),
         ("balloon, statistics", BALLOON, queue(2), 0),
         ("balloon, reporting", BALLOON, queue(3), WRITE),
+        ("vsock, receive", VSOCK, queue(0), WRITE),
+        ("vsock, transmit", VSOCK, queue(1), 0),
+        ("vsock, event", VSOCK, queue(2), WRITE),
     ]
 }
 
@@ -295,6 +309,47 @@ fn lists_of_pages_that_are_none() {
     });
 }
 
+/// Packets whose lengths, ids and operations are wrong, to a program that listens and to nobody.
+#[test]
+fn packets_that_are_none() {
+    let Some(tap) = tap::create() else { return };
+    let ring = queue(0);
+    let ask = |name: &str, sent: &[(u32, u32)], bytes: u32| {
+        attack(name, VSOCK, &tap, |code| {
+            let code = (0..8).fold(code, |code, n| {
+                let at = BUFFER + 0x1000 * u32::from(n);
+                ring.offer(ring.descriptor(code, n, at.into(), 256, WRITE, 0), n, n)
+            });
+            let code = vsock::header(VSOCK.notify(code, 0), (1000, 52), 0, vsock::REQUEST, 0);
+            let code =
+                sent.iter().fold(code, |code, (field, value)| code.store(vsock::PACKET + field, *value));
+            let code = vsock::send(code, VSOCK, 0, bytes);
+            vsock::send(code, VSOCK, 1, bytes).look16(ring.used_index(), 1, LOOKS)
+        });
+    };
+    for op in [0, 2, 4, 5, 6, 7, 8, 0xffff] {
+        ask(&format!("operation {op}"), &[(vsock::TYPE_AND_OP, 1 | op << 16)], HEADER);
+    }
+    for kind in [0, 2, 0xffff] {
+        ask(&format!("type {kind}"), &[(vsock::TYPE_AND_OP, kind | vsock::REQUEST << 16)], HEADER);
+    }
+    for (length, bytes) in
+        [(1, HEADER), (u32::MAX, HEADER), (u32::MAX, HEADER + 8), (0x1_0001, 0x2_0000), (0, 0x2_0000)]
+    {
+        let data = (vsock::TYPE_AND_OP, 1 | vsock::DATA << 16);
+        ask(&format!("{length} bytes of {bytes}"), &[data, (vsock::LENGTH, length)], bytes);
+        ask(&format!("a request, {length} bytes of {bytes}"), &[(vsock::LENGTH, length)], bytes);
+    }
+    for bytes in [1, HEADER - 1] {
+        ask(&format!("{bytes} bytes"), &[], bytes);
+    }
+    for (field, value) in
+        [(0, 0), (0, 2), (4, 1), (8, 3), (8, GUEST_CID), (12, u32::MAX), (vsock::DST_PORT, u32::MAX)]
+    {
+        ask(&format!("{value} at {field}"), &[(field, value)], HEADER);
+    }
+}
+
 #[test]
 fn indices_that_jump() {
     let Some(tap) = tap::create() else { return };
@@ -423,7 +478,7 @@ fn a_sweep_over_the_ports() {
 #[test]
 fn a_sweep_over_all_registers_in_all_widths() {
     let Some(tap) = tap::create() else { return };
-    let windows = 5 * WINDOW_SIZE;
+    let windows = 6 * WINDOW_SIZE;
     // mov edi, WINDOW; again: mov al, [rdi]; mov [rdi], al; mov ax, [rdi]; mov [rdi], ax; mov eax, [rdi]; mov [rdi], eax;
     // mov rax, [rdi]; mov [rdi], rax; inc edi; cmp edi, END; jb again
     let code = Code::default().address(WINDOW).bytes(&[

@@ -7,11 +7,13 @@
 mod common;
 
 use std::collections::BTreeSet;
-use std::io::Write;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::process::Stdio;
 
 use common::balloon::give;
 use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
+use common::vsock::{connect, ping};
 use common::watch::{self, Call};
 use common::{Code, Ended, Machine, disk, machines, tap, wait_for};
 use roost_vmm::exit::ExitCode;
@@ -138,6 +140,27 @@ fn balloon(ledger: &mut Ledger) {
     });
 }
 
+/// A guest that connects to a program, and a program that connects to the guest (which refuses).
+fn vsock(ledger: &mut Ledger) {
+    let mut machine = Machine::new(&ping(Code::default(), Device(0)).print("done").stop());
+    machine.config["vsock"] = json!({ "guest_cid": 7, "uds_path": machine.text("v.sock") });
+    let listener = UnixListener::bind(machine.path("v.sock_52")).unwrap();
+    ledger.run(&mut machine, &[], |machine| {
+        let (mut stream, _) = listener.accept().unwrap();
+        stream.read_exact(&mut [0; 4]).unwrap();
+        stream.write_all(b"pong").unwrap();
+        assert_eq!(stream.read(&mut [0; 4]).unwrap(), 0);
+        drop(stream);
+        wait_for("the guest", || machine.console().contains("done").then_some(()));
+        let socket = machine.path("v.sock");
+        let waiting = std::thread::spawn(move || connect(&socket, 4000));
+        let asked = || machine.client().metrics().unwrap()["devices"]["vsock"]["from_host"] == json!(1);
+        wait_for("the request", || asked().then_some(()));
+        machine.client().force_stop().unwrap();
+        assert_eq!(waiting.join().unwrap().1, "");
+    });
+}
+
 #[test]
 fn every_allowed_call_is_made() {
     let mut ledger = Ledger::default();
@@ -151,6 +174,7 @@ fn every_allowed_call_is_made() {
     input_and_entropy(&mut ledger);
     power_off_with_a_disk(&mut ledger);
     balloon(&mut ledger);
+    vsock(&mut ledger);
 
     let mut useless = Vec::new();
     let mut report = std::io::stderr().lock();

@@ -23,6 +23,7 @@ fn child() {
             unsafe { libc::execv(c"/bin/true".as_ptr(), arguments.as_ptr()) };
         }),
         "socket" => (Kind::Api, threads::API, || drop(std::os::unix::net::UnixStream::pair())),
+        "network" => (Kind::Devices, threads::DEVICES, || drop(std::net::UdpSocket::bind(("127.0.0.1", 0)))),
         "map" => (Kind::Vcpu, "vcpu0", || {
             // SAFETY: asks for a fresh mapping; the call never returns when the filter works.
             unsafe {
@@ -69,6 +70,11 @@ fn the_device_thread_opens_no_path() {
 #[test]
 fn the_api_thread_makes_no_socket() {
     breaks("socket", "vmm-api", "socketpair");
+}
+
+#[test]
+fn the_device_thread_makes_unix_sockets_and_no_others() {
+    breaks("network", "vmm-dev", "socket");
 }
 
 #[test]

@@ -8,7 +8,7 @@
 //! | `GET /machine-config`, `GET /vm/config` | always | the configuration |
 //! | `GET /balloon` | always | the balloon's configuration |
 //! | `GET /metrics` | built | counters of all devices |
-//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/serial`, `/smbios` | before the build | configures |
+//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
 //! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
 //! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |

@@ -183,6 +183,7 @@ impl Server {
             "/machine-config" => preboot.set_machine_config(json(body)?)?,
             "/entropy" => preboot.set_entropy(json(body)?)?,
             "/balloon" => preboot.set_balloon(json(body)?)?,
+            "/vsock" => preboot.set_vsock(json(body)?)?,
             "/serial" => preboot.set_serial(json(body)?)?,
             "/smbios" => preboot.set_smbios(json(body)?)?,
             _ => {

@@ -1,9 +1,12 @@
-//! Names of system calls, for messages.
+//! Names of system calls, for messages. As one text: a table of texts is a table of addresses, which the program's start writes,
+//! so that each process would have pages of its own for it.
 
 macro_rules! names {
     ($($constant:ident => $name:literal),+ $(,)?) => {
-        /// (number, name), for those that programs make.
-        const NAMES: &[(i64, &str)] = &[$((libc::$constant, $name)),+];
+        /// Numbers of those that programs make.
+        const NUMBERS: &[i64] = &[$(libc::$constant),+];
+        /// Their names in the same order, each with a space behind it.
+        const NAMES: &str = concat!($($name, " "),+);
     };
 }
 
@@ -211,5 +214,25 @@ names! {
 
 /// The name of a call's number.
 pub fn name(number: i64) -> &'static str {
-    NAMES.iter().find(|(known, _)| *known == number).map_or("(unnamed)", |(_, name)| name)
+    let known = NUMBERS.iter().position(|known| *known == number);
+    known.and_then(|index| NAMES.split(' ').nth(index)).unwrap_or("(unnamed)")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_number_has_its_own_name() {
+        assert_eq!(NAMES.split_terminator(' ').count(), NUMBERS.len());
+        for (number, expected) in [
+            (libc::SYS_read, "read"),
+            (libc::SYS_openat, "openat"),
+            (libc::SYS_epoll_pwait2, "epoll_pwait2"),
+            (-1, "(unnamed)"),
+            (i64::MAX, "(unnamed)"),
+        ] {
+            assert_eq!(name(number), expected);
+        }
+    }
 }

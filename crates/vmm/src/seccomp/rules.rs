@@ -1,6 +1,7 @@
 //! What each kind of thread may call: one line per call, with what it is for. Everything else ends the process.
 //!
-//! No kind may open a path, start a program, make a socket, or map memory executable.
+//! No kind may open a path, start a program, or map memory executable. The device thread connects unix sockets, from the one
+//! folder that it stands in (`docs/decisions/0013-vsock-in-one-folder.md`); no other kind makes sockets.
 //!
 //! `tests/ledger.rs` watches every call that machines make once they are locked down, and fails when a line here is of no
 //! use to any of them. A line that no test is sure to reach says why ([`Allowed::unseen`]).
@@ -199,6 +200,13 @@ const DEVICES: &[Allowed] = &[
     any(libc::SYS_read, "bells, packets, console input"),
     any(libc::SYS_getrandom, "the entropy device"),
     any(libc::SYS_timerfd_settime, "a device waits because of its limits"),
+    with(libc::SYS_epoll_ctl, 1, bits(libc::EPOLL_CTL_ADD), "a vsock connection is waited for"),
+    any(libc::SYS_accept4, "a host program connects to the guest"),
+    with(libc::SYS_socket, 0, bits(libc::AF_UNIX), "the guest connects to a host program"),
+    any(libc::SYS_connect, "the guest connects to a host program"),
+    any(libc::SYS_recvfrom, "a host program's bytes go to the guest"),
+    any(libc::SYS_sendto, "the guest's bytes go to a host program"),
+    any(libc::SYS_shutdown, "the guest ends one direction of a connection"),
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTNEED), "a balloon's pages go back to the host"),
     Allowed {
         only: Only::NotExecutable,
@@ -241,14 +249,13 @@ const VCPU: &[Allowed] = &[
 ];
 
 /// What `kind` may call.
-#[must_use]
-pub fn allowed(kind: Kind) -> Vec<Allowed> {
+pub fn allowed(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
     let own = match kind {
         Kind::Api => API,
         Kind::Devices => DEVICES,
         Kind::Vcpu => VCPU,
     };
-    [COMMON, own].concat()
+    COMMON.iter().chain(own)
 }
 
 /// The rules of a kind, as the compiler takes them.

@@ -11,6 +11,7 @@ pub mod machines;
 pub mod notify;
 pub mod tap;
 pub mod virtio;
+pub mod vsock;
 pub mod watch;
 
 use std::ffi::OsStr;

@@ -16,6 +16,7 @@ pub mod pace;
 pub mod queue;
 #[cfg(test)]
 mod testing;
+pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
@@ -125,6 +126,13 @@ pub trait VirtioDevice: Send {
     fn queue_sizes(&self) -> &[u16];
     /// Configuration space.
     fn config(&self) -> Vec<u8>;
+    /// Called once on the device thread, before that is locked down and before there is a guest.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn prepare(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
     /// The guest writes to the configuration space. Most devices have nothing there to write.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// Starts the device.

@@ -1,0 +1,157 @@
+//! virtio-vsock: connections between guest and host without a network (virtio 1.2, 5.10), each a unix socket on the host.
+//!
+//! ```text
+//!   host program ── connects to NAME, says "CONNECT 52\n" ──▶ guest's port 52     "OK 1073741824\n" comes back
+//!   guest ── connects to port 52 of CID 2 ──▶ host program that listens on NAME_52
+//! ```
+//! [`connection`] is one connection's state, [`switch`] holds all of them, [`queue`] moves packets, [`host`] has the sockets.
+
+pub mod config;
+pub mod connection;
+pub mod host;
+pub mod metrics;
+pub mod packet;
+pub mod queue;
+pub mod switch;
+
+#[cfg(test)]
+mod tests;
+
+use std::os::fd::{OwnedFd, RawFd};
+
+use virtio_queue::QueueT;
+
+use super::queue::{Broken, Turn};
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use config::VsockConfig;
+use host::{HostSocket, HostSockets};
+use queue::MAX_PACKET;
+use switch::Switch;
+
+/// virtio device id of a vsock device.
+pub const KIND: u32 = 19;
+const QUEUE_SIZE: u16 = 256;
+const RX: usize = 0;
+const TX: usize = 1;
+/// The third queue tells of a restored snapshot; nothing else ever comes there.
+const QUEUES: [u16; 3] = [QUEUE_SIZE; 3];
+
+/// A vsock device.
+pub struct Vsock {
+    guest_cid: u64,
+    sockets: HostSockets,
+    switch: Switch<HostSocket>,
+    active: Option<Active>,
+    scratch: Box<[u8]>,
+}
+
+impl Vsock {
+    /// A device as configured, with its sockets in this folder.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn new(config: &VsockConfig, folder: OwnedFd) -> std::io::Result<Self> {
+        let (_, name) = config.place();
+        Ok(Self {
+            guest_cid: config.guest_cid,
+            sockets: HostSockets::new(folder, name.to_owned())?,
+            switch: Switch::new(config.guest_cid),
+            active: None,
+            scratch: vec![0; MAX_PACKET].into_boxed_slice(),
+        })
+    }
+
+    /// Looks at the sockets, at the guest's packets if it has rung, and gives it what there is. A program that connects before
+    /// the guest has a driver waits.
+    fn turn(&mut self, rung: bool) -> Result<Turn, Broken> {
+        let Some(active) = &mut self.active else { return Ok(Turn::default()) };
+        let Active { memory, queues, .. } = active;
+        let [rx, tx, ..] = queues.as_mut_slice() else { return Ok(Turn::default()) };
+        if !rx.ready() || !tx.ready() {
+            return Ok(Turn::default());
+        }
+        self.sockets.poll(&mut self.switch);
+        let mut turn = Turn::default();
+        if rung {
+            turn = queue::transmit(tx, memory, &mut self.switch, &mut self.sockets, &mut self.scratch)?;
+        }
+        let received = queue::receive(rx, memory, &mut self.switch, &mut self.scratch)?;
+        Ok(Turn { interrupt: turn.interrupt || received.interrupt, more: turn.more || received.more })
+    }
+
+    fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
+        let Some(active) = &self.active else { return false };
+        match result {
+            Ok(turn) => {
+                if turn.interrupt {
+                    active.interrupt.used();
+                }
+                turn.more
+            }
+            Err(broken) => {
+                crate::log::line(&format!("vsock: {broken}"));
+                active.interrupt.needs_reset();
+                self.reset();
+                false
+            }
+        }
+    }
+}
+
+impl VirtioDevice for Vsock {
+    fn kind(&self) -> u32 {
+        KIND
+    }
+
+    fn name(&self) -> &str {
+        "vsock"
+    }
+
+    fn features(&self) -> u64 {
+        F_EVENT_IDX | F_INDIRECT_DESC
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        &QUEUES
+    }
+
+    /// virtio 1.2, 5.10.4.
+    fn config(&self) -> Vec<u8> {
+        self.guest_cid.to_le_bytes().to_vec()
+    }
+
+    fn prepare(&mut self) -> std::io::Result<()> {
+        self.sockets.listen()
+    }
+
+    fn activate(&mut self, active: Active) -> Result<(), String> {
+        self.active = Some(active);
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        self.active = None;
+        self.switch.clear();
+    }
+
+    fn queue_event(&mut self, index: usize) -> bool {
+        if index != RX && index != TX {
+            return false;
+        }
+        let result = self.turn(index == TX);
+        self.finish(result)
+    }
+
+    fn backend_fd(&self) -> Option<RawFd> {
+        Some(self.sockets.descriptor())
+    }
+
+    fn backend_event(&mut self) -> bool {
+        let result = self.turn(false);
+        self.finish(result)
+    }
+
+    fn metrics(&self) -> serde_json::Value {
+        serde_json::json!(self.switch.metrics())
+    }
+}
