@@ -85,7 +85,6 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             mtu: Some(mtu),
         }],
         entropy: Some(Entropy {}),
-        balloon: None,
         serial: Some(SerialConfig { output: Some("console".into()), input: Some("input".into()) }),
         smbios: Some(SmbiosConfig {
             manufacturer: Some("Roost".into()),
@@ -98,6 +97,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             asset_tag: Some(id.to_string()),
         }),
         status: Some("status".into()),
+        ..VmConfig::default()
     };
     config.check().map_err(|error| Error::Impossible(error.to_string()))?;
     Ok(config)
