@@ -71,6 +71,10 @@ datasource:
     metadata_urls: [ 'http://169.254.169.254' ]
     apply_full_imds_network_config: false
 network: {config: disabled}
+# The one locale that is there: the default one would have to be generated first.
+locale: C.UTF-8
+# The instance's own name resolves, or sudo complains each time.
+manage_etc_hosts: localhost
 ssh_genkeytypes: [ ed25519 ]
 # Made before the network is up and said on the console (roost-host-keys.service); made anew for a copied disk below.
 ssh_deletekeys: false
