@@ -4,7 +4,7 @@ use crate::{Tenant, tail, wait_for};
 use std::io::{Read, Write};
 use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// A running command; it is killed when the value goes.
 pub struct Session {
@@ -66,6 +66,19 @@ impl Session {
     #[track_caller]
     pub fn wait_text(&self, text: &str, limit: Duration) {
         self.wait(&format!("{text:?}"), limit, |shown| shown.contains(text).then_some(()));
+    }
+
+    /// Whether it prints a text in time.
+    #[must_use]
+    pub fn shows(&self, text: &str, limit: Duration) -> bool {
+        let began = Instant::now();
+        while !self.shown().contains(text) {
+            if began.elapsed() > limit {
+                return false;
+            }
+            std::thread::sleep(Duration::from_millis(200));
+        }
+        true
     }
 
     /// Waits until it ends by itself.
