@@ -211,9 +211,9 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
 /// virtual host) shows in a measurement, not in the limit: one that misses is taken again, twice at most, and all are printed.
 ///
 /// How much a guest gets done in its time is printed beside, against an unlimited guest in windows between; so is a control, plain
-/// processes of the host under the same limits. On a quiet virtual host a half did 0.46 and a quarter 0.14 of an unlimited guest's
-/// work, three times alike, with `cpu.stat` at 0.500 and 0.250 each time; plain processes did 0.46 to 0.50 and 0.19 to 0.23. Most
-/// of what a guest loses goes with the time that it is held back, not with its CPU time; where it goes is not known.
+/// processes of the host under the same limits. On a quiet virtual host, with `cpu.stat` at 0.500 and 0.250 each time, a half did
+/// 0.46 and a quarter 0.14 of an unlimited guest's work, three times alike, and 0.45 and 0.18 in another boot of the host; plain
+/// processes did 0.46 to 0.50 and 0.19 to 0.25. Where it goes is not known: the quarter loses more than the half also in all.
 #[test]
 fn limited_instances_get_their_share_of_a_core_within_five_percent() {
     let rig = Rig::get();
