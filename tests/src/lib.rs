@@ -10,7 +10,7 @@
 mod own_host;
 pub mod session;
 
-pub use own_host::OwnHost;
+pub use own_host::{EmulatedCpusStay, OwnHost};
 
 use serde::Deserialize;
 use serde_json::Value;

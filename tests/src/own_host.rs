@@ -48,12 +48,10 @@ impl OwnHost {
     /// SIGKILL for its QEMU: to everything inside, a power cut.
     #[track_caller]
     pub fn cut_power(&self) {
-        let status = self.command(&["status"]).ok();
-        let words: Vec<&str> = status.split([' ', ',']).collect();
-        let at = words.iter().position(|word| *word == "process").expect("status names the process");
+        let process = process_of(&self.command(&["status"]).ok());
         let mut kill = Command::new("kill");
-        kill.args(["-9", words[at + 1]]);
-        run(kill, format!("kill -9 {}", words[at + 1])).ok();
+        kill.args(["-9", &process]);
+        run(kill, format!("kill -9 {process}")).ok();
         wait_for("QEMU to be gone", Duration::from_secs(10), || {
             let code = self.command(&["status"]).code;
             if code == Some(3) { Ok(()) } else { Err(format!("status: exit code {code:?}")) }
@@ -89,6 +87,65 @@ impl OwnHost {
     #[track_caller]
     pub fn endpoint(&self) -> String {
         format!("https://127.0.0.1:{}", self.command(&["port"]).ok().trim())
+    }
+}
+
+/// The number of a virtual host's QEMU, out of what `status` says.
+fn process_of(status: &str) -> String {
+    let mut words = status.split([' ', ',']).skip_while(|word| *word != "process");
+    words.nth(1).expect("status names the process").to_owned()
+}
+
+/// Each CPU of the virtual host stays on one CPU of this machine until the value goes: see [`Rig::emulated_cpus_stay`].
+pub struct EmulatedCpusStay(Vec<String>);
+
+impl Rig {
+    /// Whether the host's CPUs are a virtual host's, which a program makes.
+    #[must_use]
+    pub fn is_emulated(&self) -> bool {
+        self.host.last().is_some_and(|last| last == "ssh")
+    }
+
+    /// Keeps each emulated CPU of the virtual host on one CPU of this machine, for a measurement. An emulated CPU that wakes
+    /// is else put beside another one at times, and both run at half their speed until the kernel moves one, milliseconds
+    /// later: that is lost to whoever runs inside, and most to who is woken most. Nothing to do on hardware.
+    #[track_caller]
+    pub fn emulated_cpus_stay(&self) -> EmulatedCpusStay {
+        if !self.is_emulated() {
+            return EmulatedCpusStay(Vec::new());
+        }
+        let words = &self.host[..self.host.len() - 1];
+        let mut status = Command::new(&words[0]);
+        status.args(&words[1..]).arg("status");
+        let process = process_of(&run(status, "the virtual host's status".into()).ok());
+        let threads = std::fs::read_dir(format!("/proc/{process}/task")).unwrap().flatten();
+        let cpus: Vec<String> = threads
+            .filter(|thread| {
+                std::fs::read_to_string(thread.path().join("comm")).is_ok_and(|name| name.starts_with("CPU "))
+            })
+            .map(|thread| thread.file_name().into_string().unwrap())
+            .collect();
+        assert!(!cpus.is_empty(), "process {process} emulates no CPU");
+        let allowed = std::thread::available_parallelism().unwrap().get();
+        for (n, thread) in cpus.iter().enumerate() {
+            keep(thread, &(n % allowed).to_string()).ok();
+        }
+        EmulatedCpusStay(cpus)
+    }
+}
+
+fn keep(thread: &str, cpus: &str) -> Ran {
+    let mut taskset = Command::new("taskset");
+    taskset.args(["-cp", cpus, thread]);
+    run(taskset, format!("taskset -cp {cpus} {thread}"))
+}
+
+impl Drop for EmulatedCpusStay {
+    fn drop(&mut self) {
+        for thread in &self.0 {
+            // As before: anywhere. The kernel leaves out what there is not.
+            keep(thread, "0-1023");
+        }
     }
 }
 
