@@ -19,7 +19,7 @@
 //! Success is 200 with a body or 204; what fails is 400 with `{"fault_message": …}`.
 
 pub mod http;
-mod routes;
+pub mod routes;
 pub mod terminal;
 
 use std::collections::HashMap;

@@ -6,10 +6,10 @@ use serde_json::json;
 
 use super::http::{Request, Response};
 use super::{Machine, Server};
-use crate::config::VmConfig;
+use crate::config::{Drive, NetworkInterface, VmConfig};
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
-use crate::running::{End, Running};
+use crate::running::{End, Metrics, Running};
 use crate::status::StatusWriter;
 
 #[derive(Debug, Deserialize)]
@@ -38,6 +38,105 @@ enum WantedState {
     Resumed,
 }
 
+/// What can be asked for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Route {
+    /// Id, state and version.
+    Info,
+    /// The version.
+    Version,
+    /// CPUs and memory.
+    MachineConfig,
+    /// The whole configuration.
+    VmConfig,
+    /// The balloon's configuration.
+    Balloon,
+    /// What is known about the guest's memory.
+    BalloonStatistics,
+    /// Counters of all devices.
+    Metrics,
+    /// Sets what is booted.
+    SetBootSource,
+    /// Sets CPUs and memory.
+    SetMachineConfig,
+    /// Adds or replaces a disk.
+    SetDrive,
+    /// Adds or replaces a network interface.
+    SetNetworkInterface,
+    /// Adds the entropy device.
+    SetEntropy,
+    /// Adds or replaces the balloon.
+    SetBalloon,
+    /// Adds or replaces the vsock device.
+    SetVsock,
+    /// Sets where the console goes.
+    SetSerial,
+    /// Sets the DMI strings.
+    SetSmbios,
+    /// Starts, ends, presses the power button.
+    Act,
+    /// Types on the console.
+    SerialInput,
+    /// Pauses and resumes.
+    ChangeVm,
+    /// Changes how much the guest should do without.
+    ChangeBalloon,
+    /// Changes how often the guest is asked about its memory.
+    ChangeBalloonStatistics,
+}
+
+/// Every request that is answered: its method, its path (`{id}` stands for one part of it), and what it asks for. `openapi.json`
+/// describes them; a test holds the two together.
+pub const ROUTES: &[(&str, &str, Route)] = &[
+    ("GET", "/", Route::Info),
+    ("GET", "/version", Route::Version),
+    ("GET", "/machine-config", Route::MachineConfig),
+    ("GET", "/vm/config", Route::VmConfig),
+    ("GET", "/balloon", Route::Balloon),
+    ("GET", "/balloon/statistics", Route::BalloonStatistics),
+    ("GET", "/metrics", Route::Metrics),
+    ("PUT", "/boot-source", Route::SetBootSource),
+    ("PUT", "/machine-config", Route::SetMachineConfig),
+    ("PUT", "/drives/{id}", Route::SetDrive),
+    ("PUT", "/network-interfaces/{id}", Route::SetNetworkInterface),
+    ("PUT", "/entropy", Route::SetEntropy),
+    ("PUT", "/balloon", Route::SetBalloon),
+    ("PUT", "/vsock", Route::SetVsock),
+    ("PUT", "/serial", Route::SetSerial),
+    ("PUT", "/smbios", Route::SetSmbios),
+    ("PUT", "/actions", Route::Act),
+    ("PUT", "/serial/input", Route::SerialInput),
+    ("PATCH", "/vm", Route::ChangeVm),
+    ("PATCH", "/balloon", Route::ChangeBalloon),
+    ("PATCH", "/balloon/statistics", Route::ChangeBalloonStatistics),
+];
+
+impl Route {
+    /// What a request asks for, and the id in its path.
+    fn of<'a>(request: &Request<'a>) -> Result<(Self, &'a str)> {
+        let (method, path) = (request.method, request.path);
+        let matching = || {
+            ROUTES.iter().filter_map(|(method, template, route)| Some((method, route, id(template, path)?)))
+        };
+        if let Some((_, route, id)) = matching().find(|(allowed, ..)| **allowed == method) {
+            return Ok((*route, id));
+        }
+        let allowed: Vec<&str> = matching().map(|(allowed, ..)| *allowed).collect();
+        Err(Error::State(match allowed[..] {
+            [] => format!("there is no {method} {path}: no such path"),
+            _ => format!("there is no {method} {path}: it takes {}", allowed.join(" and ")),
+        }))
+    }
+}
+
+/// The id in a path, empty if it has none; `None` if the path is another.
+fn id<'a>(template: &str, path: &'a str) -> Option<&'a str> {
+    match template.strip_suffix("{id}") {
+        Some(prefix) => path.strip_prefix(prefix).filter(|id| !id.is_empty() && !id.contains('/')),
+        None => (template == path).then_some(""),
+    }
+}
+
 /// An answer: nothing to say, or a body.
 enum Answer {
     Done,
@@ -51,43 +150,32 @@ impl Server {
         request: &Request<'_>,
         status: &mut StatusWriter,
     ) -> (Response, Option<End>) {
-        if request.path == "/actions" && request.method == "PUT" {
-            return self.action(request.body, status);
-        }
-        let answer = match request.method {
-            "GET" => self.get(request.path),
-            "PUT" if request.path == "/serial/input" => {
-                self.running().and_then(|r| r.console_input(request.body)).map(|()| Answer::Done)
-            }
-            "PUT" => self.configure(request.path, request.body),
-            "PATCH" => self.change(request),
-            _ => Err(unknown(request)),
-        };
+        let mut end = None;
+        let answer =
+            Route::of(request).and_then(|(route, id)| self.answer(route, id, request.body, status, &mut end));
         let response = match answer {
             Ok(Answer::Done) => Response::no_content(),
             Ok(Answer::Body(body)) => Response::ok(&body),
             Err(error) => Response::fault(&error.chain()),
         };
-        (response, None)
+        (response, end)
     }
 
-    fn action(&mut self, body: &[u8], status: &mut StatusWriter) -> (Response, Option<End>) {
-        let result = match json::<Action>(body).map(|action| action.action_type) {
-            Ok(ActionType::InstanceStart) => match self.start(status) {
+    fn act(&mut self, body: &[u8], status: &mut StatusWriter, end: &mut Option<End>) -> Result<()> {
+        match json::<Action>(body)?.action_type {
+            ActionType::InstanceStart => self.start(status).map_err(|(error, fatal)| {
                 // A machine whose build failed half-way cannot be tried again: the process may be locked down.
-                Err((error, true)) => return (Response::fault(&error.chain()), Some(End::error(&error))),
-                Err((error, false)) => Err(error),
-                Ok(()) => Ok(()),
-            },
-            Ok(ActionType::SendPowerButton) => {
-                self.running().and_then(|running| running.press_power_button())
+                if fatal {
+                    *end = Some(End::error(&error));
+                }
+                error
+            }),
+            ActionType::SendPowerButton => self.running()?.press_power_button(),
+            ActionType::ForceStop => {
+                *end = Some(self.kill("ended by ForceStop"));
+                Ok(())
             }
-            Ok(ActionType::ForceStop) => {
-                return (Response::no_content(), Some(self.kill("ended by ForceStop")));
-            }
-            Err(error) => Err(error),
-        };
-        (result.map_or_else(|error| Response::fault(&error.chain()), |()| Response::no_content()), None)
+        }
     }
 
     /// Builds if need be, and starts. The flag says whether the failure ends the process.
@@ -135,30 +223,49 @@ impl Server {
         }
     }
 
-    fn get(&mut self, path: &str) -> Result<Answer> {
-        let body = match path {
-            "/" => json!({
-                "id": self.id,
-                "state": self.state(),
-                "vmm_version": env!("CARGO_PKG_VERSION"),
-                "app_name": "roost-vmm",
-            }),
-            "/version" => json!({ "roost_vmm_version": env!("CARGO_PKG_VERSION") }),
-            "/machine-config" => json!(self.config().machine_config),
-            "/vm/config" => json!(self.config()),
-            "/balloon" => match self.config().balloon {
-                Some(balloon) => json!(balloon),
-                None => return Err(Error::State("the machine has no balloon".into())),
-            },
-            "/balloon/statistics" => json!(self.running()?.balloon_statistics()?),
-            "/metrics" => match &self.machine {
-                Some(Machine::Held(held)) => json!(held.metrics()),
-                Some(Machine::Running(running)) => json!(running.metrics()),
-                _ => return Err(Error::State("the machine has no devices before it is built".into())),
-            },
-            _ => return Err(Error::State(format!("there is no GET {path}"))),
-        };
-        Ok(Answer::Body(body))
+    fn answer(
+        &mut self,
+        route: Route,
+        id: &str,
+        body: &[u8],
+        status: &mut StatusWriter,
+        end: &mut Option<End>,
+    ) -> Result<Answer> {
+        let told = |value| Ok(Answer::Body(value));
+        match route {
+            Route::Info => {
+                return told(json!({
+                    "id": self.id,
+                    "state": self.state(),
+                    "vmm_version": env!("CARGO_PKG_VERSION"),
+                    "app_name": "roost-vmm",
+                }));
+            }
+            Route::Version => return told(json!({ "roost_vmm_version": env!("CARGO_PKG_VERSION") })),
+            Route::MachineConfig => return told(json!(self.config().machine_config)),
+            Route::VmConfig => return told(json!(self.config())),
+            Route::Balloon => {
+                let none = || Error::State("the machine has no balloon".into());
+                return told(json!(self.config().balloon.ok_or_else(none)?));
+            }
+            Route::BalloonStatistics => return told(json!(self.running()?.balloon_statistics()?)),
+            Route::Metrics => return told(json!(self.metrics()?)),
+            Route::SetBootSource => self.preboot()?.set_boot_source(json(body)?)?,
+            Route::SetMachineConfig => self.preboot()?.set_machine_config(json(body)?)?,
+            Route::SetDrive => self.set_drive(id, body)?,
+            Route::SetNetworkInterface => self.set_network_interface(id, body)?,
+            Route::SetEntropy => self.preboot()?.set_entropy(json(body)?)?,
+            Route::SetBalloon => self.preboot()?.set_balloon(json(body)?)?,
+            Route::SetVsock => self.preboot()?.set_vsock(json(body)?)?,
+            Route::SetSerial => self.preboot()?.set_serial(json(body)?)?,
+            Route::SetSmbios => self.preboot()?.set_smbios(json(body)?)?,
+            Route::SerialInput => self.running()?.console_input(body)?,
+            Route::ChangeVm => self.change_vm(body)?,
+            Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
+            Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
+            Route::Act => self.act(body, status, end)?,
+        }
+        Ok(Answer::Done)
     }
 
     fn state(&self) -> &'static str {
@@ -169,64 +276,41 @@ impl Server {
         }
     }
 
-    fn configure(&mut self, path: &str, body: &[u8]) -> Result<Answer> {
-        let preboot = self.preboot()?;
-        let id_matches = |kind: &str, wanted: &str, id: &str| {
-            if wanted == id {
-                Ok(())
-            } else {
-                Err(Error::Config(format!("the path names {kind} {wanted:?}, the body {id:?}")))
-            }
-        };
-        match path {
-            "/boot-source" => preboot.set_boot_source(json(body)?)?,
-            "/machine-config" => preboot.set_machine_config(json(body)?)?,
-            "/entropy" => preboot.set_entropy(json(body)?)?,
-            "/balloon" => preboot.set_balloon(json(body)?)?,
-            "/vsock" => preboot.set_vsock(json(body)?)?,
-            "/serial" => preboot.set_serial(json(body)?)?,
-            "/smbios" => preboot.set_smbios(json(body)?)?,
-            _ => {
-                if let Some(id) = path.strip_prefix("/drives/") {
-                    let drive: crate::config::Drive = json(body)?;
-                    id_matches("drive", id, &drive.drive_id)?;
-                    preboot.set_drive(drive)?;
-                } else if let Some(id) = path.strip_prefix("/network-interfaces/") {
-                    let interface: crate::config::NetworkInterface = json(body)?;
-                    id_matches("interface", id, &interface.iface_id)?;
-                    preboot.set_network_interface(interface)?;
-                } else {
-                    return Err(Error::State(format!("there is no PUT {path}")));
-                }
-            }
+    fn metrics(&self) -> Result<Metrics> {
+        match &self.machine {
+            Some(Machine::Held(held)) => Ok(held.metrics()),
+            Some(Machine::Running(running)) => Ok(running.metrics()),
+            _ => Err(Error::State("the machine has no devices before it is built".into())),
         }
-        Ok(Answer::Done)
     }
 
-    /// Changes something of a machine that runs.
-    fn change(&mut self, request: &Request<'_>) -> Result<Answer> {
-        match request.path {
-            "/vm" => return self.change_state(request.body),
-            "/balloon" => self.running()?.update_balloon(json(request.body)?)?,
-            "/balloon/statistics" => self.running()?.update_balloon_statistics(json(request.body)?)?,
-            _ => return Err(unknown(request)),
-        }
-        Ok(Answer::Done)
+    fn set_drive(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let drive: Drive = json(body)?;
+        same_id("drives: drive_id", id, &drive.drive_id)?;
+        self.preboot()?.set_drive(drive)
     }
 
-    fn change_state(&mut self, body: &[u8]) -> Result<Answer> {
+    fn set_network_interface(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let interface: NetworkInterface = json(body)?;
+        same_id("network-interfaces: iface_id", id, &interface.iface_id)?;
+        self.preboot()?.set_network_interface(interface)
+    }
+
+    fn change_vm(&mut self, body: &[u8]) -> Result<()> {
         let wanted: VmState = json(body)?;
         let running = self.running()?;
         match wanted.state {
-            WantedState::Paused => running.pause()?,
-            WantedState::Resumed => running.resume()?,
+            WantedState::Paused => running.pause(),
+            WantedState::Resumed => running.resume(),
         }
-        Ok(Answer::Done)
     }
 }
 
-fn unknown(request: &Request<'_>) -> Error {
-    Error::State(format!("there is no {} {}", request.method, request.path))
+fn same_id(field: &str, in_path: &str, in_body: &str) -> Result<()> {
+    if in_path == in_body {
+        return Ok(());
+    }
+    Err(Error::Config(format!("{field} {in_body:?} is not the path's {in_path:?}")))
 }
 
 fn json<T: DeserializeOwned>(body: &[u8]) -> Result<T> {

@@ -1,0 +1,293 @@
+//! `openapi.json` and the program say the same: paths, fields, what is required, ranges, lengths, values, answers.
+
+#![allow(clippy::unwrap_used, clippy::expect_used)]
+
+mod common;
+
+use std::collections::BTreeSet;
+
+use common::{Code, Machine};
+use roost_vmm::api::routes::ROUTES;
+use roost_vmm::client::{Client, ClientError};
+use serde_json::{Map, Value, json};
+
+fn document() -> Value {
+    serde_json::from_str(include_str!("../openapi.json")).unwrap()
+}
+
+/// A schema with its reference followed, and the name if it has one.
+fn follow<'a>(document: &'a Value, schema: &'a Value) -> &'a Value {
+    match schema["$ref"].as_str() {
+        Some(to) => document.pointer(&to[1..]).unwrap_or_else(|| panic!("{to} is nowhere")),
+        None => schema,
+    }
+}
+
+fn fields(schema: &Value) -> &Map<String, Value> {
+    schema["properties"].as_object().unwrap()
+}
+
+fn names<'a>(list: impl IntoIterator<Item = &'a str>) -> BTreeSet<String> {
+    list.into_iter().map(str::to_owned).collect()
+}
+
+fn strings(list: &Value) -> BTreeSet<String> {
+    names(list.as_array().into_iter().flatten().filter_map(Value::as_str))
+}
+
+/// The schema of a body of JSON that a request takes or a success answers with.
+fn schema<'a>(document: &'a Value, content: &'a Value) -> Option<&'a Value> {
+    let schema = &content["content"]["application/json"]["schema"];
+    (!schema.is_null()).then(|| follow(document, schema))
+}
+
+/// The names in backquotes behind "expected" in serde's refusal of a field or a value.
+fn expected(why: &str) -> BTreeSet<String> {
+    let list = why.split_once("expected").map_or("", |(_, list)| list);
+    names(list.split('`').skip(1).step_by(2))
+}
+
+/// The fields that may only be there with this one.
+fn needed_by<'a>(schema: &'a Value, name: &'a str) -> impl Iterator<Item = &'a String> {
+    let rules = schema["dependentSchemas"].as_object().into_iter().flatten();
+    rules.filter(move |(_, rule)| strings(&rule["required"]).contains(name)).map(|(other, _)| other)
+}
+
+/// A machine whose guest does nothing, configured by its API; with a balloon once it runs.
+fn machine(started: bool) -> (Machine, Client) {
+    // hlt; jmp to it
+    let mut machine = Machine::new(&Code::default().bytes(&[0xf4, 0xeb, 0xfd]));
+    if started {
+        machine.config["balloon"] = json!({ "amount_mib": 0, "stats_polling_interval_s": 5 });
+        machine.config["drives"] = json!([{ "drive_id": "a", "path_on_host": machine.text("disk") }]);
+        common::disk(&machine.path("disk"), 1 << 20);
+        machine.start::<&str>(&[]);
+    } else {
+        let socket = machine.text("api");
+        machine.start_with(&["run", "--api-sock", &socket]);
+    }
+    let client = machine.client();
+    (machine, client)
+}
+
+/// One request of the API with its body.
+struct Call<'a> {
+    document: &'a Value,
+    client: &'a Client,
+    method: String,
+    path: &'a str,
+    schema: &'a Value,
+}
+
+impl Call<'_> {
+    fn send(&self, body: &Value) -> Result<(), String> {
+        let id = body["drive_id"].as_str().or(body["iface_id"].as_str());
+        let id = id.filter(|id| !id.is_empty()).unwrap_or("x");
+        match self.client.put(&self.method, &self.path.replace("{id}", id), body) {
+            Ok(()) => Ok(()),
+            Err(ClientError::Refused(why)) => Err(why),
+            Err(other) => panic!("{} {}: {other:?}", self.method, self.path),
+        }
+    }
+
+    #[track_caller]
+    fn taken(&self, body: &Value) {
+        self.send(body).unwrap_or_else(|why| panic!("{} {} {body}: {why}", self.method, self.path));
+    }
+
+    #[track_caller]
+    fn refused(&self, body: &Value) -> String {
+        match self.send(body) {
+            Ok(()) => panic!("{} {} took {body}", self.method, self.path),
+            Err(why) => why,
+        }
+    }
+
+    /// All that the document says about the body.
+    fn check(&self) {
+        let example = &self.schema["example"];
+        self.taken(example);
+        self.object(example, &[]);
+    }
+
+    /// The object at a place in the body.
+    fn object(&self, body: &Value, place: &[&str]) {
+        let schema = place.iter().fold(self.schema, |schema, name| {
+            follow(self.document, &follow(self.document, schema)["properties"][*name])
+        });
+        let pointer: String = place.iter().map(|name| format!("/{name}")).collect();
+        let with = |name: &str, value: Option<Value>| {
+            let mut body = body.clone();
+            let object = body.pointer_mut(&pointer).unwrap().as_object_mut().unwrap();
+            match value {
+                Some(value) => object.insert(name.to_owned(), value),
+                None => object.remove(name),
+            };
+            body
+        };
+
+        let why = self.refused(&with("no such field", Some(json!(0))));
+        assert_eq!(expected(&why), names(fields(schema).keys().map(String::as_str)), "{}: {why}", self.path);
+
+        let required = strings(&schema["required"]);
+        for (name, field) in fields(schema) {
+            let is = &body.pointer(&pointer).unwrap()[name];
+            // The document's example must show each field, or nothing below is looked at.
+            assert!(
+                !is.is_null() || place == ["rate_limiter", "ops"],
+                "{}: the example has no {name}",
+                self.path
+            );
+            if required.contains(name) {
+                let why = self.refused(&with(name, None));
+                assert!(why.contains(&format!("missing field `{name}`")), "{}: {why}", self.path);
+            } else {
+                let mut without = with(name, None);
+                for other in needed_by(schema, name) {
+                    self.refused(&without);
+                    without.as_object_mut().unwrap().remove(other);
+                }
+                self.taken(&without);
+            }
+            let field = follow(self.document, field);
+            let named = |value: Value| {
+                let why = self.refused(&with(name, Some(value.clone())));
+                assert!(why.contains(name.as_str()), "{} {name} {value}: {why}", self.path);
+            };
+            match field["type"].as_str().unwrap() {
+                "integer" => {
+                    let (least, most) =
+                        (field["minimum"].as_u64().unwrap(), field["maximum"].as_u64().unwrap());
+                    self.taken(&with(name, Some(json!(least))));
+                    // The memory of this test's machine bounds its balloon.
+                    if name != "amount_mib" {
+                        self.taken(&with(name, Some(json!(most))));
+                    }
+                    if let Some(less) = least.checked_sub(1) {
+                        self.refused(&with(name, Some(json!(less))));
+                    }
+                    if let Some(more) = most.checked_add(1) {
+                        self.refused(&with(name, Some(json!(more))));
+                    }
+                    self.refused(&with(name, Some(json!("1"))));
+                    self.refused(&with(name, Some(json!(-1))));
+                }
+                "boolean" => {
+                    self.taken(&with(name, Some(json!(true))));
+                    self.refused(&with(name, Some(json!("true"))));
+                }
+                "string" if field.get("enum").is_some() => {
+                    let why = self.refused(&with(name, Some(json!("no such value"))));
+                    assert_eq!(expected(&why), strings(&field["enum"]), "{} {name}: {why}", self.path);
+                }
+                "string" => {
+                    for (rule, off) in [("minLength", -1), ("maxLength", 1)] {
+                        let Some(length) = field[rule].as_i64() else { continue };
+                        let text = |length: i64| json!("a".repeat(usize::try_from(length).unwrap()));
+                        self.taken(&with(name, Some(text(length))));
+                        named(text(length + off));
+                    }
+                    if field.get("pattern").is_some() || field.get("format").is_some() {
+                        named(json!("nonsense"));
+                    }
+                    self.refused(&with(name, Some(json!(1))));
+                }
+                "object" => self.object(body, &[place, &[name.as_str()]].concat()),
+                other => panic!("{name} is of type {other}"),
+            }
+        }
+    }
+}
+
+/// Whether a value is what a schema says.
+fn fits(document: &Value, schema: &Value, value: &Value, place: &str) {
+    let schema = follow(document, schema);
+    let kind = schema["type"].as_str().unwrap_or("any");
+    let right = match kind {
+        "object" => value.is_object(),
+        "array" => value.is_array(),
+        "string" => value.is_string(),
+        "integer" => value.is_u64() || value.is_i64(),
+        "boolean" => value.is_boolean(),
+        _ => true,
+    };
+    assert!(right, "{place} is {value}, the document says {kind}");
+    if let Some(values) = schema["enum"].as_array() {
+        assert!(values.contains(value), "{place} is {value}, the document says {values:?}");
+    }
+    if let Some(list) = value.as_array() {
+        list.iter().for_each(|one| fits(document, &schema["items"], one, place));
+    }
+    let Some(object) = value.as_object() else { return };
+    for name in strings(&schema["required"]) {
+        assert!(object.contains_key(&name), "{place} has no {name}");
+    }
+    for (name, value) in object {
+        let place = format!("{place}.{name}");
+        match (schema["properties"].get(name), &schema["additionalProperties"]) {
+            (Some(field), _) => fits(document, field, value, &place),
+            (None, Value::Object(_)) => fits(document, &schema["additionalProperties"], value, &place),
+            (None, _) => panic!("{place} is not in the document"),
+        }
+    }
+}
+
+#[test]
+fn every_path_is_described_and_every_described_path_is_there() {
+    let document = document();
+    let mut described = BTreeSet::new();
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        described
+            .extend(methods.as_object().unwrap().keys().map(|method| (method.to_uppercase(), path.clone())));
+    }
+    let there = ROUTES.iter().map(|(method, path, _)| ((*method).to_owned(), (*path).to_owned())).collect();
+    assert_eq!(described, there);
+}
+
+#[test]
+fn bodies_are_taken_and_refused_as_described() {
+    let document = document();
+    let mut bodies = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        for (method, operation) in methods.as_object().unwrap() {
+            let Some(schema) = schema(&document, &operation["requestBody"]) else { continue };
+            let (_machine, client) = machine(method == "patch" || path == "/actions");
+            Call { document: &document, client: &client, method: method.to_uppercase(), path, schema }
+                .check();
+            bodies += 1;
+        }
+    }
+    assert_eq!(bodies, 13);
+}
+
+#[test]
+fn answers_are_as_described() {
+    let document = document();
+    let (_machine, client) = machine(true);
+    let mut answers = 0;
+    for (path, methods) in document["paths"].as_object().unwrap() {
+        let Some(operation) = methods.get("get") else { continue };
+        let answer: Value = serde_json::from_slice(&client.request("GET", path, b"").unwrap()).unwrap();
+        fits(&document, schema(&document, &operation["responses"]["200"]).unwrap(), &answer, path);
+        answers += 1;
+    }
+    assert_eq!(answers, 7);
+}
+
+#[test]
+fn what_is_not_there_is_refused_with_what_is() {
+    let (_machine, client) = machine(false);
+    for (method, path, words) in [
+        ("PUT", "/nonsense", "no such path"),
+        ("GET", "/vm/", "no such path"),
+        ("PUT", "/drives/", "no such path"),
+        ("PUT", "/drives/a/b", "no such path"),
+        ("DELETE", "/vm", "it takes PATCH"),
+        ("POST", "/machine-config", "it takes GET and PUT"),
+    ] {
+        match client.put(method, path, &json!({})) {
+            Err(ClientError::Refused(why)) => assert!(why.contains(path) && why.contains(words), "{why}"),
+            other => panic!("{method} {path}: {other:?}"),
+        }
+    }
+}
