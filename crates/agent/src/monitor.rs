@@ -83,6 +83,8 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             guest_mac: Some(spec.interface.mac.clone()),
             host_dev_name: "tap".into(),
             mtu: Some(mtu),
+            rx_rate_limiter: None,
+            tx_rate_limiter: None,
         }],
         entropy: Some(Entropy {}),
         serial: Some(SerialConfig { output: Some("console".into()), input: Some("input".into()) }),

@@ -57,7 +57,7 @@ enum Source {
     Bell { device: Shared, queue: usize, bell: EventFd },
     Backend { device: Shared, again: EventFd },
     Again { device: Shared, again: EventFd },
-    Timer { device: Shared },
+    Timer { device: Shared, queue: usize },
     Input { serial: Arc<SerialPort>, file: File },
     Stop,
 }
@@ -114,9 +114,9 @@ impl EventLoop {
             let source = Source::Backend { device: Arc::clone(device), again: ours };
             self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
         }
-        let timer = lock(device).timer_fd();
-        if let Some(descriptor) = timer {
-            self.add(descriptor, EventSet::IN, Source::Timer { device: Arc::clone(device) })?;
+        let timers = lock(device).timers();
+        for (queue, descriptor) in timers {
+            self.add(descriptor, EventSet::IN, Source::Timer { device: Arc::clone(device), queue })?;
         }
         Ok(())
     }
@@ -201,7 +201,7 @@ impl EventLoop {
                     let _ = again.write(1);
                 }
             }
-            Source::Timer { device } => lock(device).timer_event(),
+            Source::Timer { device, queue } => lock(device).timer_event(*queue),
             Source::Input { serial, file } => self.read_input(serial, file),
             Source::Stop => {}
         }

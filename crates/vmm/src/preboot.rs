@@ -16,8 +16,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::acpi::VirtioWindow;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
-    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, NetworkInterface, SerialConfig,
-    SmbiosConfig, VmConfig, VsockConfig, parse_mac,
+    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, NetworkInterface, RateLimiter,
+    SerialConfig, SmbiosConfig, VmConfig, VsockConfig, parse_mac,
 };
 use crate::console::ConsoleWriter;
 use crate::cpu::registers::Entry;
@@ -30,8 +30,8 @@ use crate::devices::virtio::block::Block;
 use crate::devices::virtio::block::backend::Image;
 use crate::devices::virtio::entropy::{Entropy, host_random};
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
-use crate::devices::virtio::net::Net;
 use crate::devices::virtio::net::tap::TapDevice;
+use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
@@ -363,8 +363,7 @@ impl Preboot {
                 what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
                 source,
             })?;
-        let pace = drive.rate_limiter.map(Pace::new).transpose();
-        let pace = pace.map_err(Error::io(format!("a timer for the limits of {:?}", drive.drive_id)))?;
+        let pace = pace(drive.rate_limiter, &drive.drive_id)?;
         Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image), pace))
     }
 
@@ -380,8 +379,17 @@ impl Preboot {
             Some(mac) => parse_mac(mac)?,
             None => [0x06, 0, 0, 0, 0, u8::try_from(index + 1).unwrap_or(u8::MAX)],
         };
-        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, tap))
+        let limits = Limits {
+            rx: pace(interface.rx_rate_limiter, &interface.iface_id)?,
+            tx: pace(interface.tx_rate_limiter, &interface.iface_id)?,
+        };
+        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, tap, limits))
     }
+}
+
+/// The limits of a device, with their timer.
+fn pace(limits: Option<RateLimiter>, id: &str) -> Result<Option<Pace>> {
+    limits.map(Pace::new).transpose().map_err(Error::io(format!("a timer for the limits of {id:?}")))
 }
 
 /// Puts all vCPUs into the state after power-on, the first one at the kernel's entry.

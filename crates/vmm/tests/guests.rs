@@ -2,8 +2,10 @@
 
 mod common;
 
+use std::time::{Duration, Instant};
+
 use common::virtio::{Device, Ring, block, block_clear, block_request};
-use common::{Code, Machine, disk, event_names, wait_for};
+use common::{Code, Machine, disk, event_names, machines, tap, wait_for};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::status::{Event, ExitReason};
 use serde_json::json;
@@ -237,6 +239,33 @@ fn a_disk_keeps_its_limits() {
     for index in 0..8 {
         assert_eq!(usize::from(content[index * 32 * 1024]), index + 1);
     }
+}
+
+/// One packet per 200 ms, either way, after a first one: four take 600 ms at least, and none is lost.
+#[test]
+fn an_interface_keeps_its_limits() {
+    let Some((tap, wire)) = tap::create_with_wire() else { return };
+    let limit = json!({ "ops": { "size": 1, "refill_time": 200 } });
+    let least = Duration::from_millis(600);
+    let mut machine = machines::with_disk_and_interface();
+    machine.config["network-interfaces"][0]["tx_rate_limiter"] = limit.clone();
+    machine.config["network-interfaces"][0]["rx_rate_limiter"] = limit;
+
+    let began = Instant::now();
+    machine.start(&machines::tap_argument(&tap));
+    wait_for("the guest", || machine.console().contains(machines::UP).then_some(()));
+    assert!(began.elapsed() >= least, "four packets from the guest in {:?}", began.elapsed());
+
+    let client = machine.client();
+    let counted = |what: &str| client.metrics().unwrap()["devices"]["eth0"][what].as_u64().unwrap();
+    // The host's own packets, of a new interface, may be among them.
+    let before = counted("rx_packets");
+    let began = Instant::now();
+    (0..4).for_each(|_| wire.send(&[0xff; 100]));
+    wait_for("four packets at the guest", || (counted("rx_packets") >= before + 4).then_some(()));
+    assert!(began.elapsed() >= least, "four packets to the guest in {:?}", began.elapsed());
+    assert_eq!((counted("tx_packets"), counted("tx_dropped")), (4, 0));
+    assert!(counted("tx_limited") >= 3 && counted("rx_limited") >= 3);
 }
 
 #[test]

@@ -152,12 +152,12 @@ pub trait VirtioDevice: Send {
     fn backend_event(&mut self) -> bool {
         false
     }
-    /// A timer that wakes [`VirtioDevice::timer_event`] when a device that must wait may go on.
-    fn timer_fd(&self) -> Option<RawFd> {
-        None
+    /// Timers that wake [`VirtioDevice::timer_event`] when a queue that must wait may go on, each with its queue.
+    fn timers(&self) -> Vec<(usize, RawFd)> {
+        Vec::new()
     }
-    /// The timer rang.
-    fn timer_event(&mut self) {}
+    /// A queue's timer rang.
+    fn timer_event(&mut self, _queue: usize) {}
     /// Puts everything on stable storage (the machine is about to end).
     ///
     /// # Errors

@@ -31,6 +31,8 @@ pub const KIND: u32 = 5;
 const QUEUE_SIZE: u16 = 128;
 /// All queues that a balloon can have.
 const QUEUES: [u16; 5] = [QUEUE_SIZE; 5];
+/// The queue that statistics come by, if the device has any.
+const STATISTICS: usize = 2;
 /// Where the configuration space holds the pages that the guest has put into the balloon (virtio 1.2, 5.5.4).
 const ACTUAL: usize = 4;
 
@@ -216,11 +218,11 @@ impl VirtioDevice for Balloon {
         self.finish(result)
     }
 
-    fn timer_fd(&self) -> Option<RawFd> {
-        self.clock.as_ref().map(AsRawFd::as_raw_fd)
+    fn timers(&self) -> Vec<(usize, RawFd)> {
+        self.clock.as_ref().map(|clock| (STATISTICS, clock.as_raw_fd())).into_iter().collect()
     }
 
-    fn timer_event(&mut self) {
+    fn timer_event(&mut self, _queue: usize) {
         if let Some(clock) = &mut self.clock {
             let _ = clock.wait();
         }

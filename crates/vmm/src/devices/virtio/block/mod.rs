@@ -130,15 +130,15 @@ impl VirtioDevice for Block {
         }
     }
 
-    fn timer_fd(&self) -> Option<RawFd> {
-        self.pace.as_ref().map(Pace::alarm)
+    fn timers(&self) -> Vec<(usize, RawFd)> {
+        self.pace.as_ref().map(|pace| (0, pace.alarm())).into_iter().collect()
     }
 
-    fn timer_event(&mut self) {
+    fn timer_event(&mut self, queue: usize) {
         if let Some(pace) = &mut self.pace {
             pace.silence();
         }
-        let more = self.queue_event(0);
+        let more = self.queue_event(queue);
         if let Some(pace) = self.pace.as_mut().filter(|_| more) {
             pace.soon();
         }

@@ -15,6 +15,7 @@ use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_MTU,
 };
 
+use super::pace::Pace;
 use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use metrics::Metrics;
@@ -31,12 +32,22 @@ const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
 
+/// How much an interface may carry.
+#[derive(Default)]
+pub struct Limits {
+    /// To the guest.
+    pub rx: Option<Pace>,
+    /// From the guest.
+    pub tx: Option<Pace>,
+}
+
 /// An interface.
 pub struct Net {
     id: String,
     mac: [u8; 6],
     mtu: Option<u16>,
     tap: TapDevice,
+    limits: Limits,
     active: Option<Active>,
     waiting: Waiting,
     scratch: Box<[u8]>,
@@ -44,15 +55,16 @@ pub struct Net {
 }
 
 impl Net {
-    /// An interface on this tap.
+    /// An interface on this tap, within these limits.
     #[must_use]
-    pub fn new(id: String, mac: [u8; 6], mtu: Option<u16>, tap: TapDevice) -> Self {
+    pub fn new(id: String, mac: [u8; 6], mtu: Option<u16>, tap: TapDevice, limits: Limits) -> Self {
         let scratch = vec![0; MAX_PACKET].into_boxed_slice();
         Self {
             id,
             mac,
             mtu,
             tap,
+            limits,
             active: None,
             waiting: Waiting::default(),
             scratch,
@@ -60,11 +72,21 @@ impl Net {
         }
     }
 
+    const fn pace(&mut self, queue: usize) -> Option<&mut Pace> {
+        match queue {
+            RX => self.limits.rx.as_mut(),
+            TX => self.limits.tx.as_mut(),
+            _ => None,
+        }
+    }
+
     fn transmit(&mut self) -> bool {
         let Some(active) = &mut self.active else { return false };
         let Active { memory, queues, .. } = active;
         let Some(queue) = queues.get_mut(TX) else { return false };
-        let result = queue::transmit(queue, memory, &mut self.tap, &mut self.scratch, &mut self.metrics);
+        let pace = self.limits.tx.as_mut();
+        let result =
+            queue::transmit(queue, memory, &mut self.tap, &mut self.scratch, pace, &mut self.metrics);
         self.finish(result)
     }
 
@@ -73,8 +95,16 @@ impl Net {
         let mergeable = active.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let Active { memory, queues, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return false };
-        let result =
-            queue::receive(queue, memory, &mut self.tap, &mut self.waiting, mergeable, &mut self.metrics);
+        let pace = self.limits.rx.as_mut();
+        let result = queue::receive(
+            queue,
+            memory,
+            &mut self.tap,
+            &mut self.waiting,
+            pace,
+            mergeable,
+            &mut self.metrics,
+        );
         self.finish(result)
     }
 
@@ -167,6 +197,21 @@ impl VirtioDevice for Net {
 
     fn backend_event(&mut self) -> bool {
         self.receive()
+    }
+
+    fn timers(&self) -> Vec<(usize, RawFd)> {
+        let limits = [(RX, &self.limits.rx), (TX, &self.limits.tx)];
+        limits.iter().filter_map(|(queue, pace)| Some((*queue, pace.as_ref()?.alarm()))).collect()
+    }
+
+    fn timer_event(&mut self, queue: usize) {
+        if let Some(pace) = self.pace(queue) {
+            pace.silence();
+        }
+        let more = self.queue_event(queue);
+        if let Some(pace) = self.pace(queue).filter(|_| more) {
+            pace.soon();
+        }
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -7,7 +7,10 @@ use std::io;
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
 
 use super::metrics::Metrics;
-use crate::devices::virtio::queue::{BUDGET, Broken, Buffers, Turn, copy_in, copy_out, drain, length, next};
+use crate::devices::virtio::pace::Pace;
+use crate::devices::virtio::queue::{
+    BUDGET, Broken, Buffers, Turn, copy_in, copy_out, drain_while, length, next,
+};
 use crate::memory::Memory;
 
 /// Bytes of the virtio header.
@@ -56,7 +59,7 @@ impl std::fmt::Debug for Waiting {
     }
 }
 
-/// Sends every packet that is in the queue.
+/// Sends every packet that is in the queue, as far as the pace allows.
 ///
 /// # Errors
 /// [`Broken`]: the guest broke the queue.
@@ -65,9 +68,15 @@ pub fn transmit(
     memory: &Memory,
     tap: &mut dyn Tap,
     scratch: &mut [u8],
+    mut pace: Option<&mut Pace>,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
-    drain(queue, memory, |chain| {
+    drain_while(queue, memory, |chain| {
+        let Some(chain) = chain else {
+            let passes = pace.as_mut().is_none_or(|pace| pace.may_pass());
+            metrics.tx_limited += u64::from(!passes);
+            return passes.then_some(0);
+        };
         let packet = Buffers::new(memory, chain, MAX_PACKET as u64)
             .ok()
             .map(|buffers| copy_out(&buffers.readable, scratch))
@@ -80,11 +89,16 @@ pub fn transmit(
             }
             _ => metrics.tx_dropped += 1,
         }
-        0
+        // Lost or not: it was work.
+        if let Some(pace) = &mut pace {
+            pace.charge(packet.map_or(0, |count| count - HEADER) as u64);
+        }
+        Some(0)
     })
 }
 
-/// Gives the guest packets until it has no more buffers or the tap no more packets.
+/// Gives the guest packets until it has no more buffers or the tap no more packets, as far as the pace allows. What must wait stays
+/// in the tap, whose queue is the host's to bound.
 ///
 /// # Errors
 /// [`Broken`]: the guest broke the queue.
@@ -93,11 +107,16 @@ pub fn receive(
     memory: &Memory,
     tap: &mut dyn Tap,
     waiting: &mut Waiting,
+    mut pace: Option<&mut Pace>,
     mergeable: bool,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
     let mut any = false;
     for _ in 0..BUDGET {
+        if !pace.as_mut().is_none_or(|pace| pace.may_pass()) {
+            metrics.rx_limited += 1;
+            return finish(queue, memory, any, false);
+        }
         if waiting.length == 0 {
             match tap.receive(&mut waiting.packet) {
                 Ok(Some(length)) if length >= HEADER => waiting.length = length,
@@ -107,8 +126,12 @@ pub fn receive(
         }
         match deliver(queue, memory, &mut waiting.packet[..waiting.length], mergeable)? {
             Delivery::Done => {
+                let bytes = (waiting.length - HEADER) as u64;
                 metrics.rx_packets += 1;
-                metrics.rx_bytes += (waiting.length - HEADER) as u64;
+                metrics.rx_bytes += bytes;
+                if let Some(pace) = &mut pace {
+                    pace.charge(bytes);
+                }
                 waiting.length = 0;
                 any = true;
             }

@@ -51,7 +51,7 @@ fn a_tap_that_fails_costs_packets_and_nothing_else() {
     let buffer = driver.give(&packet(60));
     driver.add(&[buffer]);
     let mut metrics = Metrics::default();
-    transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), &mut metrics).unwrap();
+    transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), None, &mut metrics).unwrap();
     assert_eq!((metrics.tx_dropped, driver.used().len()), (1, 1));
 }
 
@@ -63,11 +63,11 @@ fn a_packet_waits_for_buffers_and_is_not_lost() {
     tap.to_guest.push_back(packet(100));
     let (mut waiting, mut metrics) = (Waiting::default(), Metrics::default());
     let memory = driver.memory.clone();
-    let turn = receive(&mut queue, &memory, &mut tap, &mut waiting, true, &mut metrics).unwrap();
+    let turn = receive(&mut queue, &memory, &mut tap, &mut waiting, None, true, &mut metrics).unwrap();
     assert!(!turn.interrupt && !turn.more && metrics.rx_packets == 0);
     let buffer = driver.want(200);
     driver.add(&[buffer]);
-    let turn = receive(&mut queue, &memory, &mut tap, &mut waiting, true, &mut metrics).unwrap();
+    let turn = receive(&mut queue, &memory, &mut tap, &mut waiting, None, true, &mut metrics).unwrap();
     assert!(turn.interrupt);
     assert_eq!(driver.used(), [(0, 112)]);
     assert_eq!(driver.read(buffer)[HEADER..112], packet(100)[HEADER..]);
@@ -83,8 +83,16 @@ fn without_mergeable_buffers_a_packet_that_does_not_fit_is_dropped() {
         driver.add(&[buffer]);
     }
     let mut metrics = Metrics::default();
-    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), false, &mut metrics)
-        .unwrap();
+    receive(
+        &mut driver.queue(),
+        &driver.memory,
+        &mut tap,
+        &mut Waiting::default(),
+        None,
+        false,
+        &mut metrics,
+    )
+    .unwrap();
     assert_eq!((metrics.rx_dropped, metrics.rx_packets), (1, 1));
 }
 
@@ -96,7 +104,7 @@ fn too_few_mergeable_buffers_lose_the_packet_but_not_the_buffers() {
     let buffer = driver.want(100);
     driver.add(&[buffer]);
     let mut metrics = Metrics::default();
-    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), true, &mut metrics)
+    receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), None, true, &mut metrics)
         .unwrap();
     assert_eq!((metrics.rx_dropped, metrics.rx_packets), (1, 1));
     assert_eq!(driver.used(), [(0, 62)]);
@@ -111,7 +119,7 @@ proptest! {
         let chain: Vec<_> = cuts.iter().map(|cut| { at += cut; driver.give(&bytes[at - cut..at]) }).collect();
         driver.add(&chain);
         let mut tap = Cable::default();
-        transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), &mut Metrics::default()).unwrap();
+        transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), None, &mut Metrics::default()).unwrap();
         prop_assert_eq!(tap.to_host, vec![bytes]);
     }
 
@@ -127,7 +135,7 @@ proptest! {
         let mut tap = Cable::default();
         tap.to_guest.push_back(bytes.clone());
         let mut metrics = Metrics::default();
-        receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), true, &mut metrics).unwrap();
+        receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), None, true, &mut metrics).unwrap();
         let room: u32 = sizes.iter().sum();
         if (room as usize) < bytes.len() {
             prop_assert_eq!(metrics.rx_dropped, 1);
@@ -148,9 +156,9 @@ proptest! {
         tap.to_guest.extend([packet(60), packet(3000)]);
         let driver = Driver::new(16);
         rx.write(&driver);
-        let _ = receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), mergeable, &mut Metrics::default());
+        let _ = receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), None, mergeable, &mut Metrics::default());
         let driver = Driver::new(16);
         tx.write(&driver);
-        let _ = transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), &mut Metrics::default());
+        let _ = transmit(&mut driver.queue(), &driver.memory, &mut tap, &mut scratch(), None, &mut Metrics::default());
     }
 }
