@@ -127,6 +127,21 @@ impl Rig {
         run(command, format!("on the host: {script}"))
     }
 
+    /// Copies files into a folder of the host, which is made when missing.
+    #[track_caller]
+    pub fn copy_to_host(&self, files: &[&std::path::Path], folder: &str) {
+        let mut command = if self.is_emulated() {
+            let mut command = Command::new(&self.host[0]);
+            command.args(&self.host[1..self.host.len() - 1]).arg("copy");
+            command
+        } else {
+            self.host(&format!("mkdir -p {folder}")).ok();
+            Command::new("cp")
+        };
+        command.args(files).arg(folder);
+        run(command, format!("copying to {folder}")).ok();
+    }
+
     /// Runs `roost` as the administrator.
     pub fn admin(&self, args: &[&str]) -> Ran {
         self.roost("default", args)

@@ -1,0 +1,201 @@
+//! The monitor by hand (`docs/monitor.md`), with a Linux guest: what the agent does not use yet.
+#![allow(clippy::unwrap_used, missing_docs)]
+
+use roost_e2e::{Rig, TempFile, wait_for};
+use serde_json::{Value, json};
+use std::time::Duration;
+
+const SOON: Duration = Duration::from_secs(60);
+const MEMORY_MIB: u64 = 192;
+
+/// A monitor on the host, started without agent and controller, and its guest, whose init is `roost-guest`.
+struct ByHand<'a> {
+    rig: &'a Rig,
+    dir: String,
+    unit: String,
+}
+
+impl<'a> ByHand<'a> {
+    fn start(rig: &'a Rig, name: &str, devices: &Value) -> ByHand<'a> {
+        let unit = format!("{}-{name}", rig.units);
+        let dir = format!("/run/{unit}");
+        let monitor = ByHand { rig, dir, unit };
+        let dir = &monitor.dir;
+        let initrd = TempFile::new("initrd", "");
+        std::fs::write(&initrd.0, initrd_of(&std::fs::read(env!("CARGO_BIN_EXE_roost-guest")).unwrap()))
+            .unwrap();
+        let mut config = json!({
+            "boot-source": {
+                "kernel_image_path": format!("{dir}/kernel"),
+                "initrd_path": format!("{dir}/{}", initrd.0.file_name().unwrap().to_str().unwrap()),
+                "boot_args": "console=ttyS0 quiet panic=1",
+            },
+            "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
+            "vsock": { "guest_cid": 3, "uds_path": format!("{dir}/v.sock") },
+        });
+        config.as_object_mut().unwrap().extend(devices.as_object().unwrap().clone());
+        let file = TempFile::new("config.json", &config.to_string());
+        let kernel = rig.images["tiny-fast"].join("kernel");
+        rig.copy_to_host(&[&kernel, &initrd.0, &file.0], dir);
+        let config = file.0.file_name().unwrap().to_str().unwrap();
+        rig.host(&format!(
+            "systemd-run --quiet --collect --unit {} sh -c '{}/roost-vmm run --config {dir}/{config} --api-sock {dir}/api > {dir}/console 2>&1; echo $? > {dir}/code'",
+            monitor.unit,
+            rig.host_bin.display()
+        ))
+        .ok();
+        wait_for("the guest to listen", SOON, || {
+            let console = rig.host(&format!("cat {dir}/console")).stdout;
+            if console.contains("guest: listening") { Ok(()) } else { Err(console) }
+        });
+        monitor
+    }
+
+    /// What the guest answers to a line.
+    #[track_caller]
+    fn ask(&self, line: &str) -> String {
+        let talk =
+            format!("printf 'CONNECT 52\\n{line}\\n' | socat -t 20 - UNIX-CONNECT:{}/v.sock", self.dir);
+        let said = self.rig.host(&talk).ok();
+        let (greeting, answer) = said.split_once('\n').unwrap_or((&said, ""));
+        assert!(greeting.starts_with("OK "), "{said}");
+        answer.trim_end().to_owned()
+    }
+
+    #[track_caller]
+    fn get(&self, path: &str) -> Value {
+        self.rig.host(&format!("curl -sS --unix-socket {}/api http://localhost{path}", self.dir)).json()
+    }
+
+    #[track_caller]
+    fn patch(&self, path: &str, body: &Value) {
+        let curl =
+            format!("curl -sS --unix-socket {}/api -X PATCH http://localhost{path} -d '{body}'", self.dir);
+        assert_eq!(self.rig.host(&curl).ok(), "");
+    }
+
+    /// Memory of the host that the monitor has, MiB.
+    #[track_caller]
+    fn resident_mib(&self) -> u64 {
+        let look = format!(
+            "awk '/^VmRSS/ {{ print $2 }}' /proc/$(pgrep -f '^[^ ]*roost-vmm run --config {}/')/status",
+            self.dir
+        );
+        self.rig.host(&look).ok().trim().parse::<u64>().unwrap() / 1024
+    }
+
+    #[track_caller]
+    fn wait_balloon(&self, mib: u64) {
+        wait_for(&format!("a balloon of {mib} MiB"), SOON, || {
+            let statistics = self.get("/balloon/statistics");
+            if statistics["actual_mib"] == json!(mib) { Ok(()) } else { Err(statistics.to_string()) }
+        });
+    }
+}
+
+impl Drop for ByHand<'_> {
+    fn drop(&mut self) {
+        self.rig.host(&format!(
+            "systemctl kill -s KILL {unit}; systemctl stop {unit}; rm -rf {}",
+            self.dir,
+            unit = self.unit
+        ));
+    }
+}
+
+/// An initrd (cpio, newc) with a console and one program as init.
+fn initrd_of(program: &[u8]) -> Vec<u8> {
+    let mut archive = Vec::new();
+    let mut entry = |name: &str, mode: u32, device: (u32, u32), content: &[u8]| {
+        let length = |count: usize| u32::try_from(count).unwrap();
+        let fields =
+            [0, mode, 0, 0, 1, 0, length(content.len()), 0, 0, device.0, device.1, length(name.len() + 1), 0];
+        archive.extend(b"070701");
+        fields.iter().for_each(|field| archive.extend(format!("{field:08x}").bytes()));
+        for part in [format!("{name}\0").as_bytes(), content] {
+            archive.extend(part);
+            archive.resize(archive.len().next_multiple_of(4), 0);
+        }
+    };
+    entry("dev", 0o04_0755, (0, 0), b"");
+    entry("dev/console", 0o02_0600, (5, 1), b"");
+    entry("init", 0o10_0755, (0, 0), program);
+    entry("TRAILER!!!", 0, (0, 0), b"");
+    archive
+}
+
+#[test]
+fn a_linux_guest_talks_over_vsock() {
+    let rig = Rig::get();
+    let monitor = ByHand::start(&rig, "vsock", &json!({}));
+    assert_eq!(monitor.ask("upper from the host"), "FROM THE HOST");
+    // More than the ring and the credit of one connection hold.
+    let long = "x".repeat(200_000);
+    let file = TempFile::new("long", &format!("CONNECT 52\nupper {long}\n"));
+    rig.copy_to_host(&[&file.0], &monitor.dir);
+    let name = file.0.file_name().unwrap().to_str().unwrap();
+    let talk = format!(
+        "socat -t 30 - UNIX-CONNECT:{0}/v.sock < {0}/{name} | tail -n 1 | tr -d '\\n' | md5sum",
+        monitor.dir
+    );
+    let wanted = "printf %0200000d 0 | tr 0 X | md5sum";
+    assert_eq!(rig.host(&talk).ok(), rig.host(wanted).ok());
+
+    // Nobody listens on the host: refused.
+    assert!(monitor.ask("call 53 hello").contains("reset"), "{}", monitor.ask("call 53 hello"));
+    let listen = format!("socat -u UNIX-LISTEN:{0}/v.sock_53 CREATE:{0}/got", monitor.dir);
+    rig.host(&format!(
+        "systemd-run --quiet --collect {listen}; until [ -S {}/v.sock_53 ]; do sleep 0.1; done",
+        monitor.dir
+    ))
+    .ok();
+    assert_eq!(monitor.ask("call 53 from the guest"), "called");
+    wait_for("the guest's words", SOON, || {
+        let got = rig.host(&format!("cat {}/got", monitor.dir)).stdout;
+        if got == "from the guest\n" { Ok(()) } else { Err(got) }
+    });
+
+    assert_eq!(monitor.ask("off"), "");
+    let ended = wait_for("the monitor's end", SOON, || {
+        let ran = rig.host(&format!("cat {}/code", monitor.dir));
+        if ran.stdout.is_empty() { Err(ran.stderr) } else { Ok(ran.stdout) }
+    });
+    assert_eq!(ended, "0\n");
+}
+
+#[test]
+fn a_linux_guest_gives_memory_back() {
+    let rig = Rig::get();
+    let balloon = json!({ "amount_mib": 0, "deflate_on_oom": true, "stats_polling_interval_s": 1, "free_page_reporting": true });
+    let monitor = ByHand::start(&rig, "balloon", &json!({ "balloon": balloon }));
+
+    // What a guest happens not to use goes back by itself.
+    let idle = monitor.resident_mib();
+    assert_eq!(monitor.ask("hold 96"), "held 96");
+    let used = monitor.resident_mib();
+    assert!(used >= 96.max(idle + 64), "{idle} MiB, {used} MiB with 96 MiB in use");
+    assert_eq!(monitor.ask("drop"), "dropped");
+    let after = wait_for("the guest's free memory to go back", SOON, || {
+        let now = monitor.resident_mib();
+        if now + 80 <= used { Ok(now) } else { Err(format!("{now} MiB")) }
+    });
+    println!("resident: {idle} MiB, {used} MiB with 96 MiB in use, {after} MiB after");
+
+    // What the host asks for, the guest does without; its own count of free memory says so.
+    monitor.wait_balloon(0);
+    let free = monitor.get("/balloon/statistics")["free_memory"].as_u64().unwrap() >> 20;
+    monitor.patch("/balloon", &json!({ "amount_mib": 64 }));
+    monitor.wait_balloon(64);
+    wait_for("statistics that show it", SOON, || {
+        let now = monitor.get("/balloon/statistics")["free_memory"].as_u64().unwrap() >> 20;
+        if now + 60 <= free { Ok(()) } else { Err(format!("{now} MiB free, {free} MiB before")) }
+    });
+    // A guest that needs the memory takes it back rather than kill a program.
+    assert_eq!(monitor.ask("hold 120"), "held 120");
+    let statistics = monitor.get("/balloon/statistics");
+    assert!(statistics["actual_mib"].as_u64().unwrap() < 64, "{statistics}");
+    assert_eq!(monitor.ask("drop"), "dropped");
+    monitor.patch("/balloon", &json!({ "amount_mib": 0 }));
+    monitor.wait_balloon(0);
+    assert_eq!(monitor.get("/metrics")["devices"]["balloon"]["refused"], json!(0));
+}

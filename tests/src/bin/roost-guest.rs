@@ -1,0 +1,74 @@
+//! The init of a guest that tests talk to over vsock: one line per connection, one line back.
+//!
+//! | line | does |
+//! |---|---|
+//! | `upper TEXT` | answers in capitals |
+//! | `hold MIB` | writes to so much memory, and keeps it |
+//! | `drop` | gives that memory back to the guest's kernel |
+//! | `call PORT TEXT` | connects to that port of the host and sends the text |
+//! | `off` | powers the guest off |
+
+use std::fs::File;
+use std::io::{BufRead, BufReader, Write};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+
+use nix::sys::reboot::{RebootMode, reboot};
+use nix::sys::socket::{
+    AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, connect, listen, socket,
+};
+
+/// The port that the guest listens at.
+const PORT: u32 = 52;
+/// The host (virtio 1.2, 5.10.4).
+const HOST: u32 = 2;
+const ANY: u32 = u32::MAX;
+
+fn main() {
+    if let Err(error) = serve() {
+        println!("guest: {error}");
+    }
+    let Err(error) = reboot(RebootMode::RB_POWER_OFF);
+    println!("guest: {error}");
+}
+
+fn serve() -> std::io::Result<()> {
+    let listener = vsock()?;
+    bind(listener.as_raw_fd(), &VsockAddr::new(ANY, PORT))?;
+    listen(&listener, Backlog::new(8)?)?;
+    println!("guest: listening");
+    let mut held = Vec::new();
+    loop {
+        let descriptor = accept(listener.as_raw_fd())?;
+        // SAFETY: accept just made this descriptor, and nothing else owns it.
+        let connection = File::from(unsafe { OwnedFd::from_raw_fd(descriptor) });
+        let mut line = String::new();
+        BufReader::new(&connection).read_line(&mut line)?;
+        let line = line.trim_end();
+        let answer = match line.split_once(' ').unwrap_or((line, "")) {
+            ("upper", text) => text.to_uppercase(),
+            ("hold", mib) => {
+                held.push(vec![1_u8; mib.parse::<usize>().unwrap_or(0) << 20]);
+                format!("held {}", std::hint::black_box(&held).iter().map(Vec::len).sum::<usize>() >> 20)
+            }
+            ("drop", _) => {
+                held.clear();
+                "dropped".to_owned()
+            }
+            ("call", rest) => call(rest).map_or_else(|error| error.to_string(), |()| "called".to_owned()),
+            ("off", _) => return Ok(()),
+            _ => format!("no such line: {line}"),
+        };
+        writeln!(&connection, "{answer}")?;
+    }
+}
+
+fn vsock() -> nix::Result<OwnedFd> {
+    socket(AddressFamily::Vsock, SockType::Stream, SockFlag::empty(), None)
+}
+
+fn call(rest: &str) -> std::io::Result<()> {
+    let (port, text) = rest.split_once(' ').unwrap_or((rest, ""));
+    let socket = vsock()?;
+    connect(socket.as_raw_fd(), &VsockAddr::new(HOST, port.parse().unwrap_or(0)))?;
+    writeln!(File::from(socket), "{text}")
+}
