@@ -2,7 +2,7 @@
 #![allow(clippy::unwrap_used, clippy::cast_precision_loss, missing_docs)]
 
 use roost_e2e::session::Session;
-use roost_e2e::{Rig, TempFile, Tenant};
+use roost_e2e::{Rig, TempFile, Tenant, wait_for};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(90);
@@ -309,6 +309,14 @@ fn a_guest_that_uses_all_its_memory_hurts_only_itself() {
     assert_eq!(rig.host("grep ^oom_kill /proc/vmstat").ok(), before, "the host killed nobody");
     let events = rig.host(&format!("cat $(find /sys/fs/cgroup -type d -name {hungry})/memory.events")).ok();
     assert!(events.contains("oom_kill 0"), "{events}");
+    // What the guest freed goes back to the host.
+    wait_for("freed memory to go back", SOON, || {
+        let look =
+            format!("cd $(find /sys/fs/cgroup -type d -name {hungry}); cat memory.peak memory.current");
+        let shown = rig.host(&look).ok();
+        let numbers: Vec<u64> = shown.lines().map(|line| line.parse().unwrap()).collect();
+        if numbers[1] * 2 < numbers[0] { Ok(()) } else { Err(shown) }
+    });
     for id in [&neighbour, &hungry] {
         assert_eq!(tenant.describe(id)["state"], "running");
     }

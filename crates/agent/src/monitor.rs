@@ -13,8 +13,8 @@ use roost_types::agent::{InstanceSpec, TimedPart};
 use roost_types::ids::InstanceId;
 use roost_vmm::client::Client;
 use roost_vmm::config::{
-    BootSource, Drive, DriveFormat, Entropy, MachineConfig, NetworkInterface, SerialConfig, SmbiosConfig,
-    VmConfig,
+    BalloonConfig, BootSource, Drive, DriveFormat, Entropy, MachineConfig, NetworkInterface, SerialConfig,
+    SmbiosConfig, VmConfig,
 };
 use roost_vmm::console::{self, ConsoleReader};
 use roost_vmm::exit::ExitCode;
@@ -87,6 +87,12 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             tx_rate_limiter: None,
         }],
         entropy: Some(Entropy {}),
+        // Nothing is taken from the guest: what it happens not to use goes back to the host, until it is used again.
+        balloon: Some(BalloonConfig {
+            deflate_on_oom: true,
+            free_page_reporting: true,
+            ..BalloonConfig::default()
+        }),
         serial: Some(SerialConfig { output: Some("console".into()), input: Some("input".into()) }),
         smbios: Some(SmbiosConfig {
             manufacturer: Some("Roost".into()),
