@@ -97,15 +97,34 @@ pub struct MachineConfig {
     /// What a guest's reset does.
     #[serde(default)]
     pub on_reset: OnReset,
+    /// Whether vCPUs are threads of cores. Each is a core of its own here; scripts made for Firecracker say so.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub smt: bool,
+    /// Whether it is noted which pages the guest writes. There are no snapshots yet that would need it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub track_dirty_pages: bool,
 }
 
 const fn yes() -> bool {
     true
 }
 
+#[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde calls")]
+const fn is_false(value: &bool) -> bool {
+    !*value
+}
+
 impl Default for MachineConfig {
     fn default() -> Self {
-        Self { vcpu_count: 1, mem_size_mib: 128, acpi: true, huge_pages: true, on_reset: OnReset::Restart }
+        Self {
+            vcpu_count: 1,
+            mem_size_mib: 128,
+            acpi: true,
+            huge_pages: true,
+            on_reset: OnReset::Restart,
+            smt: false,
+            track_dirty_pages: false,
+        }
     }
 }
 
@@ -332,6 +351,17 @@ impl MachineConfig {
                 layout::MAX_MEMORY_MIB
             )));
         }
+        if self.smt {
+            return Err(Error::Config(
+                "machine-config: smt true: each vCPU is a core of its own, only false is there".into(),
+            ));
+        }
+        if self.track_dirty_pages {
+            return Err(Error::Config(
+                "machine-config: track_dirty_pages true: there are no snapshots yet, only false is there"
+                    .into(),
+            ));
+        }
         Ok(())
     }
 }
@@ -484,6 +514,11 @@ mod tests {
             (r#"{"machine-config":{"vcpu_count":0,"mem_size_mib":64}}"#, "vcpu_count 0"),
             (r#"{"machine-config":{"vcpu_count":33,"mem_size_mib":64}}"#, "vcpu_count 33"),
             (r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":0}}"#, "mem_size_mib 0"),
+            (r#"{"machine-config":{"vcpu_count":2,"mem_size_mib":64,"smt":true}}"#, "smt true"),
+            (
+                r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":64,"track_dirty_pages":true}}"#,
+                "track_dirty_pages true",
+            ),
             (
                 r#"{"drives":[{"drive_id":"a","path_on_host":"a"},{"drive_id":"a","path_on_host":"b"}]}"#,
                 "twice",

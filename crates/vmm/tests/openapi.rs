@@ -169,7 +169,12 @@ impl Call<'_> {
                     self.refused(&with(name, Some(json!(-1))));
                 }
                 "boolean" => {
-                    self.taken(&with(name, Some(json!(true))));
+                    for value in [json!(true), json!(false)] {
+                        match field["enum"].as_array() {
+                            Some(allowed) if !allowed.contains(&value) => named(value),
+                            _ => self.taken(&with(name, Some(value))),
+                        }
+                    }
                     self.refused(&with(name, Some(json!("true"))));
                 }
                 "string" if field.get("enum").is_some() => {
