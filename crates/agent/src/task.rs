@@ -208,6 +208,8 @@ impl<H: Host> Task<H> {
                 let started = host.start_monitor(accepted).await?;
                 run.boot_id = host.boot_id();
                 run.monitor = Some(started.monitor);
+                // It has just said that its machine is built.
+                self.saw_alive = true;
                 run.console_from = started.console_from;
                 run.guest_ready = false;
                 for part in started.timing {
@@ -277,7 +279,7 @@ impl<H: Host> Task<H> {
     }
 
     fn note_ended(&mut self, accepted: &Accepted, run: &mut Run, mut ended: Ended) -> Result<()> {
-        // Without a word of the monitor's own, its end is now if this agent saw it alive until now; else nobody knows.
+        // Without a word of the monitor's own, its end is now if this agent started it or saw it alive; else nobody knows.
         if ended.at_ns.is_none() && self.saw_alive {
             ended.at_ns = Some(self.host.now_ns());
         }

@@ -243,6 +243,21 @@ async fn a_monitor_killed_while_no_agent_lived_has_no_known_end_but_a_last_sign(
     assert_eq!(seen.reason.unwrap().code, "Server.MonitorKilled");
 }
 
+/// Before the agent has looked at it once: it started it, so it knows when it ended.
+#[tokio::test]
+async fn a_monitor_killed_as_soon_as_a_reboot_has_started_it_has_a_known_end() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.poke(&id, |machine| machine.is_killed_at_start = true);
+    bench.want(next(&launch, |e| e.spec.reboots = 1));
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert!(seen.run_ended_age_us.is_some(), "{seen:?}");
+    assert_eq!(seen.reason.unwrap().code, "Server.MonitorKilled");
+}
+
 #[tokio::test]
 async fn a_monitor_that_ended_while_no_agent_lived_is_dated_by_its_own_word() {
     let mut bench = Bench::new();

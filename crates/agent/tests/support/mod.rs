@@ -34,6 +34,8 @@ pub struct Machine {
     /// Presses of the power button that its guest does not hear.
     pub deaf_to: u32,
     pub breaks_at_start: bool,
+    /// Somebody kills the monitor as soon as it has started.
+    pub is_killed_at_start: bool,
 }
 
 #[derive(Debug, Default)]
@@ -244,7 +246,7 @@ impl Host for FakeHost {
                 assert!(!machine.monitor_alive, "two monitors of one instance");
                 assert!(machine.disk && machine.cgroup && machine.network.is_some(), "started too early");
                 machine.monitor = Some(of_monitor);
-                machine.monitor_alive = !machine.breaks_at_start;
+                machine.monitor_alive = !machine.breaks_at_start && !machine.is_killed_at_start;
                 machine.ran_ns = None;
                 machine.word = machine.breaks_at_start.then(|| LastWord {
                     at_ns,
