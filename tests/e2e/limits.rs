@@ -33,10 +33,10 @@ echo the burner stands
 /// but its time, which is what the limit is about.
 const PIN: &str = "pin() { for p in $(cat $(find /sys/fs/cgroup -type d -name $1)/cgroup.procs); do
   taskset -acp $(($(nproc) - 1)) $p || return; done; }; pin";
-/// Rounds, and the seconds in which both limited guests work: more than 30 s in all.
+/// Rounds, and the seconds in which a limited guest works alone: more than 30 s in all.
 const ROUNDS: u32 = 2;
 const WINDOW: u32 = 22;
-/// Seconds in which the unlimited guest works, before and after each of those.
+/// Seconds in which the unlimited guest works, before and after each of those, and both limited ones at once.
 const SHORT: u32 = 8;
 
 /// A program of one loop, so many times, as `printf` writes it. It stands in one page and touches no memory: what is measured is
@@ -183,7 +183,7 @@ taskset -cp $(($(nproc) - 1)) $$ > /dev/null
 c=/sys/fs/cgroup/roost-control; mkdir -p $c
 printf \"$SPIN\" > /run/roost-spin; chmod +x /run/roost-spin
 trap 'rm /run/roost-spin; echo 1 > $c/cgroup.kill; until rmdir $c 2> /dev/null || [ ! -d $c ]; do sleep 0.1; done' EXIT
-echo \"$QUOTA 100000\" > $c/cpu.max
+echo \"$QUOTA $PERIOD\" > $c/cpu.max
 look() { cut -d' ' -f1 /proc/uptime; sed -n 's/^usage_usec //p; s/^nr_throttled //p' $c/cpu.stat; }
 look
 sh -c 'echo $$ > '$c'/cgroup.procs; n=0; read up idle < /proc/uptime; end=$((${up%.*}+'$SECONDS_EACH')); echo $up
@@ -193,9 +193,10 @@ sh -c 'echo $$ > '$c'/cgroup.procs; n=0; read up idle < /proc/uptime; end=$((${u
 look
 ";
 
-fn control(rig: &Rig, share: f64) -> Done {
-    let quota = if share < 1.0 { format!("{:.0}", share * 1e5) } else { "max".to_owned() };
-    let script = format!("QUOTA={quota}; SPIN='{}'; SECONDS_EACH={SHORT}; {CONTROL}", spin(SPINS));
+fn control(rig: &Rig, share: f64, period_us: f64) -> Done {
+    let quota = if share < 1.0 { format!("{:.0}", share * period_us) } else { "max".to_owned() };
+    let script =
+        format!("PERIOD={period_us}; QUOTA={quota}; SPIN='{}'; SECONDS_EACH={SHORT}; {CONTROL}", spin(SPINS));
     let text = rig.host(&script).ok();
     let numbers: Vec<f64> = text.split_whitespace().map(|word| word.parse().unwrap()).collect();
     let [began, cpu_began, held, up, up_ended, work, ended, cpu_ended, held_ended] = numbers[..] else {
@@ -210,31 +211,31 @@ fn control(rig: &Rig, share: f64) -> Done {
     }
 }
 
-/// What a guest may lose, in seconds of an unlimited one's work, each time that it was held back, beyond five percent. Its kernel
-/// catches up on timers then, in code and tables that are in none of the processor's caches: on hardware that is lost among the
-/// five percent. An emulator makes 1.7 to 3.0 ms of it (a plain
-/// process loses 0.7), ten times in a second.
-const CATCHING_UP: f64 = 0.004;
-
-/// One measurement: the unlimited guest works in windows between those of the limited ones, which work at once; so do plain
-/// processes of the host, limited and not, which have no kernel of their own to catch up. Says what missed its share.
+/// One measurement: the unlimited guest works in windows between those of the limited ones, each alone and then both at once; so do
+/// plain processes of the host, limited and not, which have no kernel of their own to catch up. Says what missed its share.
 fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<String> {
-    let (mut baseline, mut done) = (Done::default(), [Done::default(); 2]);
+    let (mut baseline, mut done, mut together) =
+        (Done::default(), [Done::default(); 2], [Done::default(); 2]);
+    let look = format!("cut -d' ' -f2 $(find /sys/fs/cgroup -type d -name {})/vcpu/cpu.max", limited[0].id);
+    let period: f64 = rig.host(&look).ok().trim().parse().unwrap();
     let (mut plain, mut plain_limited) = (Done::default(), [Done::default(); 2]);
     for _ in 0..ROUNDS {
         baseline.add(window(rig, &mut [whole], SHORT)[0]);
+        for (sum, worker) in done.iter_mut().zip(limited.iter_mut()) {
+            sum.add(window(rig, &mut [worker], WINDOW)[0]);
+        }
         let [half, quarter] = limited;
-        let window = window(rig, &mut [half, quarter], WINDOW);
-        done.iter_mut().zip(window).for_each(|(sum, one)| sum.add(one));
-        baseline.add(self::window(rig, &mut [whole], SHORT)[0]);
-        plain.add(control(rig, 1.0));
+        let at_once = window(rig, &mut [half, quarter], SHORT);
+        together.iter_mut().zip(at_once).for_each(|(sum, one)| sum.add(one));
+        baseline.add(window(rig, &mut [whole], SHORT)[0]);
+        plain.add(control(rig, 1.0, period));
         for (sum, worker) in plain_limited.iter_mut().zip(limited.iter()) {
-            sum.add(control(rig, worker.promised));
+            sum.add(control(rig, worker.promised, period));
         }
     }
 
     println!(
-        "{:<16} {:>8} {:>8} {:>6} {:>11} {:>15} {:>17}",
+        "{:<20} {:>8} {:>8} {:>6} {:>11} {:>15} {:>17}",
         "", "promised", "cpu.stat", "held/s", "work/second", "of an unlimited", "lost per hold, ms"
     );
     let line = |name: &str, promised: f64, done: Done, whole: Done| {
@@ -242,23 +243,28 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
         let lost =
             if holds < 1.0 { "-".to_owned() } else { format!("{:.1}", (promised - work) / holds * 1e3) };
         println!(
-            "{name:<16} {promised:>8.2} {share:>8.3} {holds:>6.1} {:>11.2} {work:>15.3} {lost:>17}",
+            "{name:<20} {promised:>8.2} {share:>8.3} {holds:>6.1} {:>11.2} {work:>15.3} {lost:>17}",
             done.rate()
         );
-        (share, work, holds)
+        (share, work)
     };
     line(whole.name, 1.0, baseline, baseline);
     let mut missed = Vec::new();
     for (worker, done) in limited.iter().zip(done) {
         let (name, promised) = (worker.name, worker.promised);
         assert!(done.time >= 30.0, "{name} was measured for {:.1} s only", done.time);
-        let (share, work, holds) = line(name, promised, done, baseline);
+        let (share, work) = line(name, promised, done, baseline);
         if (share / promised - 1.0).abs() > 0.05 {
             missed.push(format!("{name} got {share:.3} of a core's time, promised {promised}"));
         }
-        let least = promised * 0.95 - if rig.is_emulated() { holds * CATCHING_UP } else { 0.0 };
-        if !(least..=promised * 1.05).contains(&work) {
+        if (work / promised - 1.0).abs() > 0.05 {
             missed.push(format!("{name} did {work:.3} of an unlimited one's work, promised {promised}"));
+        }
+    }
+    for (worker, done) in limited.iter().zip(together) {
+        let (share, _) = line(&format!("{} at once", worker.name), worker.promised, done, baseline);
+        if (share / worker.promised - 1.0).abs() > 0.05 {
+            missed.push(format!("{} got {share:.3} of a core's time beside the other", worker.name));
         }
     }
     line("a plain process", 1.0, plain, plain);
@@ -268,6 +274,11 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
     missed
 }
 
+/// Time and work are asserted of each limited guest alone, time also of both at once. Two guests that take turns on one emulated CPU
+/// lose about half a millisecond per turn, as a turn empties all that the emulator keeps of a guest's memory: both at once did 0.48 and
+/// 0.22 of the work, whatever the period of `cpu.max`. A guest that was held back starts with its kernel catching up on timers: microseconds of a
+/// real CPU, 1 to 2 ms of an emulated one. In the virtual host the agent therefore holds guests back more rarely (`scripts/lib/stack`).
+///
 /// What takes this machine's CPUs away meanwhile (another program outside the virtual host) shows in a measurement, not in the
 /// limit: one that misses is taken again, twice at most, and all are printed.
 #[test]

@@ -81,6 +81,10 @@ struct Serve {
     /// CPU that instances may claim, per CPU that there is.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     cpu_overcommit: f64,
+    /// Milliseconds in which an instance may use its share of a CPU, and is held back when it has (`cpu.max`): 10-1000. Each time
+    /// costs its guest a little; longer periods cost less often, and hold it back for longer.
+    #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=1000), overrides_with = "cpu_period_ms")]
+    cpu_period_ms: u64,
     /// Memory that the host keeps for itself, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     reserve_memory_mib: u64,
@@ -196,7 +200,8 @@ fn run(serve: &Serve) -> Result<()> {
     let url = serve.controller.as_ref().unwrap_or(&identity.controller_url);
     let controller = Controller::new(url, &serve.identity)?;
     let vmm = serve.vmm.canonicalize().map_err(Error::file("find the monitor", &serve.vmm))?;
-    let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref(), &folders.state)?;
+    let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref(), &folders.state)?
+        .with_period_ms(serve.cpu_period_ms);
     durable::write_json(&cgroup_note(&folders), &cgroups.root())?;
     let shares = Shares {
         cpu_overcommit: serve.cpu_overcommit,

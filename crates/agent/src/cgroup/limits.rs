@@ -2,8 +2,8 @@
 
 use roost_types::agent::InstanceSpec;
 
-/// Period of `cpu.max`, microseconds.
-const PERIOD_US: u64 = 100_000;
+/// Period of `cpu.max` where nobody chose one, microseconds: the kernel's own.
+pub const PERIOD_US: u64 = 100_000;
 /// CPU beside the vCPUs' that a monitor's device and API threads may take, in milli-CPUs.
 const IO_MILLI: u64 = 1000;
 /// Threads beside the vCPUs'.
@@ -19,11 +19,11 @@ pub struct Limit {
 }
 
 /// The limits of an instance and of its `vcpu` child: pure.
-pub fn limits(spec: &InstanceSpec, overhead_mib: u64) -> (Vec<Limit>, Vec<Limit>) {
+pub fn limits(spec: &InstanceSpec, overhead_mib: u64, period_us: u64) -> (Vec<Limit>, Vec<Limit>) {
     let limit = |file, value: String| Limit { file, value };
     let quota = |milli: u64| {
         // 1 ms is the least that the kernel takes.
-        format!("{} {PERIOD_US}", (milli * PERIOD_US / 1000).max(1000))
+        format!("{} {period_us}", (milli * period_us / 1000).max(1000))
     };
     let vcpu = u64::from(spec.cpu.max_milli);
     let memory = (spec.memory_mib + overhead_mib) << 20;
@@ -52,12 +52,14 @@ mod tests {
     fn limits_follow_from_the_spec() {
         let mut spec = ensure(1).spec;
         spec.cpu.max_milli = 250;
-        let (instance, vcpu) = limits(&spec, 64);
+        let (instance, vcpu) = limits(&spec, 64, PERIOD_US);
         assert_eq!(vcpu, [Limit { file: "cpu.max", value: "25000 100000".into() }]);
         assert!(instance.contains(&Limit { file: "memory.max", value: (192 << 20).to_string() }));
         assert!(instance.contains(&Limit { file: "memory.swap.max", value: "0".into() }));
         assert!(instance.contains(&Limit { file: "cpu.max", value: "125000 100000".into() }));
         spec.cpu.max_milli = 1;
-        assert_eq!(limits(&spec, 0).1[0].value, "1000 100000", "the kernel's least");
+        assert_eq!(limits(&spec, 0, PERIOD_US).1[0].value, "1000 100000", "the kernel's least");
+        spec.cpu.max_milli = 250;
+        assert_eq!(limits(&spec, 0, 400_000).1[0].value, "100000 400000");
     }
 }

@@ -40,6 +40,8 @@ const KEEP: &str = "keep";
 #[derive(Debug, Clone)]
 pub struct Cgroups {
     root: PathBuf,
+    /// Period of `cpu.max`, microseconds.
+    period_us: u64,
     /// A folder that only looks like a cgroup (tests on hosts without v2): values are files, and nothing is enforced.
     pretend: bool,
 }
@@ -68,16 +70,23 @@ impl Cgroups {
         Ok(this)
     }
 
+    /// With another period of `cpu.max`, 10–1000 ms. A longer one holds guests back more rarely, and for longer at a time.
+    #[must_use]
+    pub const fn with_period_ms(mut self, milliseconds: u64) -> Self {
+        self.period_us = milliseconds * 1000;
+        self
+    }
+
     /// Cgroups that were opened before, to look at and to clear away.
     pub const fn at(root: PathBuf) -> Self {
-        Self { root, pretend: false }
+        Self { root, period_us: limits::PERIOD_US, pretend: false }
     }
 
     /// A folder of plain files, for tests on hosts without cgroup v2. Limits are written and read back, and limit
     /// nothing.
     #[doc(hidden)]
     pub const fn pretend(root: PathBuf) -> Self {
-        Self { root, pretend: true }
+        Self { root, period_us: limits::PERIOD_US, pretend: true }
     }
 
     /// The root.
@@ -158,7 +167,7 @@ impl Cgroups {
             // Only threaded controllers may be passed to a threaded child.
             enable(&path, &["cpu", "cpuset"])?;
         }
-        let (instance, threads) = limits(spec, overhead_mib);
+        let (instance, threads) = limits(spec, overhead_mib, self.period_us);
         for (folder, limits) in [(&path, instance), (&vcpu, threads)] {
             for limit in limits {
                 self.set(folder, &limit)?;
@@ -170,7 +179,7 @@ impl Cgroups {
     /// Whether the cgroup has exactly these limits.
     pub fn stands(&self, spec: &InstanceSpec, id: &InstanceId, overhead_mib: u64) -> bool {
         let Ok(path) = self.path(spec, id) else { return false };
-        let (instance, threads) = limits(spec, overhead_mib);
+        let (instance, threads) = limits(spec, overhead_mib, self.period_us);
         let holds = |folder: &Path, limits: Vec<Limit>| {
             limits.iter().all(|limit| {
                 fs::read_to_string(folder.join(limit.file)).is_ok_and(|got| same(&got, &limit.value))
