@@ -276,8 +276,8 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
 
 /// Time and work are asserted of each limited guest alone, time also of both at once. Two guests that take turns on one emulated CPU
 /// lose by it: both at once did 0.48 and 0.22 of the work, with a period of `cpu.max` of 100 ms as of 400 (half a millisecond per turn, if it is
-/// the turns: computed, not seen). A guest that was held back starts with its kernel catching up on timers: microseconds of a
-/// real CPU, 1 to 5 ms of an emulated one. In the virtual host the agent therefore holds guests back more rarely (`scripts/lib/stack`).
+/// the turns: computed, not seen). A guest that was held back loses 1 to 5 ms of an emulated CPU, plain processes
+/// nearly nothing; on hardware nobody has measured it. In the virtual host the agent therefore holds guests back more rarely (`scripts/lib/stack`).
 ///
 /// What takes this machine's CPUs away meanwhile (another program outside the virtual host) shows in a measurement, not in the
 /// limit: one that misses is taken again, twice at most, and all are printed.

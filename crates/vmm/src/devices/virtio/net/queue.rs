@@ -124,29 +124,27 @@ pub fn receive(
                 Ok(None) | Err(_) => return finish(queue, memory, any, false),
             }
         }
+        let bytes = (waiting.length - HEADER) as u64;
         match deliver(queue, memory, &mut waiting.packet[..waiting.length], mergeable)? {
             Delivery::Done => {
-                let bytes = (waiting.length - HEADER) as u64;
                 metrics.rx_packets += 1;
                 metrics.rx_bytes += bytes;
-                if let Some(pace) = &mut pace {
-                    pace.charge(bytes);
-                }
-                waiting.length = 0;
-                any = true;
             }
-            Delivery::TooLong => {
-                metrics.rx_dropped += 1;
-                waiting.length = 0;
-                any = true;
-            }
+            Delivery::TooLong => metrics.rx_dropped += 1,
             Delivery::NoBuffers => {
                 // Ask for a bell, then look once more: buffers may have come in between.
                 if !queue.enable_notification(memory)? {
                     return finish(queue, memory, any, false);
                 }
+                continue;
             }
         }
+        // Lost or not: it was work.
+        if let Some(pace) = &mut pace {
+            pace.charge(bytes);
+        }
+        waiting.length = 0;
+        any = true;
     }
     finish(queue, memory, any, true)
 }

@@ -7,6 +7,8 @@ use proptest::prelude::*;
 
 use super::metrics::Metrics;
 use super::queue::{HEADER, MAX_PACKET, Tap, Waiting, receive, transmit};
+use crate::config::{RateLimiter, TokenBucket};
+use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::testing::{Driver, hostile, pieces};
 
 #[derive(Default)]
@@ -94,6 +96,24 @@ fn without_mergeable_buffers_a_packet_that_does_not_fit_is_dropped() {
     )
     .unwrap();
     assert_eq!((metrics.rx_dropped, metrics.rx_packets), (1, 1));
+}
+
+/// A guest whose buffers are too small cannot have the host read packets for it without end.
+#[test]
+fn packets_that_are_dropped_count_against_the_limit() {
+    let mut driver = Driver::new(16);
+    let mut tap = Cable::default();
+    tap.to_guest.extend([packet(500), packet(500), packet(500)]);
+    for _ in 0..3 {
+        let buffer = driver.want(100);
+        driver.add(&[buffer]);
+    }
+    let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 60_000 });
+    let mut pace = Pace::new(RateLimiter { bandwidth: None, ops }).unwrap();
+    let (mut waiting, mut metrics) = (Waiting::default(), Metrics::default());
+    let (mut queue, memory) = (driver.queue(), driver.memory.clone());
+    receive(&mut queue, &memory, &mut tap, &mut waiting, Some(&mut pace), false, &mut metrics).unwrap();
+    assert_eq!((metrics.rx_dropped, metrics.rx_limited, tap.to_guest.len()), (1, 1, 2));
 }
 
 #[test]
