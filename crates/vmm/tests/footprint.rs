@@ -18,8 +18,9 @@ fn up_to_the_first_instruction_a_machine_costs_280_kib() {
     let held = Held::start(&mut machine.command::<&str>(&[]), DEADLINE).unwrap();
     let cost = footprint::of(held.pid(), MEMORY_MIB).unwrap();
     assert!(cost.private_dirty_kib <= 280, "{cost:?}");
-    // The monitor has put a few pages of tables into the guest, and nothing else has been touched.
-    assert!((1..=512).contains(&cost.guest_rss_kib), "{cost:?}");
+    // The monitor has put a few pages of tables into the guest, in one huge page or two where the host had them to give, and nothing
+    // else has been touched.
+    assert!((1..=4096).contains(&cost.guest_rss_kib), "{cost:?}");
 }
 
 #[test]
