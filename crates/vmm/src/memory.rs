@@ -6,14 +6,34 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use vm_memory::{Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
+use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap, NewBitmap};
+use vm_memory::mmap::MmapRegionBuilder;
+use vm_memory::{
+    Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
+    VolatileSlice,
+};
 
 use crate::error::{Error, Result};
 use crate::layout::{HIGH_RAM_START, MMIO_HOLE_START};
 use crate::ranges::RangeSet;
 
+/// Pages that this process wrote, if anybody wants to know ([`Tracking`]). The guest's own writes KVM notes.
+pub type Dirty = Option<AtomicBitmap>;
+
 /// The memory of one guest.
-pub type Memory = GuestMemoryMmap<()>;
+pub type Memory = GuestMemoryMmap<Dirty>;
+
+/// A piece of it.
+pub type Slice<'m> = VolatileSlice<'m, BS<'m, Dirty>>;
+
+/// Whether it is noted which pages are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Tracking {
+    /// No.
+    Off,
+    /// One bit per page; what diff snapshots are made from.
+    On,
+}
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
@@ -56,13 +76,29 @@ pub fn ranges(bytes: u64) -> Vec<Range> {
 /// # Errors
 /// [`Error::Memory`].
 pub fn create(mem_size_mib: u64) -> Result<Memory> {
-    let ranges: Vec<(GuestAddress, usize)> = ranges(mem_size_mib << 20)
-        .iter()
-        .map(|range| Ok((GuestAddress(range.start), usize::try_from(range.size)?)))
-        .collect::<std::result::Result<_, std::num::TryFromIntError>>()
-        .map_err(|error| Error::Memory(error.to_string()))?;
-    let memory = Memory::from_ranges(&ranges)
-        .map_err(|error| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}")))?;
+    create_with(mem_size_mib, Tracking::Off)
+}
+
+/// The same, and notes which pages are written if asked to.
+///
+/// # Errors
+/// [`Error::Memory`].
+pub fn create_with(mem_size_mib: u64, tracking: Tracking) -> Result<Memory> {
+    let failed =
+        |error: &dyn std::fmt::Display| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}"));
+    let mut regions = Vec::new();
+    for range in ranges(mem_size_mib << 20) {
+        let size = usize::try_from(range.size).map_err(|error| failed(&error))?;
+        let dirty = (tracking == Tracking::On).then(|| AtomicBitmap::with_len(size));
+        let mapping = MmapRegionBuilder::new_with_bitmap(size, dirty)
+            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+            .build()
+            .map_err(|error| failed(&error))?;
+        let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
+        regions.push(region.ok_or_else(|| failed(&"it ends behind the last address"))?);
+    }
+    let memory = Memory::from_regions(regions).map_err(|error| failed(&error))?;
     for region in memory.iter() {
         // A crash of the monitor must not write a tenant's memory to the host's disk.
         advise(region, libc::MADV_DONTDUMP);
@@ -130,6 +166,8 @@ pub fn give_back(memory: &Memory, pages: &FilePages, range: Range) -> io::Result
         let here = left.min(region.len() - offset.raw_value());
         let host = region.get_host_address(offset).map_err(io::Error::other)?;
         given += give_back_mapped(&mut pages.lock(), host, here)?;
+        let bytes = |n| usize::try_from(n).map_err(io::Error::other);
+        region.bitmap().mark_dirty(bytes(offset.raw_value())?, bytes(here)?);
         (at, left) = (at + here, left - here);
     }
     Ok(given)

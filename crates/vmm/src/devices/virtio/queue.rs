@@ -3,9 +3,9 @@
 use std::ops::Deref;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion, VolatileSlice};
+use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
 
-use crate::memory::Memory;
+use crate::memory::{Memory, Slice};
 
 /// Chains that one turn takes from one queue: a guest that keeps refilling it must not starve the other devices.
 pub const BUDGET: usize = 1024;
@@ -109,9 +109,9 @@ pub fn next<'m>(
 #[derive(Debug, Default)]
 pub struct Buffers<'m> {
     /// The readable part, in order.
-    pub readable: Vec<VolatileSlice<'m>>,
+    pub readable: Vec<Slice<'m>>,
     /// The writable part, in order.
-    pub writable: Vec<VolatileSlice<'m>>,
+    pub writable: Vec<Slice<'m>>,
 }
 
 impl<'m> Buffers<'m> {
@@ -155,7 +155,7 @@ fn append<'m>(
     memory: &'m Memory,
     mut address: vm_memory::GuestAddress,
     mut count: usize,
-    list: &mut Vec<VolatileSlice<'m>>,
+    list: &mut Vec<Slice<'m>>,
 ) -> Result<(), &'static str> {
     use vm_memory::Address;
     while count > 0 {
@@ -171,7 +171,7 @@ fn append<'m>(
 
 /// Bytes of a list.
 #[must_use]
-pub fn length(list: &[VolatileSlice<'_>]) -> u64 {
+pub fn length(list: &[Slice<'_>]) -> u64 {
     list.iter().map(|slice| slice.len() as u64).sum()
 }
 
@@ -180,9 +180,9 @@ pub fn length(list: &[VolatileSlice<'_>]) -> u64 {
 /// # Errors
 /// The list is shorter.
 pub fn split_at<'m>(
-    list: &[VolatileSlice<'m>],
+    list: &[Slice<'m>],
     mut at: usize,
-) -> Result<(Vec<VolatileSlice<'m>>, Vec<VolatileSlice<'m>>), &'static str> {
+) -> Result<(Vec<Slice<'m>>, Vec<Slice<'m>>), &'static str> {
     let (mut head, mut tail) = (Vec::new(), Vec::with_capacity(list.len()));
     for slice in list {
         if at >= slice.len() {
@@ -202,7 +202,7 @@ pub fn split_at<'m>(
 
 /// Copies bytes out of a list; returns how many there were.
 #[must_use]
-pub fn copy_out(list: &[VolatileSlice<'_>], target: &mut [u8]) -> usize {
+pub fn copy_out(list: &[Slice<'_>], target: &mut [u8]) -> usize {
     let mut done = 0;
     for slice in list {
         if done == target.len() {
@@ -215,7 +215,7 @@ pub fn copy_out(list: &[VolatileSlice<'_>], target: &mut [u8]) -> usize {
 
 /// Copies bytes into a list; returns how many found room.
 #[must_use]
-pub fn copy_in(list: &[VolatileSlice<'_>], source: &[u8]) -> usize {
+pub fn copy_in(list: &[Slice<'_>], source: &[u8]) -> usize {
     let mut done = 0;
     for slice in list {
         let count = slice.len().min(source.len() - done);

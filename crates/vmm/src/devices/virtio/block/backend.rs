@@ -11,9 +11,9 @@ use imago::io_buffers::{IoVector, IoVectorMut};
 use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
-use vm_memory::VolatileSlice;
 
 use crate::config::DriveFormat;
+use crate::memory::Slice;
 
 /// What request processing needs of a disk.
 pub trait Backend: Send {
@@ -23,12 +23,12 @@ pub trait Backend: Send {
     ///
     /// # Errors
     /// The host's error.
-    fn read(&self, offset: u64, target: &[VolatileSlice<'_>]) -> io::Result<()>;
+    fn read(&self, offset: u64, target: &[Slice<'_>]) -> io::Result<()>;
     /// Writes memory to the disk. The range lies inside the disk.
     ///
     /// # Errors
     /// The host's error.
-    fn write(&self, offset: u64, source: &[VolatileSlice<'_>]) -> io::Result<()>;
+    fn write(&self, offset: u64, source: &[Slice<'_>]) -> io::Result<()>;
     /// Forgets a range inside the disk, as far as the host can: what is read there afterwards is not promised.
     ///
     /// # Errors
@@ -88,12 +88,12 @@ impl Backend for Image {
         self.0.size()
     }
 
-    fn read(&self, offset: u64, target: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, target: &[Slice<'_>]) -> io::Result<()> {
         let (vector, _guard) = IoVectorMut::from_volatile_slice(target);
         self.0.readv(vector, offset)
     }
 
-    fn write(&self, offset: u64, source: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn write(&self, offset: u64, source: &[Slice<'_>]) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(source);
         self.0.writev(vector, offset)
     }

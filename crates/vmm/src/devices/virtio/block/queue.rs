@@ -5,7 +5,6 @@ use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_T_FLUSH, VIRTIO_BLK_T_GET_ID, VIRTIO_BLK_T_IN, VIRTIO_BLK_T_OUT, VIRTIO_BLK_T_WRITE_ZEROES,
 };
 use virtio_queue::{DescriptorChain, Queue};
-use vm_memory::VolatileSlice;
 
 use super::backend::Backend;
 use super::metrics::Metrics;
@@ -14,7 +13,7 @@ use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::queue::{
     Broken, Buffers, Turn, copy_in, copy_out, drain_while, length, split_at,
 };
-use crate::memory::Memory;
+use crate::memory::{Memory, Slice};
 
 /// Bytes of a sector, whatever the image's own blocks are.
 pub const SECTOR: u64 = 512;
@@ -149,7 +148,7 @@ fn request(
 }
 
 /// Discards or zeroes the ranges that a request lists.
-fn clear(disk: &mut Disk<'_>, kind: Kind, source: &[VolatileSlice<'_>], metrics: &mut Metrics) -> (u32, u64) {
+fn clear(disk: &mut Disk<'_>, kind: Kind, source: &[Slice<'_>], metrics: &mut Metrics) -> (u32, u64) {
     let mut bytes = vec![0; ranges::BYTES * (ranges::MAX_DISCARD_RANGES as usize + 1)];
     // A longer list is one that is too long, too.
     let count = copy_out(source, &mut bytes);

@@ -8,13 +8,13 @@ use std::os::unix::fs::FileExt;
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use proptest::prelude::*;
-use vm_memory::VolatileSlice;
 
 use super::backend::{Backend, Image};
 use super::metrics::Metrics;
 use super::queue::{Disk, process};
 use crate::config::DriveFormat;
 use crate::devices::virtio::testing::{Buffer, Driver, hostile, pieces};
+use crate::memory::Slice;
 
 const IN: u32 = 0;
 const OUT: u32 = 1;
@@ -245,10 +245,10 @@ impl Backend for Faulty {
     fn size(&self) -> u64 {
         4096
     }
-    fn read(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn read(&self, _: u64, _: &[Slice<'_>]) -> io::Result<()> {
         if self.broken { Err(io::Error::other("broken")) } else { Ok(()) }
     }
-    fn write(&self, _: u64, _: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn write(&self, _: u64, _: &[Slice<'_>]) -> io::Result<()> {
         self.read(0, &[])
     }
     fn discard(&mut self, _: u64, _: u64) -> io::Result<()> {
@@ -285,10 +285,10 @@ impl Backend for OneThread {
     fn size(&self) -> u64 {
         self.0.size()
     }
-    fn read(&self, offset: u64, target: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, target: &[Slice<'_>]) -> io::Result<()> {
         self.0.read(offset, target)
     }
-    fn write(&self, offset: u64, source: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn write(&self, offset: u64, source: &[Slice<'_>]) -> io::Result<()> {
         self.0.write(offset, source)
     }
     fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
