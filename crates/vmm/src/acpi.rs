@@ -214,6 +214,11 @@ fn power_button() -> Vec<u8> {
                         &aml::Equal::new(&aml::Local(1), &power::EVENT_POWER_BUTTON),
                         vec![&aml::Notify::new(&aml::Path::new("\\_SB_.PWRB"), &0x80_u8)],
                     ),
+                    &aml::And::new(&aml::Local(1), &aml::Local(0), &power::EVENT_GENERATION),
+                    &aml::If::new(
+                        &aml::Equal::new(&aml::Local(1), &power::EVENT_GENERATION),
+                        vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &0x80_u8)],
+                    ),
                 ],
             ),
         ],

@@ -100,7 +100,7 @@ pub struct MachineConfig {
     /// Whether vCPUs are threads of cores. Each is a core of its own here; scripts made for Firecracker say so.
     #[serde(default, skip_serializing_if = "is_false")]
     pub smt: bool,
-    /// Whether it is noted which pages the guest writes. There are no snapshots yet that would need it.
+    /// Note which pages are written, for diff snapshots. Writing to a page for the first time costs the guest more then.
     #[serde(default, skip_serializing_if = "is_false")]
     pub track_dirty_pages: bool,
 }
@@ -356,12 +356,6 @@ impl MachineConfig {
                 "machine-config: smt true: each vCPU is a core of its own, only false is there".into(),
             ));
         }
-        if self.track_dirty_pages {
-            return Err(Error::Config(
-                "machine-config: track_dirty_pages true: there are no snapshots yet, only false is there"
-                    .into(),
-            ));
-        }
         Ok(())
     }
 }
@@ -515,10 +509,6 @@ mod tests {
             (r#"{"machine-config":{"vcpu_count":33,"mem_size_mib":64}}"#, "vcpu_count 33"),
             (r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":0}}"#, "mem_size_mib 0"),
             (r#"{"machine-config":{"vcpu_count":2,"mem_size_mib":64,"smt":true}}"#, "smt true"),
-            (
-                r#"{"machine-config":{"vcpu_count":1,"mem_size_mib":64,"track_dirty_pages":true}}"#,
-                "track_dirty_pages true",
-            ),
             (
                 r#"{"drives":[{"drive_id":"a","path_on_host":"a"},{"drive_id":"a","path_on_host":"b"}]}"#,
                 "twice",

@@ -6,13 +6,16 @@ use std::fs::{File, OpenOptions};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
 
-/// The descriptors handed over at start, by name.
-#[derive(Debug, Default)]
+/// The descriptors handed over, by name. Clones are the same.
+#[derive(Clone, Debug, Default)]
 pub struct Descriptors {
-    handed: BTreeMap<String, OwnedFd>,
+    handed: Arc<Mutex<BTreeMap<String, OwnedFd>>>,
+    locked: Arc<AtomicBool>,
 }
 
 impl Descriptors {
@@ -22,7 +25,7 @@ impl Descriptors {
     /// [`Error::Config`] when the text has another form, a name or a number is there twice, or the number is not an
     /// open descriptor.
     pub fn from_options(options: &[String]) -> Result<Self> {
-        let mut this = Self::default();
+        let this = Self::default();
         let mut numbers = std::collections::BTreeSet::new();
         for option in options {
             let parsed = option.split_once('=').and_then(|(name, n)| Some((name, n.parse::<RawFd>().ok()?)));
@@ -31,23 +34,32 @@ impl Descriptors {
                     "--fd {option:?} is not of the form NAME=N with N above 2"
                 )));
             };
-            if !numbers.insert(number) || this.handed.contains_key(name) {
+            if !numbers.insert(number) || this.has(name) {
                 return Err(Error::Config(format!("--fd {option:?}: that name or number is there twice")));
             }
-            this.handed.insert(name.to_owned(), take(number, "--fd")?);
+            this.insert(name, take(number, "--fd")?);
         }
         Ok(this)
     }
 
-    /// Adds one descriptor under a name.
-    pub fn insert(&mut self, name: impl Into<String>, descriptor: impl Into<OwnedFd>) {
-        self.handed.insert(name.into(), descriptor.into());
+    fn names(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
+        self.handed.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Adds one descriptor under a name, in place of what had it.
+    pub fn insert(&self, name: impl Into<String>, descriptor: impl Into<OwnedFd>) {
+        self.names().insert(name.into(), descriptor.into());
+    }
+
+    /// From here on no path is opened: the process is locked down.
+    pub fn lock(&self) {
+        self.locked.store(true, Ordering::SeqCst);
     }
 
     /// Whether the name was handed over.
     #[must_use]
     pub fn has(&self, name: &str) -> bool {
-        self.handed.contains_key(name)
+        self.names().contains_key(name)
     }
 
     /// A duplicate of a handed descriptor, so that the same file may serve twice (a base below two overlays).
@@ -55,17 +67,17 @@ impl Descriptors {
     /// # Errors
     /// [`Error::NotHanded`], [`Error::Io`].
     pub fn handed(&self, name: &str, what: &'static str) -> Result<OwnedFd> {
-        let descriptor =
-            self.handed.get(name).ok_or_else(|| Error::NotHanded { what, name: name.to_owned() })?;
+        let names = self.names();
+        let descriptor = names.get(name).ok_or_else(|| Error::NotHanded { what, name: name.to_owned() })?;
         descriptor.try_clone().map_err(Error::io(format!("duplicating the descriptor {name:?}")))
     }
 
     /// The file of this name: a handed descriptor, or the path of that name opened as asked.
     ///
     /// # Errors
-    /// [`Error::Open`] with what was tried.
+    /// [`Error::Open`] with what was tried, [`Error::NotHanded`] after [`Descriptors::lock`].
     pub fn file(&self, name: &str, what: &'static str, access: Access) -> Result<File> {
-        if self.has(name) {
+        if self.has(name) || self.locked.load(Ordering::SeqCst) {
             return Ok(File::from(self.handed(name, what)?));
         }
         let mut options = OpenOptions::new();

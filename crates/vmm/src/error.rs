@@ -73,6 +73,9 @@ pub enum Error {
     /// A system-call filter could not be built or set.
     #[error("seccomp: {0}")]
     Seccomp(String),
+    /// A snapshot cannot be taken or loaded.
+    #[error("snapshot: {0}")]
+    Snapshot(String),
     /// The request does not fit the state that the machine is in.
     #[error("{0}")]
     State(String),
@@ -99,7 +102,11 @@ impl Error {
     #[must_use]
     pub const fn exit_code(&self) -> ExitCode {
         match self {
-            Self::Config(_) | Self::Kernel(_) | Self::State(_) | Self::NotHanded { .. } => ExitCode::Config,
+            Self::Config(_)
+            | Self::Kernel(_)
+            | Self::State(_)
+            | Self::Snapshot(_)
+            | Self::NotHanded { .. } => ExitCode::Config,
             Self::Kvm { .. } | Self::KvmLacks(_) => ExitCode::Kvm,
             Self::Open { .. } | Self::Disk { .. } | Self::Io { .. } | Self::Memory(_) => ExitCode::HostIo,
             Self::Seccomp(_) => ExitCode::Internal,

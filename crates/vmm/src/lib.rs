@@ -10,6 +10,7 @@
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
 //! | [`boot`], [`acpi`], [`smbios`] | what the guest finds in its memory when it starts |
+//! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
 //! | [`seccomp`], [`threads`], [`heap`] | the lock-down, and what a process has |
 //! | [`probe`] | the probe guest behind `roost doctor` |
@@ -41,6 +42,7 @@ pub mod ranges;
 pub mod running;
 pub mod seccomp;
 pub mod smbios;
+pub mod snapshot;
 pub mod status;
 pub mod threads;
 pub mod vcpu;

@@ -10,7 +10,7 @@ use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap, NewBitmap};
 use vm_memory::mmap::MmapRegionBuilder;
 use vm_memory::{
     Address, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion, GuestRegionMmap,
-    VolatileSlice,
+    MemoryRegionAddress, VolatileSlice,
 };
 
 use crate::error::{Error, Result};
@@ -114,6 +114,24 @@ pub fn use_huge_pages(memory: &Memory) {
     }
 }
 
+/// Maps a whole memory file in place of guest memory: region by region, from the file's start on.
+///
+/// # Errors
+/// [`Error::Memory`].
+pub fn map_all(memory: &Memory, pages: &FilePages, file: &File) -> Result<()> {
+    let mut offset = 0;
+    for region in memory.iter() {
+        let host =
+            region.get_host_address(MemoryRegionAddress(0)).map_err(Error::memory("address of a region"))?;
+        let length = usize::try_from(region.len()).map_err(|error| Error::Memory(error.to_string()))?;
+        if !map_file(memory, pages, host, length, file, offset) {
+            return Err(Error::Memory(format!("mapping the memory file: {}", io::Error::last_os_error())));
+        }
+        offset += region.len();
+    }
+    Ok(())
+}
+
 /// Maps pages of a file in place of `length` bytes of guest memory at the host's address `target`; what the guest writes
 /// there stays its own. `false`: it could not be done, and the memory is as it was.
 #[must_use]
@@ -127,7 +145,7 @@ pub fn map_file(
 ) -> bool {
     let (start, end) = (target as usize, (target as usize).saturating_add(length));
     let inside = memory.iter().any(|region| {
-        let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).map_or(0, |host| host as usize);
+        let host = region.get_host_address(MemoryRegionAddress(0)).map_or(0, |host| host as usize);
         let size = usize::try_from(region.len()).unwrap_or(0);
         host <= start && end <= host.saturating_add(size)
     });
@@ -219,21 +237,35 @@ fn map_nothing(target: *mut u8, length: usize) -> io::Result<()> {
     Ok(())
 }
 
-/// Gives every page back to the host: the guest finds zeroes, as after power-on, or what a file that is mapped holds.
+/// Gives every page back to the host: the guest finds zeroes, as after power-on. What was mapped from files is gone.
 ///
 /// # Errors
 /// [`Error::Memory`].
-pub fn clear(memory: &Memory) -> Result<()> {
+pub fn clear(memory: &Memory, pages: &FilePages) -> Result<()> {
+    let failed = |error: io::Error| Error::Memory(format!("clearing: {error}"));
+    let mut pages = pages.lock();
     for region in memory.iter() {
-        if !advise(region, libc::MADV_DONTNEED) {
-            return Err(Error::Memory(format!("clearing: {}", io::Error::last_os_error())));
+        let host =
+            region.get_host_address(MemoryRegionAddress(0)).map_err(Error::memory("address of a region"))?;
+        let start = host as u64;
+        for (piece, of_file) in pages.cut(start..start + region.len()) {
+            if of_file {
+                let bytes = |n: u64| usize::try_from(n).map_err(|error| Error::Memory(error.to_string()));
+                let target = host.wrapping_add(bytes(piece.start - start)?);
+                map_nothing(target, bytes(piece.end - piece.start)?).map_err(failed)?;
+                pages.remove(piece);
+            }
         }
+        if !advise(region, libc::MADV_DONTNEED) {
+            return Err(failed(io::Error::last_os_error()));
+        }
+        region.bitmap().mark_dirty(0, usize::try_from(region.len()).unwrap_or(usize::MAX));
     }
     Ok(())
 }
 
 fn advise(region: &impl GuestMemoryRegion, advice: i32) -> bool {
-    let Ok(pointer) = region.get_host_address(vm_memory::MemoryRegionAddress(0)) else { return false };
+    let Ok(pointer) = region.get_host_address(MemoryRegionAddress(0)) else { return false };
     let Ok(length) = usize::try_from(region.len()) else { return false };
     // SAFETY: pointer and length are one whole mapping of guest memory, which Rust code reads only through volatile
     // accesses, so that content may change under it at any time.
@@ -264,7 +296,7 @@ mod tests {
         let memory = create(4).unwrap();
         use_huge_pages(&memory);
         memory.write_obj(7_u64, GuestAddress(0x1000)).unwrap();
-        clear(&memory).unwrap();
+        clear(&memory, &FilePages::default()).unwrap();
         assert_eq!(memory.read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
         assert_eq!(low_end(&memory), 4 << 20);
     }

@@ -1,16 +1,20 @@
 //! Before the start: the configuration may be changed, files may be opened, nothing of a guest exists.
 //!
 //! ```text
-//!   Preboot ──build──▶ Held ──start──▶ Running
-//!            (files opened, VM made,   (vCPUs run)
+//!   Preboot ──build, restore──▶ Held ──start──▶ Running
+//!            (files opened, VM made,           (vCPUs run)
 //!             threads parked behind
 //!             their filters)
 //! ```
 //! What is illegal in a phase is no method of its type.
 
 use std::io::IsTerminal;
+use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
+use std::time::Duration;
 
+use kvm_ioctls::Kvm;
+use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::acpi::VirtioWindow;
@@ -37,11 +41,13 @@ use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::layout;
-use crate::memory::{self, FilePages};
+use crate::memory::{self, FilePages, Memory, Tracking};
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
+use crate::snapshot::requests::{BackendType, LoadSnapshot};
+use crate::snapshot::{self, MemoryFile};
 use crate::status::StatusWriter;
-use crate::vcpu::{Buses, VcpuHandle};
+use crate::vcpu::{Buses, Stop, VcpuHandle};
 use crate::vm::{CpuModel, Vm, open_kvm};
 
 /// Name of the handed `/dev/kvm`.
@@ -169,14 +175,112 @@ impl Preboot {
         let config = &self.config;
         config.check()?;
         let machine = &config.machine_config;
-        let filters = Filters::new()?;
         let mut payload = self.payload()?;
+        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
+        let memory = memory::create_with(machine.mem_size_mib, tracking)?;
+        let pages = payload.pages.clone();
+        let assembly = self.assemble(&memory, &pages)?;
+        payload.cmdline = self.cmdline(&assembly.windows);
+        let description = self.description(&assembly);
+        let entry = boot::load(&memory, &mut payload, &description)?;
+        if machine.huge_pages {
+            memory::use_huge_pages(&memory);
+        }
+        let model = CpuModel::new(&assembly.kvm, machine.vcpu_count)?;
+        let threads = assembly.threads(&memory, &model, machine.vcpu_count)?;
+        reset_vcpus(&threads.vcpus, entry)?;
+        let parts = self.parts(assembly, threads, memory, pages, model, description)?;
+        Ok(Held::new(Parts { payload: Some(payload), ..parts }))
+    }
 
-        let memory = memory::create(machine.mem_size_mib)?;
+    /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. The configuration is the
+    /// snapshot's from here on, as the request changes it.
+    ///
+    /// # Errors
+    /// Any; the configuration is as it was then.
+    pub fn restore(&mut self, request: &LoadSnapshot) -> Result<Held> {
+        let old = self.config.clone();
+        let restored = self.load(request);
+        if restored.is_err() {
+            self.config = old;
+        }
+        restored
+    }
+
+    fn load(&mut self, request: &LoadSnapshot) -> Result<Held> {
+        let backend = request.memory()?;
+        let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
+        let saved = snapshot::read(&mut file)?;
+        self.config = request.apply(saved.config.clone(), &self.config)?;
+        let machine = &self.config.machine_config;
+
+        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
+        let memory = memory::create_with(machine.mem_size_mib, tracking)?;
+        let pages = FilePages::default();
+        match backend.backend_type {
+            BackendType::File => {
+                let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
+                let file = MemoryFile::open(file, saved.id, machine.mem_size_mib << 20)?;
+                memory::map_all(&memory, &pages, &file)?;
+            }
+            BackendType::Uffd => {
+                return Err(Error::Config("mem_backend: backend_type Uffd is not there yet".into()));
+            }
+        }
+        let assembly = self.assemble(&memory, &pages)?;
+        let description = self.description(&assembly);
+        let model = CpuModel::new(&assembly.kvm, machine.vcpu_count)?.of_snapshot(&saved.cpuid)?;
+
+        if saved.devices.len() != assembly.transports.len() {
+            return Err(Error::Snapshot(format!("the state holds {} devices", saved.devices.len())));
+        }
+        for (transport, state) in assembly.transports.iter().zip(&saved.devices) {
+            transport.restore(state)?;
+        }
+        let passed = if request.clock_realtime { saved.age() } else { Duration::ZERO };
+        assembly.serial.restore(saved.serial).map_err(Error::io("serial port"))?;
+        assembly.vm.restore(&saved.vm, passed)?;
+        let threads = assembly.threads(&memory, &model, machine.vcpu_count)?;
+        for (vcpu, state) in threads.vcpus.iter().zip(saved.vcpus) {
+            vcpu.load(state, passed)?;
+        }
+        // The guest learns that it is not the only one that comes from this snapshot.
+        memory
+            .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
+            .map_err(Error::memory("VM generation id"))?;
+        assembly
+            .power
+            .restore(saved.power_events)
+            .map_err(Error::io("raising the generation's interrupt"))?;
+        // Without its kernel the guest can do all but reset itself.
+        let payload = self.payload().ok().map(|mut payload| {
+            payload.cmdline = self.cmdline(&assembly.windows);
+            payload.pages = pages.clone();
+            payload
+        });
+        let parts = self.parts(assembly, threads, memory, pages, model, description)?;
+        Ok(Held::new(Parts { payload, base: Some(saved.id), ..parts }))
+    }
+
+    fn description(&self, assembly: &Assembly) -> Description {
+        let mut generation_id = [0; 16];
+        host_random(&mut generation_id);
+        Description {
+            vcpus: self.config.machine_config.vcpu_count,
+            windows: assembly.windows.clone(),
+            acpi: self.config.machine_config.acpi,
+            smbios: self.config.smbios.clone().unwrap_or_default(),
+            generation_id,
+        }
+    }
+
+    /// Makes the machine and its devices around this memory, as after power-on.
+    fn assemble(&self, memory: &Memory, pages: &FilePages) -> Result<Assembly> {
+        let filters = Filters::new()?;
         let handed =
             self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
         let kvm = open_kvm(handed)?;
-        let vm = Vm::new(&kvm, &memory)?;
+        let vm = Vm::new(&kvm, memory)?;
 
         let mut buses = Buses::default();
         let mut event_loop = EventLoop::new()?;
@@ -186,7 +290,7 @@ impl Preboot {
         buses.ports.insert(u64::from(layout::POWER_PORT), u64::from(power::SIZE), Arc::clone(&power) as _);
         buses.ports.insert(u64::from(layout::I8042_COMMAND_PORT), 1, Arc::new(KeyboardReset));
 
-        let balloon = self.balloon(&payload.pages)?;
+        let balloon = self.balloon(pages)?;
         let mut transports = Vec::new();
         let mut windows = Vec::new();
         for (index, device) in self.virtio_devices(balloon.as_ref())?.into_iter().enumerate() {
@@ -205,50 +309,43 @@ impl Preboot {
             transports.push(transport);
             windows.push(window);
         }
-
-        payload.cmdline = self.cmdline(&windows);
-        let mut generation_id = [0; 16];
-        host_random(&mut generation_id);
-        let description = Description {
-            vcpus: machine.vcpu_count,
-            windows,
-            acpi: machine.acpi,
-            smbios: config.smbios.clone().unwrap_or_default(),
-            generation_id,
-        };
-        let entry = boot::load(&memory, &mut payload, &description)?;
-        if machine.huge_pages {
-            memory::use_huge_pages(&memory);
-        }
-
-        let model = CpuModel::new(&kvm, machine.vcpu_count)?;
-        let (notifier, stops, stop_bell) = Notifier::new()?;
         let buses = Arc::new(buses);
-        let vcpus = (0..machine.vcpu_count)
-            .map(|id| {
-                let notifier = notifier.try_clone()?;
-                VcpuHandle::start(&vm, &model, id, &buses, &memory, notifier, Arc::clone(&filters.vcpu))
-            })
-            .collect::<Result<Vec<_>>>()?;
-        reset_vcpus(&vcpus, entry)?;
-        let devices = event_loop.start(Arc::clone(&filters.devices))?;
-        Ok(Held::new(Parts {
-            vcpus,
+        Ok(Assembly { filters, kvm, vm, buses, event_loop, serial, power, balloon, transports, windows })
+    }
+
+    /// Puts the parts together; the device thread starts.
+    fn parts(
+        &self,
+        assembly: Assembly,
+        threads: Threads,
+        memory: Memory,
+        pages: FilePages,
+        model: CpuModel,
+        description: Description,
+    ) -> Result<Parts> {
+        let devices = assembly.event_loop.start(Arc::clone(&assembly.filters.devices))?;
+        self.descriptors.lock();
+        Ok(Parts {
+            vcpus: threads.vcpus,
             devices,
-            vm,
+            vm: assembly.vm,
             memory,
-            payload,
+            pages,
+            model,
+            payload: None,
+            base: None,
             description,
-            transports,
-            balloon,
-            serial,
-            power,
-            stops,
-            stop_bell,
-            on_reset: machine.on_reset,
-            config: config.clone(),
-            api_filter: filters.api,
-        }))
+            transports: assembly.transports,
+            balloon: assembly.balloon,
+            serial: assembly.serial,
+            power: assembly.power,
+            stops: threads.stops,
+            stop_bell: threads.stop_bell,
+            on_reset: self.config.machine_config.on_reset,
+            descriptors: self.descriptors.clone(),
+            config: self.config.clone(),
+            api_filter: assembly.filters.api,
+        })
     }
 
     fn payload(&self) -> Result<Payload> {
@@ -384,6 +481,41 @@ impl Preboot {
             tx: pace(interface.tx_rate_limiter, &interface.iface_id)?,
         };
         Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, tap, limits))
+    }
+}
+
+/// A machine with its devices, before its vCPUs.
+struct Assembly {
+    filters: Filters,
+    kvm: Kvm,
+    vm: Vm,
+    buses: Arc<Buses>,
+    event_loop: EventLoop,
+    serial: Arc<SerialPort>,
+    power: Arc<Power>,
+    balloon: Option<Arc<Mutex<Balloon>>>,
+    transports: Vec<Arc<Transport>>,
+    windows: Vec<VirtioWindow>,
+}
+
+/// The vCPUs' threads, and how they tell that the guest stopped.
+struct Threads {
+    vcpus: Vec<VcpuHandle>,
+    stops: Receiver<Stop>,
+    stop_bell: EventFd,
+}
+
+impl Assembly {
+    /// Makes the vCPUs, parked.
+    fn threads(&self, memory: &Memory, model: &CpuModel, count: u8) -> Result<Threads> {
+        let (notifier, stops, stop_bell) = Notifier::new()?;
+        let vcpus = (0..count)
+            .map(|id| {
+                let (notifier, filter) = (notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
+                VcpuHandle::start(&self.vm, model, id, &self.buses, memory, notifier, filter)
+            })
+            .collect::<Result<_>>()?;
+        Ok(Threads { vcpus, stops, stop_bell })
     }
 }
 

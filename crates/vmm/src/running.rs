@@ -1,5 +1,7 @@
 //! From the start on: the guest runs or is paused, and only what is open already is used.
 
+mod capture;
+
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::boot::{self, Description, Payload};
 use crate::config::{BalloonConfig, BalloonUpdate, OnReset, StatisticsUpdate, VmConfig};
+use crate::descriptors::Descriptors;
 use crate::devices::power::Power;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
@@ -15,12 +18,13 @@ use crate::devices::virtio::mmio::{Transport, lock};
 use crate::error::{Error, Result};
 use crate::event_loop::DeviceThread;
 use crate::exit::ExitCode;
-use crate::memory::{self, Memory};
+use crate::memory::{self, FilePages, Memory};
 use crate::preboot::reset_vcpus;
 use crate::seccomp;
+use crate::snapshot::requests::CreateSnapshot;
 use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
 use crate::vcpu::{Stop, VcpuHandle};
-use crate::vm::Vm;
+use crate::vm::{CpuModel, Vm};
 
 /// Everything that a machine is made of. Threads come first: they end before what they use.
 pub(crate) struct Parts {
@@ -29,7 +33,13 @@ pub(crate) struct Parts {
     pub devices: DeviceThread,
     pub vm: Vm,
     pub memory: Memory,
-    pub payload: Payload,
+    /// Pages of guest memory that are a file's.
+    pub pages: FilePages,
+    pub model: CpuModel,
+    /// The kernel, for the next reset. A machine from a snapshot may be without.
+    pub payload: Option<Payload>,
+    /// The snapshot since which it is noted which pages are written.
+    pub base: Option<[u8; 16]>,
     pub description: Description,
     pub transports: Vec<Arc<Transport>>,
     pub balloon: Option<Arc<Mutex<Balloon>>>,
@@ -38,6 +48,7 @@ pub(crate) struct Parts {
     pub stops: Receiver<Stop>,
     pub stop_bell: EventFd,
     pub on_reset: OnReset,
+    pub descriptors: Descriptors,
     pub config: VmConfig,
     pub api_filter: seccomp::Filter,
 }
@@ -49,6 +60,8 @@ pub struct Held(Parts);
 pub struct Running {
     parts: Parts,
     paused: bool,
+    /// The status file says that vCPUs run.
+    announced: bool,
     resets: u64,
 }
 
@@ -132,12 +145,15 @@ impl Held {
     /// # Errors
     /// A vCPU thread has ended.
     pub fn start(self, status: &mut StatusWriter) -> Result<Running> {
-        let running = Running { parts: self.0, paused: false, resets: 0 };
-        for vcpu in &running.parts.vcpus {
-            vcpu.run()?;
-        }
-        status.append(&Event::VcpusRunning { boottime_ns: boottime_ns() });
+        let mut running = self.paused();
+        running.resume(status)?;
         Ok(running)
+    }
+
+    /// The machine as one whose guest is paused: what a snapshot was made from.
+    #[must_use]
+    pub fn paused(self) -> Running {
+        Running { parts: self.0, paused: true, announced: false, resets: 0 }
     }
 }
 
@@ -189,11 +205,32 @@ impl Running {
     ///
     /// # Errors
     /// A vCPU thread has ended.
-    pub fn resume(&mut self) -> Result<()> {
+    pub fn resume(&mut self, status: &mut StatusWriter) -> Result<()> {
         if self.paused {
             self.parts.vcpus.iter().try_for_each(VcpuHandle::run)?;
             self.paused = false;
         }
+        if !self.announced {
+            status.append(&Event::VcpusRunning { boottime_ns: boottime_ns() });
+            self.announced = true;
+        }
+        Ok(())
+    }
+
+    /// Takes a snapshot of the paused machine into the two files that the request names. Afterwards the machine is as before.
+    ///
+    /// # Errors
+    /// [`Error::State`] if it is not paused, [`Error::NotHanded`] for names that are not there, [`Error::Io`], [`Error::Kvm`].
+    /// The files hold nothing that could be loaded then.
+    pub fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
+        if !self.paused {
+            return Err(Error::State(
+                "a snapshot is taken of a paused machine; this one runs (PATCH /vm {\"state\": \"Paused\"})"
+                    .into(),
+            ));
+        }
+        let id = capture::create(&self.parts, request)?;
+        self.parts.base = Some(id);
         Ok(())
     }
 
@@ -284,17 +321,19 @@ impl Running {
         while self.parts.stops.try_recv().is_ok() {}
         let end = |code, reason, message: String| Some(End { code, reason, message });
         let ended = match stop {
-            Stop::Reset if self.parts.on_reset == OnReset::Restart => match self.restart() {
-                Ok(()) => {
-                    self.resets += 1;
-                    // A guest that resets in a loop must not fill the host's disk.
-                    if self.resets <= MAX_RESET_EVENTS {
-                        status.append(&Event::GuestReset { boottime_ns: boottime_ns() });
+            Stop::Reset if self.parts.on_reset == OnReset::Restart && self.parts.payload.is_some() => {
+                match self.restart() {
+                    Ok(()) => {
+                        self.resets += 1;
+                        // A guest that resets in a loop must not fill the host's disk.
+                        if self.resets <= MAX_RESET_EVENTS {
+                            status.append(&Event::GuestReset { boottime_ns: boottime_ns() });
+                        }
+                        None
                     }
-                    None
+                    Err(error) => Some(End::error(&error)),
                 }
-                Err(error) => Some(End::error(&error)),
-            },
+            }
             Stop::Reset => end(ExitCode::GuestReset, ExitReason::Reset, "the guest reset itself".into()),
             Stop::PowerOff => end(ExitCode::PowerOff, ExitReason::PowerOff, "the guest powered off".into()),
             Stop::Crash(report) => {
@@ -333,13 +372,18 @@ impl Running {
     /// the descriptors that are open. vCPUs are parked.
     fn restart(&mut self) -> Result<()> {
         let parts = &mut self.parts;
+        let Some(payload) = &mut parts.payload else {
+            return Err(Error::State("there is no kernel to start again".into()));
+        };
         for transport in &parts.transports {
             transport.reset();
         }
         parts.serial.reset().map_err(Error::io("resetting the serial port"))?;
         parts.power.reset();
-        memory::clear(&parts.memory)?;
-        let entry = boot::load(&parts.memory, &mut parts.payload, &parts.description)?;
+        memory::clear(&parts.memory, &parts.pages)?;
+        let entry = boot::load(&parts.memory, payload, &parts.description)?;
+        // Nothing of an older snapshot is in this memory.
+        parts.base = None;
         parts.vm.reset_chips()?;
         reset_vcpus(&parts.vcpus, entry)?;
         // Whoever paused the machine in the moment of its reset resumes it.

@@ -1,14 +1,19 @@
 //! The virtual machine as KVM knows it: memory slots, interrupt controllers, timers, vCPUs.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use kvm_bindings::{
     CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    KVM_PIT_SPEAKER_DUMMY, kvm_irqchip, kvm_pit_config, kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config,
+    kvm_pit_state2, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
+use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::cpu::cpuid::Topology;
+use crate::cpu::cpuid::{SavedCpuid, Topology};
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
@@ -56,8 +61,9 @@ pub struct Vm {
     start: ChipState,
 }
 
-/// The state of chips that all vCPUs share, as after power-on.
-struct ChipState {
+/// The state of chips that all vCPUs share.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct ChipState {
     irqchips: Vec<kvm_irqchip>,
     pit: Option<kvm_pit_state2>,
 }
@@ -79,7 +85,7 @@ impl Vm {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: host as u64,
-                flags: 0,
+                flags: if region.bitmap().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
             };
             // SAFETY: the region is one mapping that `memory` keeps; the caller keeps `memory` beside the machine.
             unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
@@ -99,13 +105,38 @@ impl Vm {
     /// # Errors
     /// [`Error::Kvm`].
     pub fn reset_chips(&self) -> Result<()> {
-        for chip in &self.start.irqchips {
-            self.fd.set_irqchip(chip).map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
-        }
-        if let Some(pit) = &self.start.pit {
-            self.fd.set_pit2(pit).map_err(Error::kvm("KVM_SET_PIT2"))?;
-        }
-        Ok(())
+        self.start.restore(&self.fd)
+    }
+
+    /// Reads what all vCPUs share, and the guest's clock. No vCPU runs.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn save(&self) -> Result<SavedVm> {
+        let clock = self.fd.get_clock().map_err(Error::kvm("KVM_GET_CLOCK"))?;
+        Ok(SavedVm { chips: ChipState::capture(&self.fd)?, clock_ns: clock.clock })
+    }
+
+    /// Puts it back, the clock set forward by `passed`. No vCPU runs.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn restore(&self, saved: &SavedVm, passed: Duration) -> Result<()> {
+        saved.chips.restore(&self.fd)?;
+        let passed = u64::try_from(passed.as_nanos()).unwrap_or(0);
+        let clock =
+            kvm_clock_data { clock: saved.clock_ns.saturating_add(passed), ..kvm_clock_data::default() };
+        self.fd.set_clock(&clock).map_err(Error::kvm("KVM_SET_CLOCK"))
+    }
+
+    /// Pages that the guest wrote since the last time: one bit each, from the start of the memory slot on.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn dirty_pages(&self, slot: usize, bytes: u64) -> Result<Vec<u64>> {
+        let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+        let bytes = usize::try_from(bytes).unwrap_or(usize::MAX);
+        self.fd.get_dirty_log(slot, bytes).map_err(Error::kvm("KVM_GET_DIRTY_LOG"))
     }
 
     /// Makes a vCPU.
@@ -149,6 +180,24 @@ impl ChipState {
         }
         Ok(Self { irqchips, pit: fd.get_pit2().ok() })
     }
+
+    fn restore(&self, fd: &VmFd) -> Result<()> {
+        for chip in &self.irqchips {
+            fd.set_irqchip(chip).map_err(Error::kvm("KVM_SET_IRQCHIP"))?;
+        }
+        if let Some(pit) = &self.pit {
+            fd.set_pit2(pit).map_err(Error::kvm("KVM_SET_PIT2"))?;
+        }
+        Ok(())
+    }
+}
+
+/// What a snapshot holds of the machine beside its vCPUs.
+#[derive(Clone, Serialize, Deserialize)]
+pub struct SavedVm {
+    chips: ChipState,
+    /// The guest's clock (kvmclock), nanoseconds.
+    clock_ns: u64,
 }
 
 impl std::fmt::Debug for Vm {
@@ -165,7 +214,7 @@ pub struct CpuModel {
     /// The machine's topology.
     pub topology: Topology,
     /// Numbers of the MSRs that make up a vCPU's state.
-    pub msr_indices: Vec<u32>,
+    pub msr_indices: Arc<[u32]>,
 }
 
 impl CpuModel {
@@ -183,8 +232,25 @@ impl CpuModel {
                 .get_msr_index_list()
                 .map_err(Error::kvm("KVM_GET_MSR_INDEX_LIST"))?
                 .as_slice()
-                .to_vec(),
+                .into(),
         })
+    }
+}
+
+impl CpuModel {
+    /// The same for the guest of a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`]: what this host lacks.
+    pub fn of_snapshot(self, saved: &SavedCpuid) -> Result<Self> {
+        let (supported, topology) = saved.on(&self.supported, self.topology).map_err(Error::Snapshot)?;
+        Ok(Self { supported, topology, ..self })
+    }
+
+    /// What a snapshot holds of it.
+    #[must_use]
+    pub fn save(&self) -> SavedCpuid {
+        SavedCpuid::new(&self.supported, self.topology)
     }
 }
 

@@ -15,7 +15,7 @@ use common::balloon::give;
 use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
 use common::vsock::{connect, ping};
 use common::watch::{self, Call};
-use common::{Code, Ended, Machine, disk, machines, tap, wait_for};
+use common::{Code, Ended, Machine, disk, hand, machines, tap, wait_for};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::seccomp::rules::{Kind, allowed};
 use serde_json::json;
@@ -63,6 +63,22 @@ fn busy_life(ledger: &mut Ledger) {
         client.resume().unwrap();
         client.metrics().unwrap();
         client.console_input(b"x").unwrap();
+        client.force_stop().unwrap();
+    });
+}
+
+/// Snapshots of a machine that notes what is written.
+fn snapshots(ledger: &mut Ledger) {
+    let mut machine = Machine::new(&machines::echo());
+    machine.config["machine-config"]["track_dirty_pages"] = json!(true);
+    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    ledger.run(&mut machine, &arguments, |machine| {
+        let client = machine.client();
+        client.pause().unwrap();
+        for kind in ["Full", "Diff"] {
+            let body = json!({ "snapshot_type": kind, "snapshot_path": "state", "mem_file_path": "memory" });
+            client.put("PUT", "/snapshot/create", &body).unwrap();
+        }
         client.force_stop().unwrap();
     });
 }
@@ -168,6 +184,7 @@ fn every_allowed_call_is_made() {
         return;
     }
     busy_life(&mut ledger);
+    snapshots(&mut ledger);
     reset(&mut ledger);
     reset_of_a_large_kernel(&mut ledger);
     crash(&mut ledger);

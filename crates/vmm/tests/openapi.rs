@@ -5,8 +5,11 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 
-use common::{Code, Machine};
+use common::{Code, Machine, hand_over, machines, tap};
+use imago::FormatCreateBuilder;
+use imago::qcow2::Qcow2;
 use roost_vmm::api::routes::ROUTES;
 use roost_vmm::client::{Client, ClientError};
 use serde_json::{Map, Value, json};
@@ -70,10 +73,53 @@ fn machine(started: bool) -> (Machine, Client) {
     (machine, client)
 }
 
+/// A paused machine with all devices that a loaded snapshot may find elsewhere, and files for a snapshot, handed over.
+fn paused(tap: &File) -> (Machine, Client) {
+    let mut machine = Machine::new(&Code::default().stop());
+    make_overlay(&machine);
+    common::disk(&machine.path("base"), 1 << 20);
+    machine.config["drives"] =
+        json!([{ "drive_id": "root", "path_on_host": machine.text("overlay"), "format": "qcow2" }]);
+    machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
+    machine.config["vsock"] = json!({ "guest_cid": 3, "uds_path": machine.text("v.sock") });
+    let (_files, mut arguments) = common::hand(&machine, &["state", "memory"]);
+    arguments.extend(machines::tap_argument(tap));
+    machine.start(&arguments);
+    let client = machine.client();
+    client.pause().unwrap();
+    (machine, client)
+}
+
+/// A monitor without a machine, with everything at hand that the example of a snapshot's load names.
+fn before_load(snapshot: &Machine, tap: &File) -> (Machine, Client) {
+    let mut machine = Machine::new(&Code::default());
+    std::fs::create_dir(machine.path("sockets")).unwrap();
+    let names = ["state", "memory", "overlay", "base"];
+    let (_files, mut arguments) = common::hand(snapshot, &names);
+    let folder = File::open(machine.path("sockets")).unwrap();
+    let (_console, console) = common::hand(&machine, &["console"]);
+    arguments.extend(hand_over("tap1", tap).into_iter().chain(hand_over("sockets", &folder)).chain(console));
+    let socket = machine.text("api");
+    let mut all = vec!["run", "--api-sock", &socket];
+    all.extend(arguments.iter().map(String::as_str));
+    machine.start_with(&all);
+    let client = machine.client();
+    (machine, client)
+}
+
+/// An overlay of the same size, without a name of a base in it.
+fn make_overlay(machine: &Machine) {
+    let file = File::create_new(machine.path("overlay")).unwrap();
+    let storage: imago::file::File = file.try_into().unwrap();
+    let builder = Qcow2::<imago::file::File>::create_builder(storage).size(1 << 20);
+    builder.create().unwrap();
+}
+
 /// One request of the API with its body.
 struct Call<'a> {
     document: &'a Value,
-    client: &'a Client,
+    /// The monitor that a request goes to; some requests are each monitor's last.
+    client: &'a dyn Fn() -> (Option<Machine>, Client),
     method: String,
     path: &'a str,
     schema: &'a Value,
@@ -83,7 +129,8 @@ impl Call<'_> {
     fn send(&self, body: &Value) -> Result<(), String> {
         let id = body["drive_id"].as_str().or(body["iface_id"].as_str());
         let id = id.filter(|id| !id.is_empty()).unwrap_or("x");
-        match self.client.put(&self.method, &self.path.replace("{id}", id), body) {
+        let (_machine, client) = (self.client)();
+        match client.put(&self.method, &self.path.replace("{id}", id), body) {
             Ok(()) => Ok(()),
             Err(ClientError::Refused(why)) => Err(why),
             Err(other) => panic!("{} {}: {other:?}", self.method, self.path),
@@ -110,10 +157,29 @@ impl Call<'_> {
         self.object(example, &[]);
     }
 
+    /// Fields of which exactly one is there: the example has the first.
+    fn either(&self, schema: &Value, with: impl Fn(&str, Option<Value>) -> Value) -> BTreeSet<String> {
+        let choices: Vec<String> = schema["oneOf"]
+            .as_array()
+            .into_iter()
+            .flatten()
+            .flat_map(|choice| strings(&choice["required"]))
+            .collect();
+        let [first, other] = choices.as_slice() else { return BTreeSet::new() };
+        let value = schema["properties"][other]["example"].clone();
+        self.refused(&with(first, None));
+        self.refused(&with(other, Some(value.clone())));
+        let mut swapped = with(first, None);
+        swapped.as_object_mut().unwrap().insert(other.clone(), value);
+        self.taken(&swapped);
+        choices.into_iter().collect()
+    }
+
     /// The object at a place in the body.
     fn object(&self, body: &Value, place: &[&str]) {
         let schema = place.iter().fold(self.schema, |schema, name| {
-            follow(self.document, &follow(self.document, schema)["properties"][*name])
+            let schema = follow(self.document, schema);
+            follow(self.document, if *name == "0" { &schema["items"] } else { &schema["properties"][*name] })
         });
         let pointer: String = place.iter().map(|name| format!("/{name}")).collect();
         let with = |name: &str, value: Option<Value>| {
@@ -130,7 +196,14 @@ impl Call<'_> {
         assert_eq!(expected(&why), names(fields(schema).keys().map(String::as_str)), "{}: {why}", self.path);
 
         let required = strings(&schema["required"]);
-        for (name, field) in fields(schema) {
+        let either = self.either(schema, with);
+        for (name, field) in fields(schema).iter().filter(|(name, _)| !either.contains(*name)) {
+            if let Some(now) = field["x-now"].as_str() {
+                let mut older = with(now, None);
+                older[name] = body[now].clone();
+                self.taken(&older);
+                continue;
+            }
             let is = &body.pointer(&pointer).unwrap()[name];
             // The document's example must show each field, or nothing below is looked at.
             assert!(!is.is_null(), "{}: the example has no {name}", self.path);
@@ -194,6 +267,10 @@ impl Call<'_> {
                     self.refused(&with(name, Some(json!(1))));
                 }
                 "object" => self.object(body, &[place, &[name.as_str()]].concat()),
+                "array" => {
+                    self.refused(&with(name, Some(json!({}))));
+                    self.object(body, &[place, &[name.as_str(), "0"]].concat());
+                }
                 other => panic!("{name} is of type {other}"),
             }
         }
@@ -252,13 +329,39 @@ fn bodies_are_taken_and_refused_as_described() {
     for (path, methods) in document["paths"].as_object().unwrap() {
         for (method, operation) in methods.as_object().unwrap() {
             let Some(schema) = schema(&document, &operation["requestBody"]) else { continue };
+            // They have tests of their own below.
+            if path.starts_with("/snapshot/") {
+                continue;
+            }
             let (_machine, client) = machine(method == "patch" || path == "/actions");
+            let client = || (None, client.clone());
             Call { document: &document, client: &client, method: method.to_uppercase(), path, schema }
                 .check();
             bodies += 1;
         }
     }
     assert_eq!(bodies, 13);
+}
+
+#[test]
+fn snapshots_are_taken_and_loaded_as_described() {
+    let Some(tap) = tap::create() else { return };
+    let document = document();
+    let call = |path, client: &dyn Fn() -> (Option<Machine>, Client)| {
+        let body = &document["paths"][path]["put"]["requestBody"];
+        let schema = schema(&document, body).unwrap();
+        Call { document: &document, client, method: "PUT".to_owned(), path, schema }.check();
+    };
+    let (snapshot, client) = paused(&tap);
+    call("/snapshot/create", &|| (None, client.clone()));
+    client
+        .put("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }))
+        .unwrap();
+    client.force_stop().unwrap();
+    call("/snapshot/load", &|| {
+        let (machine, client) = before_load(&snapshot, &tap);
+        (Some(machine), client)
+    });
 }
 
 #[test]

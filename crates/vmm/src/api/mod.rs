@@ -10,6 +10,8 @@
 //! | `GET /metrics` | built | counters of all devices |
 //! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
 //! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
+//! | `PUT /snapshot/create` | paused | the machine into two files |
+//! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
 //! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |
 //! | `GET /balloon/statistics` | running | what the balloon holds, what the guest says about its memory |
@@ -101,10 +103,15 @@ impl Server {
     /// Any of the build.
     pub fn build(&self, preboot: &Preboot, status: &mut StatusWriter) -> Result<Held> {
         let held = preboot.build()?;
-        self.watch(held.stop_bell().as_raw_fd())?;
         if preboot.config().serial.is_none() {
             terminal::make_raw();
         }
+        self.take_over(held, status)
+    }
+
+    /// Locks this thread down around a machine that is built.
+    fn take_over(&self, held: Held, status: &mut StatusWriter) -> Result<Held> {
+        self.watch(held.stop_bell().as_raw_fd())?;
         crate::heap::trim();
         held.lock_down()?;
         status.append(&Event::Built {

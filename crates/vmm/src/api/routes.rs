@@ -10,6 +10,7 @@ use crate::config::{Drive, NetworkInterface, VmConfig};
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
+use crate::snapshot::requests::LoadSnapshot;
 use crate::status::StatusWriter;
 
 #[derive(Debug, Deserialize)]
@@ -79,6 +80,10 @@ pub enum Route {
     SerialInput,
     /// Pauses and resumes.
     ChangeVm,
+    /// Takes a snapshot.
+    CreateSnapshot,
+    /// Goes on from a snapshot.
+    LoadSnapshot,
     /// Changes how much the guest should do without.
     ChangeBalloon,
     /// Changes how often the guest is asked about its memory.
@@ -106,6 +111,8 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/smbios", Route::SetSmbios),
     ("PUT", "/actions", Route::Act),
     ("PUT", "/serial/input", Route::SerialInput),
+    ("PUT", "/snapshot/create", Route::CreateSnapshot),
+    ("PUT", "/snapshot/load", Route::LoadSnapshot),
     ("PATCH", "/vm", Route::ChangeVm),
     ("PATCH", "/balloon", Route::ChangeBalloon),
     ("PATCH", "/balloon/statistics", Route::ChangeBalloonStatistics),
@@ -200,6 +207,36 @@ impl Server {
         Ok(())
     }
 
+    /// Makes the machine of a snapshot in place of the one that was being configured.
+    fn load_snapshot(&mut self, body: &[u8], status: &mut StatusWriter, end: &mut Option<End>) -> Result<()> {
+        let request: LoadSnapshot = json(body)?;
+        let preboot = match &mut self.machine {
+            Some(Machine::Preboot(preboot)) => preboot,
+            _ => {
+                return Err(Error::State(
+                    "a snapshot is loaded in place of a start, and this machine is built already".into(),
+                ));
+            }
+        };
+        let held = preboot.restore(&request)?;
+        let running = self.take_over(held, status).and_then(|held| {
+            let mut running = held.paused();
+            if request.resume_vm {
+                running.resume(status)?;
+            }
+            Ok(running)
+        });
+        match running {
+            Ok(running) => self.machine = Some(Machine::Running(running)),
+            // The process may be locked down: nothing else can be tried.
+            Err(error) => {
+                *end = Some(End::error(&error));
+                return Err(error);
+            }
+        }
+        Ok(())
+    }
+
     fn running(&mut self) -> Result<&mut Running> {
         match &mut self.machine {
             Some(Machine::Running(running)) => Ok(running),
@@ -260,7 +297,9 @@ impl Server {
             Route::SetSerial => self.preboot()?.set_serial(json(body)?)?,
             Route::SetSmbios => self.preboot()?.set_smbios(json(body)?)?,
             Route::SerialInput => self.running()?.console_input(body)?,
-            Route::ChangeVm => self.change_vm(body)?,
+            Route::ChangeVm => self.change_vm(body, status)?,
+            Route::CreateSnapshot => self.running()?.create_snapshot(&json(body)?)?,
+            Route::LoadSnapshot => self.load_snapshot(body, status, end)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
             Route::Act => self.act(body, status, end)?,
@@ -296,12 +335,12 @@ impl Server {
         self.preboot()?.set_network_interface(interface)
     }
 
-    fn change_vm(&mut self, body: &[u8]) -> Result<()> {
+    fn change_vm(&mut self, body: &[u8], status: &mut StatusWriter) -> Result<()> {
         let wanted: VmState = json(body)?;
         let running = self.running()?;
         match wanted.state {
             WantedState::Paused => running.pause(),
-            WantedState::Resumed => running.resume(),
+            WantedState::Resumed => running.resume(status),
         }
     }
 }

@@ -334,7 +334,7 @@ mod tests {
             assert_eq!((at(end), at(end + 4096)), (0, 0), "behind the kernel there is nothing of the file");
             memory.write_obj(7_u8, GuestAddress(0x10_1000)).unwrap();
             memory.write_obj(7_u8, GuestAddress(end)).unwrap();
-            crate::memory::clear(&memory).unwrap();
+            crate::memory::clear(&memory, &payload.pages).unwrap();
         }
         let mut after = Vec::new();
         payload.kernel.seek(SeekFrom::Start(0)).unwrap();

@@ -1,6 +1,7 @@
 //! CPUID: what KVM supports, with the guest's own topology: one socket, one thread per core, APIC id = vCPU number.
 
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
+use serde::{Deserialize, Serialize};
 
 const LEAF1_ECX_VMX: u32 = 1 << 5;
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
@@ -96,6 +97,91 @@ fn leaf_b(topology: Topology, id: u32) -> [kvm_cpuid_entry2; 2] {
         ..kvm_cpuid_entry2::default()
     };
     [level(0, LEVEL_THREAD, 0, 1), level(1, LEVEL_CORE, topology.core_bits(), u32::from(topology.vcpus))]
+}
+
+/// What a machine's CPUs can do, as KVM told the monitor that made the machine: what a snapshot holds of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct SavedCpuid {
+    /// KVM's table.
+    entries: Vec<kvm_cpuid_entry2>,
+    /// KVM has the TSC deadline timer.
+    tsc_deadline: bool,
+}
+
+/// Registers of leaves whose bits are each a feature: leaf, subleaf, register, bits that only mirror the state of a CPU.
+const FEATURES: [(u32, u32, Register, u32); 14] = [
+    // OSXSAVE.
+    (1, 0, Register::Ecx, 1 << 27),
+    (1, 0, Register::Edx, 0),
+    (7, 0, Register::Ebx, 0),
+    // OSPKE.
+    (7, 0, Register::Ecx, 1 << 4),
+    (7, 0, Register::Edx, 0),
+    (7, 1, Register::Eax, 0),
+    (0xd, 0, Register::Eax, 0),
+    (0xd, 1, Register::Eax, 0),
+    (0x4000_0001, 0, Register::Eax, 0),
+    (0x8000_0001, 0, Register::Ecx, 0),
+    (0x8000_0001, 0, Register::Edx, 0),
+    (0x8000_0007, 0, Register::Edx, 0),
+    (0x8000_0008, 0, Register::Ebx, 0),
+    (0x8000_0021, 0, Register::Eax, 0),
+];
+
+#[derive(Clone, Copy, Debug)]
+enum Register {
+    Eax,
+    Ebx,
+    Ecx,
+    Edx,
+}
+
+impl Register {
+    fn of(self, entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> u32 {
+        let entry = entries.iter().find(|entry| (entry.function, entry.index) == (leaf, subleaf));
+        entry.map_or(0, |entry| match self {
+            Self::Eax => entry.eax,
+            Self::Ebx => entry.ebx,
+            Self::Ecx => entry.ecx,
+            Self::Edx => entry.edx,
+        })
+    }
+}
+
+impl SavedCpuid {
+    /// What the guests of a machine see.
+    #[must_use]
+    pub fn new(supported: &CpuId, topology: Topology) -> Self {
+        Self { entries: supported.as_slice().to_vec(), tsc_deadline: topology.tsc_deadline }
+    }
+
+    /// The table for a machine of this topology on a host that supports what it needs.
+    ///
+    /// # Errors
+    /// Which features this host lacks.
+    pub fn on(&self, supported: &CpuId, topology: Topology) -> Result<(CpuId, Topology), String> {
+        let missing: Vec<String> = FEATURES
+            .iter()
+            .filter_map(|(leaf, subleaf, register, ignored)| {
+                let [had, have] = [&self.entries, supported.as_slice()]
+                    .map(|entries| register.of(entries, *leaf, *subleaf));
+                let bits = had & !have & !ignored;
+                (bits != 0).then(|| format!("leaf {leaf:#x}.{subleaf} {register:?} bits {bits:#010x}"))
+            })
+            .collect();
+        if !missing.is_empty() {
+            return Err(format!(
+                "this host's CPU or KVM lacks what the guest uses: CPUID {}",
+                missing.join(", ")
+            ));
+        }
+        if self.tsc_deadline && !topology.tsc_deadline {
+            return Err("this host's KVM lacks the TSC deadline timer, which the guest uses".into());
+        }
+        let table =
+            CpuId::from_entries(&self.entries).map_err(|error| format!("its CPUID table: {error:?}"))?;
+        Ok((table, Topology { tsc_deadline: self.tsc_deadline, ..topology }))
+    }
 }
 
 const fn set(register: &mut u32, bit: u32, on: bool) {

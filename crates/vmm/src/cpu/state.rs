@@ -1,22 +1,31 @@
-//! A vCPU's whole state, taken right after its creation: putting it back is what a reset line does.
+//! A vCPU's whole state. Taken right after its creation, putting it back is what a reset line does; taken later, it is what a
+//! snapshot holds.
+
+use std::time::Duration;
 
 use kvm_bindings::{
     Msrs, kvm_debugregs, kvm_fpu, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_regs, kvm_sregs,
     kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::VcpuFd;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 
 const MSR_TSC: u32 = 0x10;
 const MSR_TSC_ADJUST: u32 = 0x3b;
+/// Means something only when the local APIC's timer is in its mode and the TSC has its value.
+const MSR_TSC_DEADLINE: u32 = 0x6e0;
 /// Most MSRs that KVM takes in one call.
 const MSRS_PER_CALL: usize = 200;
 
 /// The state. What this KVM cannot read is left out, and is not put back.
+#[derive(Serialize, Deserialize)]
 pub struct VcpuState {
     regs: kvm_regs,
     sregs: kvm_sregs,
+    /// Part of the XSAVE area; read by itself only where KVM has no XSAVE.
+    #[serde(skip)]
     fpu: Option<kvm_fpu>,
     xsave: Option<Box<kvm_xsave>>,
     xcrs: Option<kvm_xcrs>,
@@ -25,6 +34,60 @@ pub struct VcpuState {
     mp_state: Option<kvm_mp_state>,
     lapic: Option<Box<kvm_lapic_state>>,
     msrs: Vec<kvm_msr_entry>,
+}
+
+/// What a snapshot holds of a vCPU: its state, and the time that its TSC shows.
+#[derive(Serialize, Deserialize)]
+pub struct SavedVcpu {
+    state: VcpuState,
+    tsc: u64,
+    tsc_adjust: Option<u64>,
+    /// kHz.
+    tsc_khz: Option<u32>,
+}
+
+impl SavedVcpu {
+    /// Reads it of a vCPU that does not run.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn capture(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self> {
+        let state = VcpuState::capture(vcpu, msr_indices)?;
+        let clock = read(vcpu, &[MSR_TSC, MSR_TSC_ADJUST]);
+        let value = |index| clock.iter().find(|entry| entry.index == index).map(|entry| entry.data);
+        let tsc = value(MSR_TSC).ok_or_else(|| Error::KvmLacks("a TSC that can be read".into()))?;
+        Ok(Self { state, tsc, tsc_adjust: value(MSR_TSC_ADJUST), tsc_khz: vcpu.get_tsc_khz().ok() })
+    }
+
+    /// Puts it into a vCPU that does not run, its TSC set forward by `passed`.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`], [`Error::Snapshot`] for a TSC frequency that this host cannot give.
+    pub fn restore(&self, vcpu: &VcpuFd, passed: Duration) -> Result<()> {
+        if let Some(khz) = self.tsc_khz.filter(|khz| vcpu.get_tsc_khz().ok() != Some(*khz)) {
+            vcpu.set_tsc_khz(khz).map_err(|source| {
+                Error::Snapshot(format!(
+                    "the guest's TSC runs at {khz} kHz, which this host cannot give it ({source}); load it where the TSC \
+                     runs at that frequency or can be scaled"
+                ))
+            })?;
+        }
+        let ticks = passed.as_nanos() * u128::from(self.tsc_khz.unwrap_or(0)) / 1_000_000;
+        let tsc = self.tsc.wrapping_add(u64::try_from(ticks).unwrap_or(0));
+        // TSC_ADJUST comes first: writing it moves the TSC.
+        let clock: Vec<_> = self
+            .tsc_adjust
+            .map(|data| msr(MSR_TSC_ADJUST, data))
+            .into_iter()
+            .chain([msr(MSR_TSC, tsc)])
+            .collect();
+        write_msrs(vcpu, &clock);
+        self.state.restore(vcpu)
+    }
+}
+
+const fn msr(index: u32, data: u64) -> kvm_msr_entry {
+    kvm_msr_entry { index, data, reserved: 0 }
 }
 
 impl VcpuState {
@@ -75,10 +138,13 @@ impl VcpuState {
         if let Some(debug) = &self.debug {
             vcpu.set_debug_regs(debug).map_err(Error::kvm("KVM_SET_DEBUGREGS"))?;
         }
-        write_msrs(vcpu, &self.msrs);
+        let (deadline, others): (Vec<_>, Vec<_>) =
+            self.msrs.iter().copied().partition(|entry| entry.index == MSR_TSC_DEADLINE);
+        write_msrs(vcpu, &others);
         if let Some(lapic) = &self.lapic {
             vcpu.set_lapic(lapic).map_err(Error::kvm("KVM_SET_LAPIC"))?;
         }
+        write_msrs(vcpu, &deadline);
         if let Some(events) = &self.events {
             vcpu.set_vcpu_events(events).map_err(Error::kvm("KVM_SET_VCPU_EVENTS"))?;
         }
@@ -88,16 +154,17 @@ impl VcpuState {
 
 /// Reads as many of the MSRs as this KVM reads: one that it lists but refuses is stepped over.
 fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
-    let mut found = Vec::with_capacity(indices.len());
     let wanted: Vec<u32> =
         indices.iter().copied().filter(|i| !matches!(*i, MSR_TSC | MSR_TSC_ADJUST)).collect();
-    let mut rest = wanted.as_slice();
+    read(vcpu, &wanted)
+}
+
+fn read(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
+    let mut found = Vec::with_capacity(indices.len());
+    let mut rest = indices;
     while !rest.is_empty() {
         let now = rest.len().min(MSRS_PER_CALL);
-        let entries: Vec<_> = rest[..now]
-            .iter()
-            .map(|index| kvm_msr_entry { index: *index, ..kvm_msr_entry::default() })
-            .collect();
+        let entries: Vec<_> = rest[..now].iter().map(|index| msr(*index, 0)).collect();
         let Ok(mut msrs) = Msrs::from_entries(&entries) else { break };
         let read = vcpu.get_msrs(&mut msrs).unwrap_or(0).min(now);
         found.extend_from_slice(&msrs.as_slice()[..read]);

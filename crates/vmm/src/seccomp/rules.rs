@@ -104,10 +104,25 @@ const KVM_SET_DEBUGREGS: u64 = 0x4080_aea2;
 const KVM_SET_XSAVE: u64 = 0x5000_aea5;
 const KVM_SET_XCRS: u64 = 0x4188_aea7;
 const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
+// For a snapshot.
+const KVM_GET_MSRS: u64 = 0xc008_ae88;
+const KVM_GET_FPU: u64 = 0x81a0_ae8c;
+const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
+const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
+const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
+const KVM_GET_XSAVE: u64 = 0x9000_aea4;
+const KVM_GET_XCRS: u64 = 0x8188_aea6;
+const KVM_SET_TSC_KHZ: u64 = 0xaea2;
+const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const TUNSETOFFLOAD: u64 = bits_of(tap::TUNSETOFFLOAD);
 // On a machine.
 const KVM_SET_IRQCHIP: u64 = 0x8208_ae63;
 const KVM_SET_PIT2: u64 = 0x4070_aea0;
+const KVM_GET_IRQCHIP: u64 = 0xc208_ae62;
+const KVM_GET_PIT2: u64 = 0x8070_ae9f;
+const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
+const KVM_GET_DIRTY_LOG: u64 = 0x4010_ae42;
 
 /// Reasons why a call is not sure to be seen.
 mod unseen {
@@ -168,13 +183,20 @@ const API: &[Allowed] = &[
     any(libc::SYS_shutdown, "a connection goes").unseen(unseen::LIBRARY),
     any(libc::SYS_read, "a vCPU's bell; a kernel's headers after a reset"),
     any(libc::SYS_lseek, "the kernel is loaded again after a reset"),
-    any(libc::SYS_statx, "the size of a kernel that is loaded again after a reset"),
+    any(
+        libc::SYS_statx,
+        "a snapshot's files are two; the size of a kernel that is loaded again after a reset",
+    ),
     any(libc::SYS_fstat, "the same, as another C library does it").unseen(unseen::LIBRARY),
-    any(libc::SYS_getrandom, "keys of hash tables").unseen(unseen::LIBRARY),
+    any(libc::SYS_getrandom, "a snapshot's id; keys of hash tables"),
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "a kernel's pages after a reset stay out of dumps"),
     any(libc::SYS_timerfd_settime, "the balloon's statistics come at another interval"),
     with(libc::SYS_ioctl, 1, KVM_SET_IRQCHIP, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_PIT2, "a reset"),
+    with(libc::SYS_ioctl, 1, KVM_GET_IRQCHIP, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_PIT2, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_CLOCK, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_DIRTY_LOG, "a diff snapshot"),
     with(libc::SYS_ioctl, 1, bits_of(libc::TCSETS), "the terminal's mode is put back at the end")
         .unseen("tests have no terminal"),
     with(libc::SYS_fcntl, 1, bits(libc::F_DUPFD_CLOEXEC), "the serial port's interrupt after a reset"),
@@ -186,10 +208,10 @@ const API: &[Allowed] = &[
     any(libc::SYS_pread64, "disks are flushed at the end").unseen(unseen::FORMAT),
     any(libc::SYS_preadv, "disks are flushed at the end").unseen(unseen::FORMAT),
     any(libc::SYS_readv, "disks are flushed at the end").unseen(unseen::FORMAT),
-    any(libc::SYS_pwrite64, "disks are flushed at the end").unseen(unseen::FORMAT),
+    any(libc::SYS_pwrite64, "a snapshot's memory; disks are flushed at the end"),
     any(libc::SYS_pwritev, "disks are flushed at the end").unseen(unseen::FORMAT),
     any(libc::SYS_writev, "disks are flushed at the end").unseen(unseen::FORMAT),
-    any(libc::SYS_ftruncate, "disks are flushed at the end").unseen(unseen::FORMAT),
+    any(libc::SYS_ftruncate, "a snapshot's files are emptied; disks are flushed at the end"),
     any(libc::SYS_fallocate, "disks are flushed at the end").unseen(unseen::FORMAT),
 ];
 
@@ -244,6 +266,17 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_SET_MP_STATE, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_VCPU_EVENTS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_DEBUGREGS, "a reset"),
+    with(libc::SYS_ioctl, 1, KVM_GET_MSRS, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_FPU, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_LAPIC, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_MP_STATE, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_VCPU_EVENTS, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_DEBUGREGS, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_XSAVE, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_XCRS, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_TSC_KHZ, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_SET_TSC_KHZ, "a snapshot from a host with another TSC")
+        .unseen("there is one host"),
     with(libc::SYS_ioctl, 1, TUNSETOFFLOAD, "a driver activates its interface"),
     any(libc::SYS_rt_sigreturn, "the end of a kick"),
 ];

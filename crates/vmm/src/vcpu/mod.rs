@@ -25,7 +25,7 @@ use kvm_ioctls::{VcpuExit, VcpuFd};
 use crate::bus::{Bus, Outcome};
 use crate::cpu::cpuid;
 use crate::cpu::registers::{self, Entry};
-use crate::cpu::state::{VcpuState, write_msrs};
+use crate::cpu::state::{SavedVcpu, VcpuState, write_msrs};
 use crate::error::{Error, Result};
 use crate::event_loop::Notifier;
 use crate::memory::Memory;
@@ -34,7 +34,6 @@ use crate::{seccomp, threads};
 use kick::KickPage;
 
 /// What a vCPU is told.
-#[derive(Debug)]
 enum Command {
     /// Run the guest.
     Run,
@@ -42,15 +41,19 @@ enum Command {
     Pause,
     /// Go back to the state after power-on; the first vCPU then starts at the entry.
     Reset(Option<Entry>),
+    /// Tell the state.
+    Save,
+    /// Take over a state, with the TSC set forward by so much.
+    Load(Box<SavedVcpu>, Duration),
     /// End the thread.
     Finish,
 }
 
 /// What a vCPU answers, once per command.
-#[derive(Debug)]
 enum Reply {
     Ready,
     Done,
+    State(Box<SavedVcpu>),
     Failed(Error),
 }
 
@@ -89,6 +92,7 @@ struct Vcpu {
     buses: Arc<Buses>,
     memory: Memory,
     start: VcpuState,
+    msr_indices: Arc<[u32]>,
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     notifier: Notifier,
@@ -142,6 +146,7 @@ impl VcpuHandle {
             buses: Arc::clone(buses),
             memory: memory.clone(),
             start,
+            msr_indices: Arc::clone(&model.msr_indices),
             commands: command_receiver,
             replies: reply_sender,
             notifier,
@@ -160,6 +165,27 @@ impl VcpuHandle {
     pub fn reset(&self, entry: Option<Entry>) -> Result<()> {
         self.send(Command::Reset(entry))?;
         self.wait("reset")
+    }
+
+    /// Reads the state of a parked vCPU.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`].
+    pub fn save(&self) -> Result<SavedVcpu> {
+        self.send(Command::Save)?;
+        match self.answer("tell its state")? {
+            Reply::State(state) => Ok(*state),
+            _ => Err(Error::State(format!("vCPU {} did not tell its state", self.id))),
+        }
+    }
+
+    /// Puts a state into a parked vCPU, its TSC set forward by `passed`.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`], [`Error::Snapshot`].
+    pub fn load(&self, state: SavedVcpu, passed: Duration) -> Result<()> {
+        self.send(Command::Load(Box::new(state), passed))?;
+        self.wait("load")
     }
 
     /// Lets the guest run.
@@ -194,10 +220,14 @@ impl VcpuHandle {
     }
 
     fn wait(&self, what: &str) -> Result<()> {
+        self.answer(what).map(drop)
+    }
+
+    fn answer(&self, what: &str) -> Result<Reply> {
         loop {
             match self.replies.recv_timeout(KICK_AGAIN) {
-                Ok(Reply::Ready | Reply::Done) => return Ok(()),
                 Ok(Reply::Failed(error)) => return Err(error),
+                Ok(reply) => return Ok(reply),
                 Err(RecvTimeoutError::Timeout) => self.kick.kick(self.thread.as_ref()),
                 Err(RecvTimeoutError::Disconnected) => {
                     return Err(Error::State(format!("vCPU {} ended while it should {what}", self.id)));
@@ -246,6 +276,12 @@ impl Vcpu {
                 Command::Finish => return,
                 Command::Pause => Reply::Done,
                 Command::Reset(entry) => self.reset(entry).map_or_else(Reply::Failed, |()| Reply::Done),
+                Command::Save => {
+                    self.save().map_or_else(Reply::Failed, |state| Reply::State(Box::new(state)))
+                }
+                Command::Load(state, passed) => {
+                    state.restore(&self.fd, passed).map_or_else(Reply::Failed, |()| Reply::Done)
+                }
                 Command::Run => {
                     if self.replies.send(Reply::Done).is_err() {
                         return;
@@ -263,13 +299,17 @@ impl Vcpu {
         }
     }
 
+    /// KVM completes the access that the vCPU was last stopped at (KVM API, 5: immediate_exit); after that nothing of it is
+    /// left to happen.
+    fn settle(&mut self) {
+        self.fd.set_kvm_immediate_exit(1);
+        let _ = self.fd.run();
+        self.fd.set_kvm_immediate_exit(0);
+    }
+
     fn reset(&mut self, entry: Option<Entry>) -> Result<()> {
         if !self.fresh {
-            // KVM completes the access that the vCPU was last stopped at (KVM API, 5: immediate_exit); after that nothing
-            // of the old guest is left to happen.
-            self.fd.set_kvm_immediate_exit(1);
-            let _ = self.fd.run();
-            self.fd.set_kvm_immediate_exit(0);
+            self.settle();
             self.start.restore(&self.fd)?;
         }
         if let Some(entry) = entry {
@@ -279,6 +319,11 @@ impl Vcpu {
             self.fd.set_regs(&registers::general(entry)).map_err(Error::kvm("KVM_SET_REGS"))?;
         }
         Ok(())
+    }
+
+    /// A paused vCPU has left KVM_RUN by a kick, so nothing of an access is left to happen.
+    fn save(&self) -> Result<SavedVcpu> {
+        SavedVcpu::capture(&self.fd, &self.msr_indices)
     }
 
     /// Runs until told otherwise, or until the guest stops by itself.
@@ -294,8 +339,8 @@ impl Vcpu {
                         let _ = self.replies.send(Reply::Done);
                     }
                     Ok(Command::Pause) => return Left::Paused,
-                    Ok(Command::Reset(_)) => {
-                        let error = Error::State("a running vCPU cannot be reset".into());
+                    Ok(Command::Reset(_) | Command::Save | Command::Load(..)) => {
+                        let error = Error::State("a running vCPU can only be paused".into());
                         let _ = self.replies.send(Reply::Failed(error));
                     }
                     Ok(Command::Finish) | Err(TryRecvError::Disconnected) => return Left::Finished,

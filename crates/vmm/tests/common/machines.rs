@@ -1,12 +1,11 @@
 //! Machines that more than one test uses.
 
 use std::fs::File;
-use std::os::fd::AsRawFd;
 
 use serde_json::json;
 
 use super::virtio::{Device, NEXT, Ring, WRITE, block, block_request};
-use super::{Code, Machine, disk, footprint};
+use super::{Code, Machine, disk, footprint, hand_over};
 
 /// Their memory, MiB.
 pub const MEMORY_MIB: u64 = 128;
@@ -17,6 +16,17 @@ pub const UP: &str = "up";
 const REQUESTS: u16 = 32;
 const REQUEST_BYTES: u32 = 64 * 1024;
 const FRAME: u32 = 12 + 60;
+
+/// Answers each byte of input by that byte and by how many there have been, counted in memory.
+pub fn echo() -> Code {
+    Code::default()
+        // again: mov edx, 0x3fd; in al, dx; test al, 1; jz again
+        .bytes(&[0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xf6])
+        // mov edx, 0x3f8; in al, dx; out dx, al
+        .bytes(&[0xba, 0xf8, 0x03, 0, 0, 0xec, 0xee])
+        // mov edi, 0x200000; inc byte [rdi]; mov al, [rdi]; add al, '0'; out dx, al; jmp again
+        .bytes(&[0xbf, 0, 0, 0x20, 0, 0xfe, 0x07, 0x8a, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xe1])
+}
 
 /// A guest that reads and writes its disk, sends and takes packets, says so, and halts.
 pub fn with_disk_and_interface() -> Machine {
@@ -62,7 +72,5 @@ pub fn with_disk_and_interface() -> Machine {
 
 /// Hands the tap over.
 pub fn tap_argument(tap: &File) -> Vec<String> {
-    // SAFETY: clears the close-on-exec flag of an open descriptor, so that the monitor inherits it.
-    unsafe { libc::fcntl(tap.as_raw_fd(), libc::F_SETFD, 0) };
-    vec!["--fd".to_owned(), format!("tap={}", tap.as_raw_fd())]
+    hand_over("tap", tap).to_vec()
 }

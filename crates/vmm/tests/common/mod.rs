@@ -17,6 +17,7 @@ pub mod watch;
 use std::ffi::OsStr;
 use std::fs::File;
 use std::io::{Read, Write};
+use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -234,6 +235,23 @@ pub fn event_names(events: &[Event]) -> Vec<&'static str> {
             Event::Exited { .. } => "exited",
         })
         .collect()
+}
+
+/// The arguments that hand a descriptor over under a name.
+pub fn hand_over(name: &str, descriptor: &impl AsRawFd) -> [String; 2] {
+    let number = descriptor.as_raw_fd();
+    // SAFETY: clears the close-on-exec flag of an open descriptor, so that the monitor inherits it.
+    unsafe { libc::fcntl(number, libc::F_SETFD, 0) };
+    ["--fd".to_owned(), format!("{name}={number}")]
+}
+
+/// Makes or opens files of a machine's folder and hands them over under their names; they live as long as the first result.
+pub fn hand(machine: &Machine, names: &[&str]) -> (Vec<File>, Vec<String>) {
+    let mut options = File::options();
+    options.read(true).write(true).create(true).truncate(false);
+    let files: Vec<File> = names.iter().map(|name| options.open(machine.path(name)).unwrap()).collect();
+    let arguments = names.iter().zip(&files).flat_map(|(name, file)| hand_over(name, file)).collect();
+    (files, arguments)
 }
 
 /// A sparse file of this size.

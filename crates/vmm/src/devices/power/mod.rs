@@ -24,6 +24,8 @@ pub const RESET_VALUE: u8 = 1;
 pub const SLEEP_TYPE_S5: u8 = 5;
 /// Event bit: the power button was pressed.
 pub const EVENT_POWER_BUTTON: u8 = 1;
+/// Event bit: the machine has another generation, as it was restored from a snapshot.
+pub const EVENT_GENERATION: u8 = 1 << 7;
 
 /// SLP_EN, bit 5 of the sleep control register; the sleep type is in bits 2–4.
 const SLEEP_ENABLE: u8 = 1 << 5;
@@ -56,6 +58,21 @@ impl Power {
     /// As after power-on.
     pub fn reset(&self) {
         self.events.store(0, Ordering::SeqCst);
+    }
+
+    /// What has happened and the guest has not read yet: what a snapshot holds.
+    #[must_use]
+    pub fn save(&self) -> u8 {
+        self.events.load(Ordering::SeqCst)
+    }
+
+    /// Goes on with these events, and tells the guest that it is a copy.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    pub fn restore(&self, events: u8) -> std::io::Result<()> {
+        self.events.store(events | EVENT_GENERATION, Ordering::SeqCst);
+        self.interrupt.write(1)
     }
 }
 

@@ -5,7 +5,7 @@ use std::fs::File;
 use std::io::{self, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use vm_superio::serial::NoEvents;
+use vm_superio::serial::{NoEvents, SerialState};
 use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
@@ -147,6 +147,68 @@ impl SerialPort {
         let mut port = self.lock();
         let sink = std::mem::replace(port.uart.writer_mut(), Sink::Null);
         port.uart = Serial::new(line, sink);
+        Ok(())
+    }
+}
+
+/// What a snapshot holds of the port: its registers and input, and what waits for the guest.
+#[derive(Clone, Debug, serde::Serialize, serde::Deserialize)]
+pub struct SavedSerial {
+    divisor: [u8; 2],
+    interrupt_enable: u8,
+    interrupt_identification: u8,
+    line_control: u8,
+    line_status: u8,
+    modem_control: u8,
+    modem_status: u8,
+    scratch: u8,
+    input: Vec<u8>,
+    pending: Vec<u8>,
+}
+
+impl SerialPort {
+    /// Reads the state.
+    #[must_use]
+    pub fn save(&self) -> SavedSerial {
+        let port = self.lock();
+        let state = port.uart.state();
+        SavedSerial {
+            divisor: [state.baud_divisor_low, state.baud_divisor_high],
+            interrupt_enable: state.interrupt_enable,
+            interrupt_identification: state.interrupt_identification,
+            line_control: state.line_control,
+            line_status: state.line_status,
+            modem_control: state.modem_control,
+            modem_status: state.modem_status,
+            scratch: state.scratch,
+            input: state.in_buffer,
+            pending: port.pending.iter().copied().collect(),
+        }
+    }
+
+    /// Takes a state over; the output goes where it goes here.
+    ///
+    /// # Errors
+    /// The descriptor cannot be duplicated, or the state is not one of this port.
+    pub fn restore(&self, saved: SavedSerial) -> io::Result<()> {
+        let line = Line(self.line.try_clone()?);
+        let mut port = self.lock();
+        let state = SerialState {
+            baud_divisor_low: saved.divisor[0],
+            baud_divisor_high: saved.divisor[1],
+            interrupt_enable: saved.interrupt_enable,
+            interrupt_identification: saved.interrupt_identification,
+            line_control: saved.line_control,
+            line_status: saved.line_status,
+            modem_control: saved.modem_control,
+            modem_status: saved.modem_status,
+            scratch: saved.scratch,
+            in_buffer: saved.input,
+        };
+        let sink = std::mem::replace(port.uart.writer_mut(), Sink::Null);
+        port.uart = Serial::from_state(&state, line, NoEvents, sink).map_err(io::Error::other)?;
+        port.pending = saved.pending.into_iter().take(MAX_PENDING_INPUT).collect();
+        port.refill();
         Ok(())
     }
 }

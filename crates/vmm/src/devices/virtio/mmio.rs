@@ -214,6 +214,11 @@ impl Transport {
             queue.set_event_idx(registers.driver_features & F_EVENT_IDX != 0);
         }
         registers.queues = queues_for_reading(&queues);
+        self.activate_with(registers, queues);
+    }
+
+    /// Gives the device its queues.
+    fn activate_with(&self, registers: &mut Registers, queues: Vec<Queue>) {
         let mut device = lock(&self.device);
         if queues.iter().any(|queue| queue.ready() && !queue.is_valid(&self.memory)) {
             crate::log::line(&format!("{}: the guest's queues are invalid", device.name()));
@@ -307,5 +312,8 @@ impl BusDevice for Transport {
     }
 }
 
+mod state;
 #[cfg(test)]
 mod tests;
+
+pub use state::SavedTransport;

@@ -99,6 +99,31 @@ impl Interrupt {
         self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
     }
+
+    fn save(&self) -> SavedInterrupt {
+        SavedInterrupt {
+            status: self.status(),
+            needs_reset: self.needs_reset.load(Ordering::SeqCst),
+            generation: self.generation(),
+        }
+    }
+
+    /// What the guest has not acknowledged is raised once more: the first time may have been under way.
+    fn restore(&self, saved: &SavedInterrupt) {
+        self.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
+        self.generation.store(saved.generation, Ordering::SeqCst);
+        if saved.status != 0 {
+            self.raise(saved.status);
+        }
+    }
+}
+
+/// What a snapshot holds of an interrupt.
+#[derive(Clone, Copy, Debug, serde::Serialize, serde::Deserialize)]
+pub struct SavedInterrupt {
+    status: u32,
+    needs_reset: bool,
+    generation: u32,
 }
 
 /// What a device gets when the driver says that it is ready.
@@ -163,6 +188,19 @@ pub trait VirtioDevice: Send {
     /// # Errors
     /// Why that failed.
     fn flush(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// What the device got at its activation, while it works.
+    fn active(&self) -> Option<&Active>;
+    /// What a snapshot holds of the device beyond queues and registers. Called with no request half done.
+    fn save(&self) -> serde_json::Value {
+        serde_json::Value::Null
+    }
+    /// Takes over what [`VirtioDevice::save`] gave, before the activation.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    fn restore(&mut self, _state: &serde_json::Value) -> Result<(), String> {
         Ok(())
     }
     /// Counters.

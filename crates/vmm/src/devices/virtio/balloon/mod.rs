@@ -14,6 +14,7 @@ mod tests;
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::Duration;
 
+use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 use virtio_queue::QueueT;
 use vmm_sys_util::timerfd::TimerFd;
@@ -52,6 +53,14 @@ pub struct Balloon {
     latest: Statistics,
     scratch: Vec<u32>,
     metrics: Metrics,
+}
+
+/// What a snapshot holds of a balloon: pages wanted, pages given, and the statistics' buffer.
+#[derive(Serialize, Deserialize)]
+struct SavedBalloon {
+    target: u32,
+    actual: u32,
+    held: Option<u16>,
 }
 
 impl Balloon {
@@ -228,6 +237,20 @@ impl VirtioDevice for Balloon {
         }
         let result = self.ask();
         self.finish(result);
+    }
+
+    fn active(&self) -> Option<&Active> {
+        self.active.as_ref()
+    }
+
+    fn save(&self) -> Value {
+        json!(SavedBalloon { target: self.target, actual: self.actual, held: self.held })
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        let saved = SavedBalloon::deserialize(state).map_err(|error| error.to_string())?;
+        (self.target, self.actual, self.held) = (saved.target, saved.actual, saved.held);
+        Ok(())
     }
 
     fn metrics(&self) -> Value {

@@ -148,6 +148,10 @@ impl VirtioDevice for Block {
         if self.read_only { Ok(()) } else { self.backend.flush() }
     }
 
+    fn active(&self) -> Option<&Active> {
+        self.active.as_ref()
+    }
+
     fn metrics(&self) -> serde_json::Value {
         serde_json::json!(self.metrics)
     }

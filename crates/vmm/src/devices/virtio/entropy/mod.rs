@@ -65,6 +65,10 @@ impl VirtioDevice for Entropy {
         }
     }
 
+    fn active(&self) -> Option<&Active> {
+        self.active.as_ref()
+    }
+
     fn metrics(&self) -> serde_json::Value {
         serde_json::json!(self.metrics)
     }

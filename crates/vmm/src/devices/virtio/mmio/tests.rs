@@ -46,6 +46,9 @@ impl VirtioDevice for Probe {
     fn queue_event(&mut self, _queue: usize) -> bool {
         false
     }
+    fn active(&self) -> Option<&Active> {
+        None
+    }
     fn metrics(&self) -> serde_json::Value {
         serde_json::Value::Null
     }

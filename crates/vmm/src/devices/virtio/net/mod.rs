@@ -214,6 +214,10 @@ impl VirtioDevice for Net {
         }
     }
 
+    fn active(&self) -> Option<&Active> {
+        self.active.as_ref()
+    }
+
     fn metrics(&self) -> serde_json::Value {
         serde_json::json!(self.metrics)
     }

@@ -33,7 +33,8 @@ pub const KIND: u32 = 19;
 const QUEUE_SIZE: u16 = 256;
 const RX: usize = 0;
 const TX: usize = 1;
-/// The third queue tells of a restored snapshot; nothing else ever comes there.
+/// Tells of a restored snapshot; nothing else ever comes there.
+const EVENT: usize = 2;
 const QUEUES: [u16; 3] = [QUEUE_SIZE; 3];
 
 /// A vsock device.
@@ -43,6 +44,8 @@ pub struct Vsock {
     switch: Switch<HostSocket>,
     active: Option<Active>,
     scratch: Box<[u8]>,
+    /// The guest must be told that its connections are gone.
+    transport_reset: bool,
 }
 
 impl Vsock {
@@ -58,6 +61,7 @@ impl Vsock {
             switch: Switch::new(config.guest_cid),
             active: None,
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
+            transport_reset: false,
         })
     }
 
@@ -77,6 +81,19 @@ impl Vsock {
         }
         let received = queue::receive(rx, memory, &mut self.switch, &mut self.scratch)?;
         Ok(Turn { interrupt: turn.interrupt || received.interrupt, more: turn.more || received.more })
+    }
+
+    /// Tells the guest once that its connections are gone, as soon as there is a buffer to tell it in.
+    fn tell_of_reset(&mut self) -> Result<Turn, Broken> {
+        let Some(active) = self.active.as_mut().filter(|_| self.transport_reset) else {
+            return Ok(Turn::default());
+        };
+        let Some(queue) = active.queues.get_mut(EVENT).filter(|queue| queue.ready()) else {
+            return Ok(Turn::default());
+        };
+        let turn = queue::event(queue, &active.memory, queue::TRANSPORT_RESET)?;
+        self.transport_reset = !turn.interrupt;
+        Ok(turn)
     }
 
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
@@ -132,13 +149,15 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.active = None;
         self.switch.clear();
+        self.transport_reset = false;
     }
 
     fn queue_event(&mut self, index: usize) -> bool {
-        if index != RX && index != TX {
-            return false;
-        }
-        let result = self.turn(index == TX);
+        let result = match index {
+            RX | TX => self.turn(index == TX),
+            EVENT => self.tell_of_reset(),
+            _ => return false,
+        };
         self.finish(result)
     }
 
@@ -149,6 +168,16 @@ impl VirtioDevice for Vsock {
     fn backend_event(&mut self) -> bool {
         let result = self.turn(false);
         self.finish(result)
+    }
+
+    fn active(&self) -> Option<&Active> {
+        self.active.as_ref()
+    }
+
+    /// Connections end with the process that holds their sockets; the guest is told when the device works again.
+    fn restore(&mut self, _state: &serde_json::Value) -> Result<(), String> {
+        self.transport_reset = true;
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

@@ -12,6 +12,25 @@ pub const MAX_PAYLOAD: usize = 64 * 1024;
 /// The longest packet.
 pub const MAX_PACKET: usize = HEADER + MAX_PAYLOAD;
 
+/// The event that all connections are gone (virtio 1.2, 5.10.6.7).
+pub const TRANSPORT_RESET: u32 = 0;
+
+/// Tells the guest of an event, if it has a buffer for it; it is interrupted then whatever it wishes, as such a thing is rare.
+///
+/// # Errors
+/// [`Broken`]: the guest broke the queue.
+pub fn event(queue: &mut Queue, memory: &Memory, event: u32) -> Result<Turn, Broken> {
+    let Some(chain) = next(queue, memory)? else {
+        let _ = queue.enable_notification(memory)?;
+        return Ok(Turn::default());
+    };
+    let head = chain.head_index();
+    let buffers = Buffers::new(memory, chain, u64::from(u32::MAX)).unwrap_or_default();
+    let written = copy_in(&buffers.writable, &event.to_le_bytes());
+    queue.add_used(memory, head, u32::try_from(written).unwrap_or(0))?;
+    Ok(Turn { interrupt: true, more: false })
+}
+
 /// Takes every packet of the guest. `scratch` has room for one.
 ///
 /// # Errors

@@ -1,0 +1,137 @@
+//! Takes a snapshot of a paused machine.
+
+use std::fs::File;
+use std::os::unix::fs::MetadataExt;
+use std::sync::MutexGuard;
+
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
+
+use super::Parts;
+use crate::descriptors::Access;
+use crate::devices::virtio::VirtioDevice;
+use crate::devices::virtio::entropy::host_random;
+use crate::devices::virtio::mmio::lock;
+use crate::error::{Error, Result};
+use crate::memory::PAGE;
+use crate::snapshot::requests::{CreateSnapshot, SnapshotType};
+use crate::snapshot::{self, MemoryFile, Pages, SavedMachine};
+
+/// Bits of a word of a dirty log.
+const BITS: u64 = 64;
+
+/// Pages that were written since the base, region by region, one bit each.
+struct Written(Vec<Vec<u64>>);
+
+impl Written {
+    /// Takes what was noted: by KVM of the guest, by memory itself of the devices.
+    fn take(parts: &Parts) -> Result<Self> {
+        let mut regions = Vec::new();
+        for (slot, region) in parts.memory.iter().enumerate() {
+            let mut pages = parts.vm.dirty_pages(slot, region.len())?;
+            let mapping = region.get_mmap();
+            let ours = mapping.bitmap().as_ref().map(AtomicBitmap::get_and_reset).unwrap_or_default();
+            for (word, ours) in pages.iter_mut().zip(ours) {
+                *word |= ours;
+            }
+            regions.push(pages);
+        }
+        Ok(Self(regions))
+    }
+
+    fn has(&self, region: usize, page: u64) -> bool {
+        let word = usize::try_from(page / BITS).ok().and_then(|at| self.0.get(region)?.get(at));
+        word.is_some_and(|word| word >> (page % BITS) & 1 == 1)
+    }
+
+    /// Puts everything back: whoever took it could not use it.
+    fn put_back(&self, parts: &Parts) {
+        for (number, region) in parts.memory.iter().enumerate() {
+            for page in (0..region.len() / PAGE).filter(|page| self.has(number, *page)) {
+                let (at, length) = (usize::try_from(page * PAGE), usize::try_from(PAGE));
+                if let (Ok(at), Ok(length)) = (at, length) {
+                    region.bitmap().mark_dirty(at, length);
+                }
+            }
+        }
+    }
+}
+
+/// Takes the snapshot; returns its id.
+pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
+    let tracked = parts.config.machine_config.track_dirty_pages;
+    if request.snapshot_type == SnapshotType::Diff && !tracked {
+        return Err(Error::State(
+            "a diff snapshot needs track_dirty_pages in machine-config or snapshot/load, and it was false there".into(),
+        ));
+    }
+    let file = |name: &str, what| parts.descriptors.file(name, what, Access::CreateReadWrite);
+    let mut state_file = file(&request.snapshot_path, "state file")?;
+    let memory_file = file(&request.mem_file_path, "memory file")?;
+    if same(&state_file, &memory_file)? {
+        return Err(Error::Config("snapshot_path and mem_file_path are one file".into()));
+    }
+    // A state file that was there before must not go with a memory file that is no longer its own.
+    state_file.set_len(0).map_err(Error::io("emptying the state file"))?;
+
+    // No device works while these locks are held, so memory and state are of one moment.
+    let mut devices: Vec<MutexGuard<'_, dyn VirtioDevice>> =
+        parts.transports.iter().map(|transport| lock(transport.device())).collect();
+    for device in &mut devices {
+        let id = device.name().to_owned();
+        device.flush().map_err(|source| Error::Disk { id, what: "flushing it".into(), source })?;
+    }
+    let mut id = [0; 16];
+    host_random(&mut id);
+    let saved = SavedMachine {
+        id,
+        vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
+        taken_at_ns: SavedMachine::now_ns(),
+        config: parts.config.clone(),
+        cpuid: parts.model.save(),
+        vcpus: parts.vcpus.iter().map(crate::vcpu::VcpuHandle::save).collect::<Result<_>>()?,
+        vm: parts.vm.save()?,
+        serial: parts.serial.save(),
+        power_events: parts.power.save(),
+        devices: parts
+            .transports
+            .iter()
+            .zip(&devices)
+            .map(|(transport, device)| transport.save(&**device))
+            .collect(),
+    };
+    let written = if tracked { Some(Written::take(parts)?) } else { None };
+    let result = write(parts, request, &saved, written.as_ref(), &mut state_file, memory_file);
+    if let (Err(_), Some(written)) = (&result, &written) {
+        written.put_back(parts);
+    }
+    result.map(|()| id)
+}
+
+/// Memory first: a state file is whole only beside its memory.
+fn write(
+    parts: &Parts,
+    request: &CreateSnapshot,
+    saved: &SavedMachine,
+    written: Option<&Written>,
+    state_file: &mut File,
+    memory_file: File,
+) -> Result<()> {
+    let memory_file = MemoryFile::new(memory_file);
+    match (request.snapshot_type, parts.base, written) {
+        (SnapshotType::Diff, Some(base), Some(written)) => {
+            let wanted = |region, page| written.has(region, page);
+            memory_file.write(&parts.memory, saved.id, Pages::Since(base), wanted)?;
+        }
+        // The first diff has nothing to differ from.
+        _ => drop(memory_file.write(&parts.memory, saved.id, Pages::All, |_, _| true)?),
+    }
+    snapshot::write(state_file, saved)
+}
+
+fn same(one: &File, other: &File) -> Result<bool> {
+    let of = |file: &File| file.metadata().map(|found| (found.dev(), found.ino()));
+    let (one, other) =
+        of(one).and_then(|one| Ok((one, of(other)?))).map_err(Error::io("looking at the files"))?;
+    Ok(one == other)
+}
