@@ -11,7 +11,17 @@ target_dir() {
 # With ROOST_NO_BUILD=1 the programs in the target folder are taken as they are.
 build_programs() {
     [ -z "${ROOST_NO_BUILD:-}" ] || return 0
-    cargo build --release --locked -p roost-vmm -p roost-agent -p roost-controller -p roost-cli
+    cargo build --release --locked -p roost-agent -p roost-controller -p roost-cli
+    build_monitor
+}
+
+# The monitor as it is installed: one process per instance, so it is worth a build of its own (Cargo.toml, profile.monitor).
+build_monitor() {
+    [ -z "${ROOST_NO_BUILD:-}" ] || return 0
+    cargo build --profile monitor --locked -p roost-vmm --bin roost-vmm
+    mkdir -p "$(programs_dir)"
+    cmp -s "$(target_dir)/monitor/roost-vmm" "$(programs_dir)/roost-vmm" ||
+        cp --remove-destination "$(target_dir)/monitor/roost-vmm" "$(programs_dir)/roost-vmm"
 }
 
 programs_dir() { echo "$(target_dir)/release"; }

@@ -104,6 +104,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             family: Some(spec.cpu.family.clone()),
             asset_tag: Some(id.to_string()),
         }),
+        snapshot: None,
         status: Some("status".into()),
         ..VmConfig::default()
     };

@@ -12,6 +12,13 @@ pub enum Command {
         /// Print JSON.
         json: bool,
     },
+    /// Put a diff snapshot's memory file on top of the one before it.
+    Rebase {
+        /// The memory file that is changed.
+        base: PathBuf,
+        /// What is put on top.
+        diff: PathBuf,
+    },
     /// Print this text and do nothing.
     Say(String),
 }
@@ -41,6 +48,9 @@ Runs one virtual machine with KVM.
 Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
        roost-vmm probe [--json]    Measures what this host's KVM can do with small guests, for `roost doctor`:
                                    exit code 0 when Linux guests run here, 3 when they do not
+       roost-vmm rebase --base FILE --diff FILE
+                                   Puts the memory file of a diff snapshot on top of the memory file of the snapshot
+                                   before it, which then is a full memory file of the diff's snapshot
        roost-vmm --help | --version
 
 Options of run:
@@ -78,12 +88,35 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             (Some("-h" | "--help"), _) => Ok(Command::Say(HELP.to_owned())),
             (Some(other), _) => Err(format!("probe takes --json, not {other:?}")),
         },
+        Some("rebase") => parse_rebase(arguments),
         Some("-h" | "--help" | "help") => Ok(Command::Say(HELP.to_owned())),
         Some("-V" | "--version") => {
             Ok(Command::Say(concat!("roost-vmm ", env!("CARGO_PKG_VERSION"), "\n").to_owned()))
         }
-        Some(other) => Err(format!("there is no command {other:?}; run, probe and --help are there")),
-        None => Err("what should be done? run, probe and --help are there".to_owned()),
+        Some(other) => Err(format!("there is no command {other:?}; run, probe, rebase and --help are there")),
+        None => Err("what should be done? run, probe, rebase and --help are there".to_owned()),
+    }
+}
+
+fn parse_rebase(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
+    let (mut base, mut diff) = (None, None);
+    while let Some(argument) = arguments.next() {
+        let (name, attached) = match argument.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (argument.as_str(), None),
+        };
+        let target = match name {
+            "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
+            "--base" => &mut base,
+            "--diff" => &mut diff,
+            _ => return Err(format!("rebase has no option {argument:?}; see roost-vmm --help")),
+        };
+        let value = attached.or_else(|| arguments.next()).ok_or_else(|| format!("{name} needs a value"))?;
+        once(name, target, value.into())?;
+    }
+    match (base, diff) {
+        (Some(base), Some(diff)) => Ok(Command::Rebase { base, diff }),
+        _ => Err("rebase needs --base FILE and --diff FILE".to_owned()),
     }
 }
 

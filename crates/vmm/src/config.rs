@@ -10,6 +10,7 @@ use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
 pub use crate::devices::virtio::vsock::config::VsockConfig;
+pub use crate::snapshot::requests::LoadSnapshot;
 
 /// Everything about one machine.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +43,9 @@ pub struct VmConfig {
     /// The DMI strings that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smbios: Option<SmbiosConfig>,
+    /// A snapshot to go on from; then all but `serial` and `status` is the snapshot's. `resume_vm` is of no meaning here.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub snapshot: Option<LoadSnapshot>,
     /// Where to append status events (see [`crate::status`]).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub status: Option<String>,
@@ -282,6 +286,16 @@ impl VmConfig {
     /// # Errors
     /// [`Error::Config`], naming the field, its value and what is allowed.
     pub fn check(&self) -> Result<()> {
+        if let Some(snapshot) = &self.snapshot {
+            snapshot.memory()?;
+            let (serial, status) = (self.serial.clone(), self.status.clone());
+            if *self != (Self { snapshot: Some(snapshot.clone()), serial, status, ..Self::default() }) {
+                return Err(Error::Config(
+                    "snapshot: a machine from a snapshot is the snapshot's; only serial and status can stand beside it"
+                        .into(),
+                ));
+            }
+        }
         self.machine_config.check()?;
         if let Some(boot) = &self.boot_source {
             boot.check()?;

@@ -14,13 +14,14 @@ use roost_vmm::exit::ExitCode;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
-use roost_vmm::{Error, Result, heap, log, probe, seccomp, threads};
+use roost_vmm::{Error, Result, heap, log, probe, seccomp, snapshot, threads};
 
 fn main() {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     let code = match cli::parse(arguments) {
         Ok(Command::Run(run)) => run_machine(&run),
         Ok(Command::Probe { json }) => run_probe(json),
+        Ok(Command::Rebase { base, diff }) => run_rebase(&base, &diff),
         Ok(Command::Say(text)) => {
             print!("{text}");
             ExitCode::PowerOff
@@ -111,6 +112,26 @@ fn end_process_on_panic() {
         // SAFETY: ends the process at once; nothing else needs to run.
         unsafe { libc::_exit(ExitCode::Internal.code()) };
     }));
+}
+
+fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
+    let open = |path: &Path, what, write| {
+        File::options().read(true).write(write).open(path).map_err(|source| Error::Open {
+            what,
+            path: path.to_owned(),
+            source,
+        })
+    };
+    let done = open(base, "base", true)
+        .and_then(|base| snapshot::rebase(&base, &open(diff, "diff", false)?))
+        .inspect_err(|error| log::line(&error.chain()));
+    match done {
+        Ok(bytes) => {
+            println!("{}: {} KiB from {}", base.display(), bytes / 1024, diff.display());
+            ExitCode::PowerOff
+        }
+        Err(error) => error.exit_code(),
+    }
 }
 
 fn run_probe(json: bool) -> ExitCode {

@@ -45,10 +45,10 @@ use crate::memory::{self, FilePages, Memory, Tracking};
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
-use crate::snapshot::{self, MemoryFile};
+use crate::snapshot::{self, MemoryFile, SavedMachine};
 use crate::status::StatusWriter;
 use crate::vcpu::{Buses, Stop, VcpuHandle};
-use crate::vm::{CpuModel, Vm, open_kvm};
+use crate::vm::{CpuModel, Vm, msr_indices, open_kvm};
 
 /// Name of the handed `/dev/kvm`.
 pub const KVM_NAME: &str = "kvm";
@@ -174,6 +174,9 @@ impl Preboot {
     pub fn build(&self) -> Result<Held> {
         let config = &self.config;
         config.check()?;
+        if let Some(request) = &config.snapshot {
+            return self.restore(request);
+        }
         let machine = &config.machine_config;
         let mut payload = self.payload()?;
         let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
@@ -189,29 +192,24 @@ impl Preboot {
         let model = CpuModel::new(&assembly.kvm, machine.vcpu_count)?;
         let threads = assembly.threads(&memory, &model, machine.vcpu_count)?;
         reset_vcpus(&threads.vcpus, entry)?;
-        let parts = self.parts(assembly, threads, memory, pages, model, description)?;
+        let parts = self.parts(assembly, threads, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), ..parts }))
     }
 
-    /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. The configuration is the
-    /// snapshot's from here on, as the request changes it.
+    /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. Its configuration is the
+    /// snapshot's, as the request changes it.
     ///
     /// # Errors
-    /// Any; the configuration is as it was then.
-    pub fn restore(&mut self, request: &LoadSnapshot) -> Result<Held> {
-        let old = self.config.clone();
-        let restored = self.load(request);
-        if restored.is_err() {
-            self.config = old;
-        }
-        restored
-    }
-
-    fn load(&mut self, request: &LoadSnapshot) -> Result<Held> {
-        let backend = request.memory()?;
+    /// Any; nothing is left behind then.
+    pub fn restore(&self, request: &LoadSnapshot) -> Result<Held> {
         let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
         let saved = snapshot::read(&mut file)?;
-        self.config = request.apply(saved.config.clone(), &self.config)?;
+        let config = request.apply(saved.config.clone(), &self.config)?;
+        Self { config, descriptors: self.descriptors.clone() }.load(request, saved)
+    }
+
+    fn load(&self, request: &LoadSnapshot, saved: SavedMachine) -> Result<Held> {
+        let backend = request.memory()?;
         let machine = &self.config.machine_config;
 
         let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
@@ -258,8 +256,8 @@ impl Preboot {
             payload.pages = pages.clone();
             payload
         });
-        let parts = self.parts(assembly, threads, memory, pages, model, description)?;
-        Ok(Held::new(Parts { payload, base: Some(saved.id), ..parts }))
+        let parts = self.parts(assembly, threads, memory, pages, description)?;
+        Ok(Held::new(Parts { payload, tables: model.tables, base: Some(saved.id), ..parts }))
     }
 
     fn description(&self, assembly: &Assembly) -> Description {
@@ -320,7 +318,6 @@ impl Preboot {
         threads: Threads,
         memory: Memory,
         pages: FilePages,
-        model: CpuModel,
         description: Description,
     ) -> Result<Parts> {
         let devices = assembly.event_loop.start(Arc::clone(&assembly.filters.devices))?;
@@ -328,10 +325,11 @@ impl Preboot {
         Ok(Parts {
             vcpus: threads.vcpus,
             devices,
+            kvm: assembly.kvm,
+            tables: Vec::new(),
             vm: assembly.vm,
             memory,
             pages,
-            model,
             payload: None,
             base: None,
             description,
@@ -509,10 +507,11 @@ impl Assembly {
     /// Makes the vCPUs, parked.
     fn threads(&self, memory: &Memory, model: &CpuModel, count: u8) -> Result<Threads> {
         let (notifier, stops, stop_bell) = Notifier::new()?;
+        let msrs = msr_indices(&self.kvm)?;
         let vcpus = (0..count)
             .map(|id| {
                 let (notifier, filter) = (notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
-                VcpuHandle::start(&self.vm, model, id, &self.buses, memory, notifier, filter)
+                VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, memory, notifier, filter)
             })
             .collect::<Result<_>>()?;
         Ok(Threads { vcpus, stops, stop_bell })

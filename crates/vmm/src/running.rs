@@ -5,6 +5,8 @@ mod capture;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use kvm_bindings::CpuId;
+use kvm_ioctls::Kvm;
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
@@ -24,18 +26,20 @@ use crate::seccomp;
 use crate::snapshot::requests::CreateSnapshot;
 use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
 use crate::vcpu::{Stop, VcpuHandle};
-use crate::vm::{CpuModel, Vm};
+use crate::vm::Vm;
 
 /// Everything that a machine is made of. Threads come first: they end before what they use.
 pub(crate) struct Parts {
     pub vcpus: Vec<VcpuHandle>,
     #[allow(dead_code)] // owned for its end
     pub devices: DeviceThread,
+    pub kvm: Kvm,
     pub vm: Vm,
+    /// What the vCPUs can do, if they come from a snapshot; otherwise what KVM says.
+    pub tables: Vec<CpuId>,
     pub memory: Memory,
     /// Pages of guest memory that are a file's.
     pub pages: FilePages,
-    pub model: CpuModel,
     /// The kernel, for the next reset. A machine from a snapshot may be without.
     pub payload: Option<Payload>,
     /// The snapshot since which it is noted which pages are written.
@@ -51,6 +55,14 @@ pub(crate) struct Parts {
     pub descriptors: Descriptors,
     pub config: VmConfig,
     pub api_filter: seccomp::Filter,
+}
+
+impl Parts {
+    /// No vCPU runs.
+    fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
+        self.base = Some(capture::create(self, request)?);
+        Ok(())
+    }
 }
 
 /// A machine that is built but has not run yet.
@@ -140,6 +152,15 @@ impl Held {
         metrics(&self.0, 0)
     }
 
+    /// Takes a snapshot into the two files that the request names. Afterwards the machine is as before.
+    ///
+    /// # Errors
+    /// [`Error::NotHanded`] for names that are not there, [`Error::Io`], [`Error::Kvm`]. The files hold nothing that could be
+    /// loaded then.
+    pub fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
+        self.0.create_snapshot(request)
+    }
+
     /// Lets the vCPUs run.
     ///
     /// # Errors
@@ -217,11 +238,10 @@ impl Running {
         Ok(())
     }
 
-    /// Takes a snapshot of the paused machine into the two files that the request names. Afterwards the machine is as before.
+    /// Takes a snapshot of the paused machine; see [`Held::create_snapshot`].
     ///
     /// # Errors
-    /// [`Error::State`] if it is not paused, [`Error::NotHanded`] for names that are not there, [`Error::Io`], [`Error::Kvm`].
-    /// The files hold nothing that could be loaded then.
+    /// [`Error::State`] if it is not paused, and as there.
     pub fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
         if !self.paused {
             return Err(Error::State(
@@ -229,9 +249,7 @@ impl Running {
                     .into(),
             ));
         }
-        let id = capture::create(&self.parts, request)?;
-        self.parts.base = Some(id);
-        Ok(())
+        self.parts.create_snapshot(request)
     }
 
     /// Presses the power button.

@@ -1,6 +1,5 @@
 //! The virtual machine as KVM knows it: memory slots, interrupt controllers, timers, vCPUs.
 
-use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_bindings::{
@@ -13,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::cpu::cpuid::{SavedCpuid, Topology};
+use crate::cpu::cpuid::{self, SavedCpuid, Topology};
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
@@ -206,18 +205,40 @@ impl std::fmt::Debug for Vm {
     }
 }
 
-/// What KVM says that guests may see, and the MSRs that it knows.
+/// What KVM says that guests may see.
 #[derive(Debug)]
 pub struct CpuModel {
     /// Its CPUID tables.
     pub supported: CpuId,
     /// The machine's topology.
     pub topology: Topology,
-    /// Numbers of the MSRs that make up a vCPU's state.
-    pub msr_indices: Arc<[u32]>,
+    /// The vCPUs' own tables, if they come from a snapshot.
+    pub tables: Vec<CpuId>,
 }
 
 impl CpuModel {
+    /// The same for the vCPUs of a snapshot.
+    ///
+    /// # Errors
+    /// [`Error::Snapshot`]: what this host lacks.
+    pub fn of_snapshot(self, vcpus: &[SavedCpuid]) -> Result<Self> {
+        let tables = vcpus.iter().map(|cpuid| cpuid.on(&self.supported, self.topology));
+        let tables = tables.collect::<std::result::Result<_, _>>().map_err(Error::Snapshot)?;
+        Ok(Self { tables, ..self })
+    }
+
+    /// What vCPU number `id` can do.
+    ///
+    /// # Errors
+    /// [`Error::KvmLacks`]: the table would be longer than KVM takes.
+    pub fn table(&self, id: u8) -> Result<CpuId> {
+        if let Some(table) = self.tables.get(usize::from(id)) {
+            return Ok(table.clone());
+        }
+        cpuid::for_vcpu(&self.supported, self.topology, id)
+            .map_err(|error| Error::KvmLacks(format!("room for the CPUID table: {error:?}")))
+    }
+
     /// Asks KVM.
     ///
     /// # Errors
@@ -228,30 +249,18 @@ impl CpuModel {
                 .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
                 .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?,
             topology: Topology { vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) },
-            msr_indices: kvm
-                .get_msr_index_list()
-                .map_err(Error::kvm("KVM_GET_MSR_INDEX_LIST"))?
-                .as_slice()
-                .into(),
+            tables: Vec::new(),
         })
     }
 }
 
-impl CpuModel {
-    /// The same for the guest of a snapshot.
-    ///
-    /// # Errors
-    /// [`Error::Snapshot`]: what this host lacks.
-    pub fn of_snapshot(self, saved: &SavedCpuid) -> Result<Self> {
-        let (supported, topology) = saved.on(&self.supported, self.topology).map_err(Error::Snapshot)?;
-        Ok(Self { supported, topology, ..self })
-    }
-
-    /// What a snapshot holds of it.
-    #[must_use]
-    pub fn save(&self) -> SavedCpuid {
-        SavedCpuid::new(&self.supported, self.topology)
-    }
+/// Numbers of the MSRs that make up a vCPU's state.
+///
+/// # Errors
+/// [`Error::Kvm`].
+pub fn msr_indices(kvm: &Kvm) -> Result<Vec<u32>> {
+    let list = kvm.get_msr_index_list().map_err(Error::kvm("KVM_GET_MSR_INDEX_LIST"))?;
+    Ok(list.as_slice().to_vec())
 }
 
 /// KVM_CREATE_VM may be interrupted by a signal on a busy host.

@@ -7,17 +7,22 @@ use common::machines::{self, MEMORY_MIB};
 use common::{Code, DEADLINE, Machine, footprint, tap, wait_for};
 use serde_json::json;
 
+/// `scripts/test` names the monitor as it is installed here. A debug build has more to relocate at its start.
+const INSTALLED: &str = "ROOST_INSTALLED_MONITOR";
+const LIMIT_KIB: u64 = 280;
+const DEBUG_KIB: u64 = 80;
+
 #[test]
 fn up_to_the_first_instruction_a_machine_costs_280_kib() {
-    let machine = {
-        let mut machine = Machine::new(&Code::default().power_off());
-        machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
-        machine
-    };
+    let mut machine = Machine::new(&Code::default().power_off());
+    machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
+    let installed = std::env::var_os(INSTALLED);
+    let limit = if installed.is_some() { LIMIT_KIB } else { LIMIT_KIB + DEBUG_KIB };
+    machine.program = installed.map_or(machine.program.clone(), Into::into);
     footprint::settle(&machine.program);
     let held = Held::start(&mut machine.command::<&str>(&[]), DEADLINE).unwrap();
     let cost = footprint::of(held.pid(), MEMORY_MIB).unwrap();
-    assert!(cost.private_dirty_kib <= 280, "{cost:?}");
+    assert!(cost.private_dirty_kib <= limit, "{}: {cost:?}", machine.program.display());
     // The monitor has put a few pages of tables into the guest, in one huge page or two where the host had them to give, and nothing
     // else has been touched.
     assert!((1..=4096).contains(&cost.guest_rss_kib), "{cost:?}");

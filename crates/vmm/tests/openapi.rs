@@ -6,6 +6,7 @@ mod common;
 
 use std::collections::BTreeSet;
 use std::fs::File;
+use std::os::unix::net::UnixStream;
 
 use common::{Code, Machine, hand_over, machines, tap};
 use imago::FormatCreateBuilder;
@@ -98,7 +99,9 @@ fn before_load(snapshot: &Machine, tap: &File) -> (Machine, Client) {
     let (_files, mut arguments) = common::hand(snapshot, &names);
     let folder = File::open(machine.path("sockets")).unwrap();
     let (_console, console) = common::hand(&machine, &["console"]);
-    arguments.extend(hand_over("tap1", tap).into_iter().chain(hand_over("sockets", &folder)).chain(console));
+    let (input, _) = UnixStream::pair().unwrap();
+    let others = [hand_over("tap1", tap), hand_over("sockets", &folder), hand_over("input", &input)];
+    arguments.extend(others.into_iter().flatten().chain(console));
     let socket = machine.text("api");
     let mut all = vec!["run", "--api-sock", &socket];
     all.extend(arguments.iter().map(String::as_str));

@@ -5,11 +5,16 @@
 
 mod common;
 
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::path::Path;
+use std::process::Command;
 
-use common::machines::echo;
-use common::{Code, Machine, hand, wait_for};
+use common::machines::{self, echo};
+use common::virtio::{Device, Ring, block, block_request};
+use common::{Code, Machine, disk, hand, hand_over, tap, wait_for};
 use roost_vmm::client::{Client, ClientError};
+use roost_vmm::exit::ExitCode;
 use serde_json::{Value, json};
 
 fn types(machine: &Machine, client: &Client, byte: &str, answer: &str) {
@@ -75,4 +80,266 @@ fn clones_go_on_where_the_snapshot_was_taken_and_so_does_the_original() {
         types(&clone, &client, "d", "d4");
         client.force_stop().unwrap();
     }
+}
+
+/// Waits for a byte of input: again: mov edx, 0x3fd; in al, dx; test al, 1; jz again; mov edx, 0x3f8; in al, dx
+fn wait_for_input(code: Code) -> Code {
+    code.bytes(&[0xba, 0xfd, 0x03, 0, 0, 0xec, 0xa8, 0x01, 0x74, 0xf6, 0xba, 0xf8, 0x03, 0, 0, 0xec])
+}
+
+#[test]
+fn diffs_on_top_of_each_other_are_the_machine() {
+    let mut machine = Machine::new(&echo());
+    machine.config["machine-config"]["track_dirty_pages"] = json!(true);
+    let names = ["s0", "m0", "s1", "m1", "s2", "m2"];
+    let (_files, arguments) = hand(&machine, &names);
+    machine.start(&arguments);
+    let client = machine.client();
+    // The first has nothing to differ from, so it has everything.
+    for (n, byte) in ["a", "b", "c"].into_iter().enumerate() {
+        types(&machine, &client, byte, &format!("{byte}{}", n + 1));
+        client.pause().unwrap();
+        snapshot(&client, "Diff", &format!("s{n}"), &format!("m{n}")).unwrap();
+        client.resume().unwrap();
+    }
+    client.force_stop().unwrap();
+    let blocks = |name: &str| {
+        std::os::unix::fs::MetadataExt::blocks(&File::open(machine.path(name)).unwrap().metadata().unwrap())
+    };
+    assert!(blocks("m1") < blocks("m0"), "a diff is not smaller");
+
+    let (_bare, client) = bare();
+    let body = json!({ "snapshot_path": machine.path("s1"), "mem_file_path": machine.path("m1") });
+    let why = refusal(client.put("PUT", "/snapshot/load", &body));
+    assert!(why.contains("roost-vmm rebase"), "{why}");
+
+    let rebase = |base: &str, diff: &str| {
+        let mut command = Command::new(&machine.program);
+        command.args(["rebase", "--base", &machine.text(base), "--diff", &machine.text(diff)]);
+        command.output().unwrap()
+    };
+    let wrong = rebase("m0", "m2");
+    assert_eq!(wrong.status.code(), Some(ExitCode::Config.code()));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("not made on top of this base"));
+    for (diff, state, answer) in [("m1", "s1", "x3"), ("m2", "s2", "x4")] {
+        let done = rebase("m0", diff);
+        assert!(done.status.success(), "{done:?}");
+        let (clone, client) = load(machine.dir.path(), state, "m0", &json!({}));
+        types(&clone, &client, "x", answer);
+    }
+}
+
+/// Pages that a device writes are in a diff as the guest's own are.
+#[test]
+fn what_a_device_wrote_is_in_a_diff() {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring)).print("1");
+    let code = block_request(wait_for_input(code), ring, 0, block::IN, 0, 0x50_0000, 4096).print("2");
+    let code = wait_for_input(code).address(0x50_0000).expect32(0x50_0000, 0x6161_6161).print("3").stop();
+    let mut machine = Machine::new(&code);
+    std::fs::write(machine.path("disk"), vec![b'a'; 1 << 20]).unwrap();
+    machine.config["machine-config"]["track_dirty_pages"] = json!(true);
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    let (_files, arguments) = hand(&machine, &["s0", "m0", "s1", "m1"]);
+    machine.start(&arguments);
+    let client = machine.client();
+    for (n, (byte, answer)) in [("", "1"), ("x", "2")].into_iter().enumerate() {
+        types(&machine, &client, byte, answer);
+        client.pause().unwrap();
+        snapshot(&client, if n == 0 { "Full" } else { "Diff" }, &format!("s{n}"), &format!("m{n}")).unwrap();
+        client.resume().unwrap();
+    }
+    client.force_stop().unwrap();
+    let open = |name: &str| File::options().read(true).write(true).open(machine.path(name)).unwrap();
+    roost_vmm::snapshot::rebase(&open("m0"), &open("m1")).unwrap();
+    let mut read = [0; 4096];
+    open("m0").read_exact_at(&mut read, 0x50_0000).unwrap();
+    assert_eq!(read, [b'a'; 4096]);
+    let (clone, client) = load(machine.dir.path(), "s1", "m0", &json!({}));
+    types(&clone, &client, "y", "3");
+}
+
+/// Disk and interface go on, each clone on its own disk and tap.
+#[test]
+fn devices_go_on_in_the_middle_of_their_rings() {
+    let Some(tap) = tap::create() else { return };
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let net = (Device(1), Ring { queue: 1, size: 8, base: 0x30_0000 });
+    let mut code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    let receive = Ring { queue: 0, size: 8, base: 0x40_0000 };
+    code = net.0.go(net.0.queue(net.0.queue(net.0.negotiate(code, 0), receive), net.1));
+    code = net.1.descriptor(code, 0, 0x70_0000, 72, 0, 0);
+    for part in 0..2_u16 {
+        for n in 5 * part..5 * part + 5 {
+            code = code.fill_pages(0x50_0000, 1, u32::from(n) + 1);
+            code = block_request(code, ring, n, block::OUT, u64::from(n) * 8, 0x50_0000, 4096);
+            code = net.0.notify(net.1.offer(code, n, 0), 1).wait16(net.1.used_index(), n + 1);
+        }
+        code = code.print(if part == 0 { "half" } else { "whole" });
+        if part == 0 {
+            code = wait_for_input(code);
+        }
+    }
+    let mut machine = Machine::new(&code.stop());
+    disk(&machine.path("disk"), 1 << 20);
+    machine.config["drives"] = json!([{ "drive_id": "root", "path_on_host": machine.text("disk") }]);
+    machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
+    let (_files, mut arguments) = hand(&machine, &["state", "memory"]);
+    arguments.extend(machines::tap_argument(&tap));
+    machine.start(&arguments);
+    wait_for("half", || machine.console().contains("half").then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
+
+    let words = |path: &Path| {
+        let bytes = std::fs::read(path).unwrap();
+        (0..10).map(|n| bytes[n * 4096]).collect::<Vec<u8>>()
+    };
+    for name in ["one", "other"] {
+        std::fs::copy(machine.path("disk"), machine.path(name)).unwrap();
+        let Some(tap) = tap::create() else { return };
+        let mut clone = Machine::new(&Code::default());
+        let mut arguments = hand_over("tap9", &tap).to_vec();
+        arguments.extend(["--api-sock".to_owned(), clone.text("api")]);
+        let words_of: Vec<&str> = ["run"].into_iter().chain(arguments.iter().map(String::as_str)).collect();
+        clone.start_with(&words_of);
+        let client = clone.client();
+        let body = json!({
+            "snapshot_path": machine.path("state"), "mem_file_path": machine.path("memory"), "resume_vm": true,
+            "network_overrides": [{ "iface_id": "eth0", "host_dev_name": "tap9" }],
+            "drive_overrides": [{ "drive_id": "root", "path_on_host": machine.path(name) }],
+            "serial_override": { "output": clone.path("console") },
+        });
+        client.put("PUT", "/snapshot/load", &body).unwrap();
+        types(&clone, &client, "x", "whole");
+        client.force_stop().unwrap();
+        assert_eq!(words(&machine.path(name)), [1, 2, 3, 4, 5, 6, 7, 8, 9, 10]);
+    }
+    assert_eq!(words(&machine.path("disk")), [1, 2, 3, 4, 5, 0, 0, 0, 0, 0]);
+}
+
+/// A clone finds another generation id, and the event device's line raised for it.
+#[test]
+fn a_clone_knows_that_it_is_one() {
+    let mut code = Code::default().print("1");
+    // again: mov edx, 0x603; in al, dx; test al, 0x80; jz again
+    code = code.bytes(&[0xba, 0x03, 0x06, 0, 0, 0xec, 0xa8, 0x80, 0x74, 0xf6]);
+    for n in 0..16_u32 {
+        // mov al, [rdi]; and al, 15; add al, 'a'; mov edx, 0x3f8; out dx, al
+        code = code
+            .address(0xe_f000 + n)
+            .bytes(&[0x8a, 0x07, 0x24, 0x0f, 0x04, b'a', 0xba, 0xf8, 0x03, 0, 0, 0xee]);
+    }
+    let mut machine = Machine::new(&code.print(".").stop());
+    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    machine.start(&arguments);
+    wait_for("the guest", || (machine.console() == "1").then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
+    let ids = [(), ()].map(|()| {
+        let (clone, _client) = load(machine.dir.path(), "state", "memory", &json!({}));
+        wait_for("the id", || clone.console().ends_with('.').then_some(()));
+        clone.console()
+    });
+    let mut own = [0; 16];
+    File::open(machine.path("memory")).unwrap().read_exact_at(&mut own, 0xe_f000).unwrap();
+    let own: String = own.iter().map(|byte| char::from(b'a' + (byte & 15))).chain(['.']).collect();
+    assert!(ids[0] != ids[1] && ids[0] != own && ids[1] != own, "{ids:?} {own}");
+}
+
+/// What a reset finds is what power-on leaves, not what the memory file holds.
+#[test]
+fn a_clone_that_resets_starts_from_its_kernel() {
+    // cmp dword [0x300000], 0; a mark there is complained of
+    let code = Code::default().address(0x30_0000).expect32(0x30_0000, 0).print("up").store(0x30_0000, 7);
+    let mut machine = Machine::new(&wait_for_input(code).reset());
+    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    machine.start(&arguments);
+    wait_for("the guest", || machine.console().ends_with("up").then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
+
+    let (clone, client) = load(machine.dir.path(), "state", "memory", &json!({}));
+    for times in 1..3 {
+        client.console_input(b"x").unwrap();
+        wait_for("a reset", || (clone.console() == "up".repeat(times)).then_some(()));
+    }
+    // Without the kernel's file, a reset is the end.
+    std::fs::remove_file(machine.path("kernel")).unwrap();
+    let (mut clone, client) = load(machine.dir.path(), "state", "memory", &json!({}));
+    client.console_input(b"x").unwrap();
+    assert_eq!(clone.wait().code, ExitCode::GuestReset.code());
+}
+
+#[test]
+fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_lost() {
+    let mut machine = Machine::new(&echo());
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    let (_files, mut arguments) = hand(&machine, &["state", "memory"]);
+    arguments.extend(hand_over("full", &full));
+    machine.start(&arguments);
+    let client = machine.client();
+    types(&machine, &client, "a", "a1");
+    let refused = |kind: &str, state: &str, memory: &str| refusal(snapshot(&client, kind, state, memory));
+    assert!(refused("Full", "state", "memory").contains("PATCH /vm"));
+    client.pause().unwrap();
+    for (kind, state, memory, words) in [
+        ("Diff", "state", "memory", "track_dirty_pages"),
+        ("Full", "nowhere", "memory", "\"nowhere\" was not handed over"),
+        ("Full", "state", "state", "one file"),
+        ("Full", "state", "full", "memory file"),
+    ] {
+        let why = refused(kind, state, memory);
+        assert!(why.contains(words), "{words}: {why}");
+    }
+    let why =
+        refusal(client.put("PUT", "/snapshot/load", &json!({ "snapshot_path": "s", "mem_file_path": "m" })));
+    assert!(why.contains("built already"), "{why}");
+    // A snapshot that failed half-way is none.
+    let (_bare, other) = bare();
+    let load = |body: &Value| refusal(other.put("PUT", "/snapshot/load", body));
+    let files = json!({ "snapshot_path": machine.path("state"), "mem_file_path": machine.path("memory") });
+    assert!(load(&files).contains("the state file has 0 bytes"));
+
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.resume().unwrap();
+    types(&machine, &client, "b", "b2");
+    let with = |name: &str, value: Value| {
+        let mut body = files.clone();
+        body[name] = value;
+        body
+    };
+    for (body, words) in [
+        (with("mem_backend", json!({ "backend_type": "File", "backend_path": "m" })), "exactly one"),
+        (
+            with("network_overrides", json!([{ "iface_id": "eth7", "host_dev_name": "t" }])),
+            "\"eth7\" is not in the snapshot",
+        ),
+        (
+            with("drive_overrides", json!([{ "drive_id": "root", "path_on_host": "t" }])),
+            "\"root\" is not in the snapshot",
+        ),
+        (with("vsock_override", json!({ "uds_path": "v" })), "vsock_override"),
+        (with("mem_file_path", json!(machine.path("state"))), "no memory file"),
+        (with("snapshot_path", json!(machine.path("memory"))), "no state file"),
+        (with("snapshot_path", json!(machine.path("nowhere"))), "nowhere"),
+    ] {
+        let why = load(&body);
+        assert!(why.contains(words), "{words}: {why}");
+    }
+    // Another snapshot's memory.
+    let memory = std::fs::read(machine.path("memory")).unwrap();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    std::fs::write(machine.path("old"), memory).unwrap();
+    assert!(load(&with("mem_file_path", json!(machine.path("old")))).contains("two snapshots"));
+    // After all that it can be loaded.
+    other.put("PUT", "/snapshot/load", &files).unwrap();
+    assert_eq!(other.info().unwrap().state, "Paused");
 }

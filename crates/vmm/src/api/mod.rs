@@ -102,16 +102,15 @@ impl Server {
     /// # Errors
     /// Any of the build.
     pub fn build(&self, preboot: &Preboot, status: &mut StatusWriter) -> Result<Held> {
-        let held = preboot.build()?;
-        if preboot.config().serial.is_none() {
-            terminal::make_raw();
-        }
-        self.take_over(held, status)
+        self.take_over(preboot.build()?, status)
     }
 
     /// Locks this thread down around a machine that is built.
     fn take_over(&self, held: Held, status: &mut StatusWriter) -> Result<Held> {
         self.watch(held.stop_bell().as_raw_fd())?;
+        if held.config().serial.is_none() {
+            terminal::make_raw();
+        }
         crate::heap::trim();
         held.lock_down()?;
         status.append(&Event::Built {

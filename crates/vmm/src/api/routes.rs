@@ -10,7 +10,7 @@ use crate::config::{Drive, NetworkInterface, VmConfig};
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
-use crate::snapshot::requests::LoadSnapshot;
+use crate::snapshot::requests::{CreateSnapshot, LoadSnapshot};
 use crate::status::StatusWriter;
 
 #[derive(Debug, Deserialize)]
@@ -207,16 +207,20 @@ impl Server {
         Ok(())
     }
 
+    fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
+        match &mut self.machine {
+            Some(Machine::Held(held)) => held.create_snapshot(request),
+            _ => self.running()?.create_snapshot(request),
+        }
+    }
+
     /// Makes the machine of a snapshot in place of the one that was being configured.
     fn load_snapshot(&mut self, body: &[u8], status: &mut StatusWriter, end: &mut Option<End>) -> Result<()> {
         let request: LoadSnapshot = json(body)?;
-        let preboot = match &mut self.machine {
-            Some(Machine::Preboot(preboot)) => preboot,
-            _ => {
-                return Err(Error::State(
-                    "a snapshot is loaded in place of a start, and this machine is built already".into(),
-                ));
-            }
+        let Some(Machine::Preboot(preboot)) = &self.machine else {
+            return Err(Error::State(
+                "a snapshot is loaded in place of a start, and this machine is built already".into(),
+            ));
         };
         let held = preboot.restore(&request)?;
         let running = self.take_over(held, status).and_then(|held| {
@@ -298,7 +302,7 @@ impl Server {
             Route::SetSmbios => self.preboot()?.set_smbios(json(body)?)?,
             Route::SerialInput => self.running()?.console_input(body)?,
             Route::ChangeVm => self.change_vm(body, status)?,
-            Route::CreateSnapshot => self.running()?.create_snapshot(&json(body)?)?,
+            Route::CreateSnapshot => self.create_snapshot(&json(body)?)?,
             Route::LoadSnapshot => self.load_snapshot(body, status, end)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,

@@ -99,14 +99,9 @@ fn leaf_b(topology: Topology, id: u32) -> [kvm_cpuid_entry2; 2] {
     [level(0, LEVEL_THREAD, 0, 1), level(1, LEVEL_CORE, topology.core_bits(), u32::from(topology.vcpus))]
 }
 
-/// What a machine's CPUs can do, as KVM told the monitor that made the machine: what a snapshot holds of it.
+/// What one vCPU can do: what a snapshot holds of it.
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct SavedCpuid {
-    /// KVM's table.
-    entries: Vec<kvm_cpuid_entry2>,
-    /// KVM has the TSC deadline timer.
-    tsc_deadline: bool,
-}
+pub struct SavedCpuid(Vec<kvm_cpuid_entry2>);
 
 /// Registers of leaves whose bits are each a feature: leaf, subleaf, register, bits that only mirror the state of a CPU.
 const FEATURES: [(u32, u32, Register, u32); 14] = [
@@ -149,23 +144,33 @@ impl Register {
 }
 
 impl SavedCpuid {
-    /// What the guests of a machine see.
+    /// A vCPU's table.
     #[must_use]
-    pub fn new(supported: &CpuId, topology: Topology) -> Self {
-        Self { entries: supported.as_slice().to_vec(), tsc_deadline: topology.tsc_deadline }
+    pub fn new(table: &CpuId) -> Self {
+        Self(table.as_slice().to_vec())
     }
 
-    /// The table for a machine of this topology on a host that supports what it needs.
+    /// The table, for a host that supports all that is in it.
     ///
     /// # Errors
     /// Which features this host lacks.
-    pub fn on(&self, supported: &CpuId, topology: Topology) -> Result<(CpuId, Topology), String> {
+    pub fn on(&self, supported: &CpuId, topology: Topology) -> Result<CpuId, String> {
+        // What the monitor adds by itself is not always in KVM's list.
+        let added = |leaf: u32, register: Register| match (leaf, register) {
+            (1, Register::Ecx) => {
+                let deadline = if topology.tsc_deadline { LEAF1_ECX_TSC_DEADLINE } else { 0 };
+                LEAF1_ECX_HYPERVISOR | LEAF1_ECX_X2APIC | deadline
+            }
+            (1, Register::Edx) => LEAF1_EDX_HTT,
+            (0x8000_0001, Register::Ecx) => EXT1_ECX_CMP_LEGACY,
+            _ => 0,
+        };
         let missing: Vec<String> = FEATURES
             .iter()
             .filter_map(|(leaf, subleaf, register, ignored)| {
-                let [had, have] = [&self.entries, supported.as_slice()]
-                    .map(|entries| register.of(entries, *leaf, *subleaf));
-                let bits = had & !have & !ignored;
+                let [had, have] =
+                    [&self.0, supported.as_slice()].map(|entries| register.of(entries, *leaf, *subleaf));
+                let bits = had & !(have | added(*leaf, *register) | ignored);
                 (bits != 0).then(|| format!("leaf {leaf:#x}.{subleaf} {register:?} bits {bits:#010x}"))
             })
             .collect();
@@ -175,12 +180,7 @@ impl SavedCpuid {
                 missing.join(", ")
             ));
         }
-        if self.tsc_deadline && !topology.tsc_deadline {
-            return Err("this host's KVM lacks the TSC deadline timer, which the guest uses".into());
-        }
-        let table =
-            CpuId::from_entries(&self.entries).map_err(|error| format!("its CPUID table: {error:?}"))?;
-        Ok((table, Topology { tsc_deadline: self.tsc_deadline, ..topology }))
+        CpuId::from_entries(&self.0).map_err(|error| format!("its CPUID table: {error:?}"))
     }
 }
 

@@ -47,12 +47,13 @@ pub struct SavedVcpu {
 }
 
 impl SavedVcpu {
-    /// Reads it of a vCPU that does not run.
+    /// Reads it of a vCPU that does not run. `start` is its state after its creation, whose MSRs are those that there are.
     ///
     /// # Errors
     /// [`Error::Kvm`].
-    pub fn capture(vcpu: &VcpuFd, msr_indices: &[u32]) -> Result<Self> {
-        let state = VcpuState::capture(vcpu, msr_indices)?;
+    pub fn capture(vcpu: &VcpuFd, start: &VcpuState) -> Result<Self> {
+        let msrs: Vec<u32> = start.msrs.iter().map(|entry| entry.index).collect();
+        let state = VcpuState::capture(vcpu, &msrs)?;
         let clock = read(vcpu, &[MSR_TSC, MSR_TSC_ADJUST]);
         let value = |index| clock.iter().find(|entry| entry.index == index).map(|entry| entry.data);
         let tsc = value(MSR_TSC).ok_or_else(|| Error::KvmLacks("a TSC that can be read".into()))?;

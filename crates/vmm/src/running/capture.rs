@@ -8,6 +8,7 @@ use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Parts;
+use crate::cpu::cpuid::SavedCpuid;
 use crate::descriptors::Access;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::entropy::host_random;
@@ -16,6 +17,7 @@ use crate::error::{Error, Result};
 use crate::memory::PAGE;
 use crate::snapshot::requests::{CreateSnapshot, SnapshotType};
 use crate::snapshot::{self, MemoryFile, Pages, SavedMachine};
+use crate::vm::CpuModel;
 
 /// Bits of a word of a dirty log.
 const BITS: u64 = 64;
@@ -88,7 +90,7 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
         vmm_version: env!("CARGO_PKG_VERSION").to_owned(),
         taken_at_ns: SavedMachine::now_ns(),
         config: parts.config.clone(),
-        cpuid: parts.model.save(),
+        cpuid: cpuid(parts)?,
         vcpus: parts.vcpus.iter().map(crate::vcpu::VcpuHandle::save).collect::<Result<_>>()?,
         vm: parts.vm.save()?,
         serial: parts.serial.save(),
@@ -106,6 +108,13 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
         written.put_back(parts);
     }
     result.map(|()| id)
+}
+
+/// The vCPUs' tables, as they were made: what KVM tells of a vCPU itself is not the same with every KVM.
+fn cpuid(parts: &Parts) -> Result<Vec<SavedCpuid>> {
+    let count = parts.config.machine_config.vcpu_count;
+    let model = CpuModel { tables: parts.tables.clone(), ..CpuModel::new(&parts.kvm, count)? };
+    (0..count).map(|id| Ok(SavedCpuid::new(&model.table(id)?))).collect()
 }
 
 /// Memory first: a state file is whole only beside its memory.

@@ -119,6 +119,8 @@ const TUNSETOFFLOAD: u64 = bits_of(tap::TUNSETOFFLOAD);
 // On a machine.
 const KVM_SET_IRQCHIP: u64 = 0x8208_ae63;
 const KVM_SET_PIT2: u64 = 0x4070_aea0;
+const KVM_CHECK_EXTENSION: u64 = 0xae03;
+const KVM_GET_SUPPORTED_CPUID: u64 = 0xc008_ae05;
 const KVM_GET_IRQCHIP: u64 = 0xc208_ae62;
 const KVM_GET_PIT2: u64 = 0x8070_ae9f;
 const KVM_GET_CLOCK: u64 = 0x8030_ae7c;
@@ -193,6 +195,8 @@ const API: &[Allowed] = &[
     any(libc::SYS_timerfd_settime, "the balloon's statistics come at another interval"),
     with(libc::SYS_ioctl, 1, KVM_SET_IRQCHIP, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_PIT2, "a reset"),
+    with(libc::SYS_ioctl, 1, KVM_CHECK_EXTENSION, "a snapshot"),
+    with(libc::SYS_ioctl, 1, KVM_GET_SUPPORTED_CPUID, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_IRQCHIP, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_PIT2, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_CLOCK, "a snapshot"),

@@ -27,8 +27,8 @@ pub struct SavedMachine {
     pub taken_at_ns: u64,
     /// The configuration; names in it are looked up anew.
     pub config: VmConfig,
-    /// What the guest's CPUs can do.
-    pub cpuid: SavedCpuid,
+    /// What each vCPU can do.
+    pub cpuid: Vec<SavedCpuid>,
     /// vCPUs in order.
     pub vcpus: Vec<SavedVcpu>,
     /// Interrupt controllers, timers, clock.
@@ -85,8 +85,9 @@ pub fn read(file: &mut File) -> Result<SavedMachine> {
     let machine: SavedMachine = serde_json::from_slice(state)
         .map_err(|error| Error::Snapshot(format!("the state is not as this version has it: {error}")))?;
     machine.config.check()?;
-    if machine.vcpus.len() != usize::from(machine.config.machine_config.vcpu_count) {
-        return Err(Error::Snapshot(format!("it holds {} vCPUs", machine.vcpus.len())));
+    let vcpus = usize::from(machine.config.machine_config.vcpu_count);
+    if machine.vcpus.len() != vcpus || machine.cpuid.len() != vcpus {
+        return Err(Error::Snapshot(format!("it holds {} of {vcpus} vCPUs", machine.vcpus.len())));
     }
     Ok(machine)
 }

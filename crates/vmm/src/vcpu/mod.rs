@@ -23,7 +23,6 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::{Bus, Outcome};
-use crate::cpu::cpuid;
 use crate::cpu::registers::{self, Entry};
 use crate::cpu::state::{SavedVcpu, VcpuState, write_msrs};
 use crate::error::{Error, Result};
@@ -92,7 +91,6 @@ struct Vcpu {
     buses: Arc<Buses>,
     memory: Memory,
     start: VcpuState,
-    msr_indices: Arc<[u32]>,
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     notifier: Notifier,
@@ -114,13 +112,13 @@ pub struct VcpuHandle {
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
 impl VcpuHandle {
-    /// Makes vCPU number `id` and starts its thread, parked behind its filter.
+    /// Makes vCPU number `id` and starts its thread, parked behind its filter. `cpu` is what it can do, and its MSRs.
     ///
     /// # Errors
     /// [`Error::Kvm`], [`Error::Io`], [`Error::Seccomp`].
     pub fn start(
         vm: &Vm,
-        model: &CpuModel,
+        cpu: (&CpuModel, &[u32]),
         id: u8,
         buses: &Arc<Buses>,
         memory: &Memory,
@@ -128,15 +126,14 @@ impl VcpuHandle {
         filter: seccomp::Filter,
     ) -> Result<Self> {
         let fd = vm.create_vcpu(id)?;
-        let table = cpuid::for_vcpu(&model.supported, model.topology, id)
-            .map_err(|error| Error::KvmLacks(format!("room for the CPUID table: {error:?}")))?;
-        fd.set_cpuid2(&table).map_err(Error::kvm("KVM_SET_CPUID2"))?;
+        let (model, msr_indices) = cpu;
+        fd.set_cpuid2(&model.table(id)?).map_err(Error::kvm("KVM_SET_CPUID2"))?;
         let msr = |index, data| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
         write_msrs(
             &fd,
             &[msr(MSR_MISC_ENABLE, MSR_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)],
         );
-        let start = VcpuState::capture(&fd, &model.msr_indices)?;
+        let start = VcpuState::capture(&fd, msr_indices)?;
         let kick = KickPage::new(&fd)?;
         let (commands, command_receiver) = channel();
         let (reply_sender, replies) = channel();
@@ -146,7 +143,6 @@ impl VcpuHandle {
             buses: Arc::clone(buses),
             memory: memory.clone(),
             start,
-            msr_indices: Arc::clone(&model.msr_indices),
             commands: command_receiver,
             replies: reply_sender,
             notifier,
@@ -323,7 +319,7 @@ impl Vcpu {
 
     /// A paused vCPU has left KVM_RUN by a kick, so nothing of an access is left to happen.
     fn save(&self) -> Result<SavedVcpu> {
-        SavedVcpu::capture(&self.fd, &self.msr_indices)
+        SavedVcpu::capture(&self.fd, &self.start)
     }
 
     /// Runs until told otherwise, or until the guest stops by itself.
