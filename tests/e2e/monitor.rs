@@ -1,5 +1,5 @@
 //! The monitor by hand (`docs/monitor.md`), with a Linux guest: what the agent does not use yet.
-#![allow(clippy::unwrap_used, missing_docs)]
+#![allow(clippy::unwrap_used, clippy::cast_precision_loss, missing_docs)]
 
 use roost_e2e::{Rig, TempFile, wait_for};
 use serde_json::{Value, json};
@@ -16,14 +16,18 @@ struct ByHand<'a> {
 }
 
 impl<'a> ByHand<'a> {
+    /// A guest that boots.
     fn start(rig: &'a Rig, name: &str, devices: &Value) -> ByHand<'a> {
-        let unit = format!("{}-{name}", rig.units);
-        let dir = format!("/run/{unit}");
-        let monitor = ByHand { rig, dir, unit };
-        let dir = &monitor.dir;
+        ByHand::boot(rig, name, devices).0
+    }
+
+    /// The same, and how long it took from the monitor's start to the guest's first reply.
+    fn boot(rig: &'a Rig, name: &str, devices: &Value) -> (ByHand<'a>, Duration) {
         let initrd = TempFile::new("initrd", "");
         std::fs::write(&initrd.0, initrd_of(&std::fs::read(env!("CARGO_BIN_EXE_roost-guest")).unwrap()))
             .unwrap();
+        let monitor = ByHand::named(rig, name);
+        let dir = &monitor.dir;
         let mut config = json!({
             "boot-source": {
                 "kernel_image_path": format!("{dir}/kernel"),
@@ -34,21 +38,51 @@ impl<'a> ByHand<'a> {
             "vsock": { "guest_cid": 3, "uds_path": format!("{dir}/v.sock") },
         });
         config.as_object_mut().unwrap().extend(devices.as_object().unwrap().clone());
-        let file = TempFile::new("config.json", &config.to_string());
-        let kernel = rig.images["tiny-fast"].join("kernel");
-        rig.copy_to_host(&[&kernel, &initrd.0, &file.0], dir);
-        let config = file.0.file_name().unwrap().to_str().unwrap();
-        rig.host(&format!(
-            "systemd-run --quiet --collect --unit {} sh -c '{}/roost-vmm run --config {dir}/{config} --api-sock {dir}/api > {dir}/console 2>&1; echo $? > {dir}/code'",
-            monitor.unit,
-            rig.host_bin.display()
-        ))
-        .ok();
-        wait_for("the guest to listen", SOON, || {
-            let console = rig.host(&format!("cat {dir}/console")).stdout;
-            if console.contains("guest: listening") { Ok(()) } else { Err(console) }
+        rig.copy_to_host(&[&rig.images["tiny-fast"].join("kernel"), &initrd.0], dir);
+        let took = monitor.run(&config);
+        (monitor, took)
+    }
+
+    /// A guest that goes on from the snapshot in another monitor's folder.
+    fn load(rig: &'a Rig, name: &str, from: &ByHand<'_>, more: &Value) -> (ByHand<'a>, Duration) {
+        let monitor = ByHand::named(rig, name);
+        let mut snapshot = json!({
+            "snapshot_path": format!("{}/state", from.dir),
+            "mem_backend": { "backend_type": "File", "backend_path": format!("{}/memory", from.dir) },
+            "vsock_override": { "uds_path": format!("{}/v.sock", monitor.dir) },
         });
-        monitor
+        snapshot.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let took = monitor.run(&json!({ "snapshot": snapshot }));
+        (monitor, took)
+    }
+
+    fn named(rig: &'a Rig, name: &str) -> ByHand<'a> {
+        let unit = format!("{}-{name}", rig.units);
+        ByHand { rig, dir: format!("/run/{unit}"), unit }
+    }
+
+    /// Starts a monitor and waits for the guest's first reply; returns how long that took, by the host's clock.
+    fn run(&self, config: &Value) -> Duration {
+        let file = TempFile::new("config.json", &config.to_string());
+        let (dir, unit) = (&self.dir, &self.unit);
+        self.rig.copy_to_host(&[&file.0], dir);
+        let (name, bin) = (file.0.file_name().unwrap().to_str().unwrap(), self.rig.host_bin.display());
+        let script = format!(
+            "cat > {dir}/start <<'END'
+             exec 8<> {dir}/state 9<> {dir}/memory
+             {bin}/roost-vmm run --config {dir}/{name} --api-sock {dir}/api --fd state=8 --fd memory=9 > {dir}/console 2>&1
+             echo $? > {dir}/code
+END
+             systemd-run --quiet --collect --unit {unit} sh {dir}/start
+             until [ -S {dir}/api ]; do :; done
+             began=$(date +%s%N)
+             until printf 'CONNECT 52\\nupper x\\n' | socat -t 20 - UNIX-CONNECT:{dir}/v.sock 2> {dir}/socat | grep -q '^X'; do
+               [ $(($(date +%s%N) - began)) -lt {} ] || {{ cat {dir}/console {dir}/socat; exit 1; }}
+             done
+             echo $(($(date +%s%N) - began))",
+            SOON.as_nanos()
+        );
+        Duration::from_nanos(self.rig.host(&script).ok().trim().parse().unwrap())
     }
 
     /// What the guest answers to a line.
@@ -69,8 +103,13 @@ impl<'a> ByHand<'a> {
 
     #[track_caller]
     fn patch(&self, path: &str, body: &Value) {
+        self.call("PATCH", path, body);
+    }
+
+    #[track_caller]
+    fn call(&self, method: &str, path: &str, body: &Value) {
         let curl =
-            format!("curl -sS --unix-socket {}/api -X PATCH http://localhost{path} -d '{body}'", self.dir);
+            format!("curl -sS --unix-socket {}/api -X {method} http://localhost{path} -d '{body}'", self.dir);
         assert_eq!(self.rig.host(&curl).ok(), "");
     }
 
@@ -198,4 +237,66 @@ fn a_linux_guest_gives_memory_back() {
     monitor.patch("/balloon", &json!({ "amount_mib": 0 }));
     monitor.wait_balloon(0);
     assert_eq!(monitor.get("/metrics")["devices"]["balloon"]["refused"], json!(0));
+}
+
+/// Nanoseconds that the guest's clocks show: since its boot, and since 1970.
+fn clocks(monitor: &ByHand<'_>) -> (u64, u64) {
+    let said = monitor.ask("clock");
+    let (monotonic, real) = said.split_once(' ').unwrap();
+    (monotonic.parse().unwrap(), real.parse().unwrap())
+}
+
+/// By how much the guest's idea of the time differs from the host's, seconds.
+fn clock_error(monitor: &ByHand<'_>) -> f64 {
+    let host: u64 = monitor.rig.host("date +%s%N").ok().trim().parse().unwrap();
+    (clocks(monitor).1 as f64 - host as f64) / 1e9
+}
+
+#[test]
+fn a_linux_guest_goes_on_from_a_snapshot() {
+    let rig = Rig::get();
+    let balloon = json!({ "amount_mib": 0, "deflate_on_oom": true, "free_page_reporting": true });
+    let machine = json!({ "vcpu_count": 2, "mem_size_mib": MEMORY_MIB, "track_dirty_pages": true });
+    let devices = json!({ "machine-config": machine, "balloon": balloon, "entropy": {} });
+    let (original, cold) = ByHand::boot(&rig, "original", &devices);
+    assert_eq!(original.ask("hold 20"), "held 20");
+    let before = clocks(&original);
+    original.patch("/vm", &json!({ "state": "Paused" }));
+    let files = json!({ "snapshot_path": "state", "mem_file_path": "memory" });
+    original.call("PUT", "/snapshot/create", &files);
+    let taken = std::time::Instant::now();
+    // A pause is no leap: the guest's clock stands where the host's does.
+    original.patch("/vm", &json!({ "state": "Resumed" }));
+    assert!(clock_error(&original).abs() < 2.0, "{}", clock_error(&original));
+    assert_eq!(original.ask("hold 1"), "held 21");
+
+    let (clone, lazy) = ByHand::load(&rig, "clone", &original, &json!({ "clock_realtime": true }));
+    println!(
+        "cold boot to the first reply {cold:?}, from a snapshot {lazy:?}: {:.3}",
+        lazy.as_secs_f64() / cold.as_secs_f64()
+    );
+    // On a machine that has nothing else to do it is a tenth (docs/performance.md).
+    assert!(lazy * 3 <= cold * 2, "{lazy:?} of {cold:?}");
+    // What it held it holds, and the clocks have gone on.
+    assert_eq!(clone.ask("hold 1"), "held 21");
+    assert!(clock_error(&clone).abs() < 2.0, "{}", clock_error(&clone));
+    let now = clocks(&clone);
+    assert!(now.0 > before.0 && now.1 > before.1, "{before:?} {now:?}");
+    // Programs of its own that it starts after that see new random numbers.
+    let kernel = clone.ask("kernel virtual machine fork");
+    assert!(kernel.contains("crng reseeded due to virtual machine fork"), "{kernel}");
+
+    // Without clock_realtime the guest does not know that it was away.
+    let (late, _) = ByHand::load(&rig, "late", &original, &json!({}));
+    let away = taken.elapsed().as_secs_f64();
+    let error = clock_error(&late);
+    assert!(error < -1.0 && error > -away - 5.0, "{error} after {away}");
+    // Both live, and each has its own memory.
+    assert_eq!(
+        (late.ask("drop"), clone.ask("hold 1"), late.ask("hold 2")),
+        ("dropped".into(), "held 22".into(), "held 2".into())
+    );
+    for monitor in [&original, &clone, &late] {
+        assert_eq!(monitor.ask("off"), "");
+    }
 }

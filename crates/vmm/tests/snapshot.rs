@@ -11,8 +11,8 @@ use std::path::Path;
 use std::process::Command;
 
 use common::machines::{self, echo};
-use common::virtio::{Device, Ring, block, block_request};
-use common::{Code, Machine, disk, hand, hand_over, tap, wait_for};
+use common::virtio::{Device, Ring, WRITE, block, block_request};
+use common::{Code, Machine, disk, hand, hand_over, tap, vsock, wait_for};
 use roost_vmm::client::{Client, ClientError};
 use roost_vmm::exit::ExitCode;
 use serde_json::{Value, json};
@@ -342,4 +342,50 @@ fn what_cannot_be_is_refused_with_the_reason_and_nothing_is_lost() {
     // After all that it can be loaded.
     other.put("PUT", "/snapshot/load", &files).unwrap();
     assert_eq!(other.info().unwrap().state, "Paused");
+}
+
+/// A guest ends all its connections when it hears that they are gone: none that began after that may be among them.
+#[test]
+fn a_clone_is_told_that_its_connections_are_gone_before_it_gets_new_ones() {
+    const VSOCK: Device = Device(0);
+    const EVENT: Ring = Ring { queue: 2, size: 8, base: 0x40_0000 };
+    let event = |n: u16| 0x50_0000 + 0x100 * u32::from(n);
+    let mut code = VSOCK.negotiate(Code::default(), 0);
+    for ring in [vsock::RX, vsock::TX, EVENT] {
+        code = VSOCK.queue(code.store(ring.available(), 0).store(ring.used(), 0), ring);
+    }
+    code = VSOCK.go(code);
+    for n in 0..8 {
+        code = vsock::RX.descriptor(code, n, vsock::received(n).into(), 256, WRITE, 0);
+        code = vsock::RX.offer(code, n, n);
+        code = EVENT.descriptor(code.store(event(n), u32::MAX), n, event(n).into(), 8, WRITE, 0);
+        code = EVENT.offer(code, n, n);
+    }
+    code = VSOCK.notify(VSOCK.notify(code, 0), 2).print("1").wait16(EVENT.used_index(), 1);
+    code = code.address(event(0)).expect32(event(0), 0);
+    // A while later nothing has come; when the buffer is given back, it does.
+    code = code.look16(vsock::RX.used_index(), 1, 20_000).address(vsock::RX.used_index());
+    code = code.expect32(vsock::RX.used_index(), 0).print("2");
+    code = VSOCK.notify(EVENT.offer(code, 8, 0), 2);
+    code = vsock::expect(code, 0, vsock::REQUEST).print("3").stop();
+
+    let mut machine = Machine::new(&code);
+    machine.config["vsock"] = json!({ "guest_cid": vsock::GUEST_CID, "uds_path": machine.text("v.sock") });
+    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    machine.start(&arguments);
+    wait_for("the guest", || (machine.console() == "1").then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
+
+    let elsewhere = tempfile::tempdir().unwrap();
+    let socket = elsewhere.path().join("v.sock");
+    let more = json!({ "vsock_override": { "uds_path": socket }, "resume_vm": false });
+    let (clone, client) = load(machine.dir.path(), "state", "memory", &more);
+    let program = std::os::unix::net::UnixStream::connect(&socket).unwrap();
+    std::io::Write::write_all(&mut &program, b"CONNECT 52\n").unwrap();
+    client.resume().unwrap();
+    wait_for("the connection", || clone.console().ends_with('3').then_some(()));
+    assert_eq!(clone.console(), "23");
 }

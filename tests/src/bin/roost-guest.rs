@@ -6,16 +6,21 @@
 //! | `hold MIB` | writes to so much memory, and keeps it |
 //! | `drop` | gives that memory back to the guest's kernel |
 //! | `call PORT TEXT` | connects to that port of the host and sends the text |
+//! | `clock` | answers with its clocks, monotonic and real, in nanoseconds |
+//! | `kernel TEXT` | answers with the kernel's last message that has this text |
 //! | `off` | powers the guest off |
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
+use nix::libc;
 use nix::sys::reboot::{RebootMode, reboot};
 use nix::sys::socket::{
     AddressFamily, Backlog, SockFlag, SockType, VsockAddr, accept, bind, connect, listen, socket,
 };
+use nix::sys::time::TimeValLike;
+use nix::time::{ClockId, clock_gettime};
 
 /// The port that the guest listens at.
 const PORT: u32 = 52;
@@ -55,6 +60,11 @@ fn serve() -> std::io::Result<()> {
                 "dropped".to_owned()
             }
             ("call", rest) => call(rest).map_or_else(|error| error.to_string(), |()| "called".to_owned()),
+            ("clock", _) => {
+                let now = |clock| clock_gettime(clock).map(|time| time.num_nanoseconds());
+                format!("{} {}", now(ClockId::CLOCK_MONOTONIC)?, now(ClockId::CLOCK_REALTIME)?)
+            }
+            ("kernel", text) => kernel(text),
             ("off", _) => return Ok(()),
             _ => format!("no such line: {line}"),
         };
@@ -71,4 +81,15 @@ fn call(rest: &str) -> std::io::Result<()> {
     let socket = vsock()?;
     connect(socket.as_raw_fd(), &VsockAddr::new(HOST, port.parse().unwrap_or(0)))?;
     writeln!(File::from(socket), "{text}")
+}
+
+/// The last of the kernel's messages that has this text.
+fn kernel(text: &str) -> String {
+    let mut messages = vec![0_u8; 256 * 1024];
+    let length = libc::c_int::try_from(messages.len()).unwrap_or(0);
+    // SAFETY: SYSLOG_ACTION_READ_ALL (3) fills the buffer, whose length it is told.
+    let count = unsafe { libc::klogctl(3, messages.as_mut_ptr().cast(), length) };
+    messages.truncate(usize::try_from(count).unwrap_or(0));
+    let messages = String::from_utf8_lossy(&messages).into_owned();
+    messages.lines().rev().find(|line| line.contains(text)).unwrap_or("nothing").to_owned()
 }

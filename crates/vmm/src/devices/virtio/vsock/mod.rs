@@ -44,8 +44,20 @@ pub struct Vsock {
     switch: Switch<HostSocket>,
     active: Option<Active>,
     scratch: Box<[u8]>,
-    /// The guest must be told that its connections are gone.
-    transport_reset: bool,
+    /// Whether the guest must be told that its connections are gone.
+    lost: Lost,
+}
+
+/// A guest that goes on from a snapshot has lost its connections. It ends those that it has when it hears of that, whenever they
+/// began: new ones wait until it has heard.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Lost {
+    /// It knows.
+    Nothing,
+    /// It has not been told.
+    Untold,
+    /// It has been told, and has not given the buffer back yet in which it was.
+    Told,
 }
 
 impl Vsock {
@@ -61,7 +73,7 @@ impl Vsock {
             switch: Switch::new(config.guest_cid),
             active: None,
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
-            transport_reset: false,
+            lost: Lost::Nothing,
         })
     }
 
@@ -71,7 +83,7 @@ impl Vsock {
         let Some(active) = &mut self.active else { return Ok(Turn::default()) };
         let Active { memory, queues, .. } = active;
         let [rx, tx, ..] = queues.as_mut_slice() else { return Ok(Turn::default()) };
-        if !rx.ready() || !tx.ready() {
+        if !rx.ready() || !tx.ready() || self.lost != Lost::Nothing {
             return Ok(Turn::default());
         }
         self.sockets.poll(&mut self.switch);
@@ -83,17 +95,25 @@ impl Vsock {
         Ok(Turn { interrupt: turn.interrupt || received.interrupt, more: turn.more || received.more })
     }
 
-    /// Tells the guest once that its connections are gone, as soon as there is a buffer to tell it in.
-    fn tell_of_reset(&mut self) -> Result<Turn, Broken> {
-        let Some(active) = self.active.as_mut().filter(|_| self.transport_reset) else {
-            return Ok(Turn::default());
-        };
-        let Some(queue) = active.queues.get_mut(EVENT).filter(|queue| queue.ready()) else {
-            return Ok(Turn::default());
-        };
-        let turn = queue::event(queue, &active.memory, queue::TRANSPORT_RESET)?;
-        self.transport_reset = !turn.interrupt;
-        Ok(turn)
+    /// The guest has given a buffer for events.
+    fn event_turn(&mut self) -> Result<Turn, Broken> {
+        let Some(active) = &mut self.active else { return Ok(Turn::default()) };
+        let queue = active.queues.get_mut(EVENT).filter(|queue| queue.ready());
+        match (self.lost, queue) {
+            (Lost::Nothing, _) => Ok(Turn::default()),
+            (Lost::Untold, Some(queue)) => {
+                let turn = queue::event(queue, &active.memory, queue::TRANSPORT_RESET)?;
+                if turn.interrupt {
+                    self.lost = Lost::Told;
+                }
+                Ok(turn)
+            }
+            // A driver without this queue cannot be told.
+            (Lost::Told, _) | (Lost::Untold, None) => {
+                self.lost = Lost::Nothing;
+                self.turn(true)
+            }
+        }
     }
 
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
@@ -149,13 +169,13 @@ impl VirtioDevice for Vsock {
     fn reset(&mut self) {
         self.active = None;
         self.switch.clear();
-        self.transport_reset = false;
+        self.lost = Lost::Nothing;
     }
 
     fn queue_event(&mut self, index: usize) -> bool {
         let result = match index {
             RX | TX => self.turn(index == TX),
-            EVENT => self.tell_of_reset(),
+            EVENT => self.event_turn(),
             _ => return false,
         };
         self.finish(result)
@@ -176,7 +196,7 @@ impl VirtioDevice for Vsock {
 
     /// Connections end with the process that holds their sockets; the guest is told when the device works again.
     fn restore(&mut self, _state: &serde_json::Value) -> Result<(), String> {
-        self.transport_reset = true;
+        self.lost = Lost::Untold;
         Ok(())
     }
 

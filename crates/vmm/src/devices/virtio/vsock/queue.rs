@@ -1,6 +1,9 @@
 //! Packets between queues and the connections (virtio 1.2, 5.10.6): memory, queues and a switch in.
 
+use std::sync::atomic::Ordering;
+
 use virtio_queue::{Queue, QueueOwnedT, QueueT};
+use vm_memory::{Bytes, GuestAddress};
 
 use super::packet::{HEADER, Header};
 use super::switch::{Host, Socket, Switch};
@@ -28,6 +31,11 @@ pub fn event(queue: &mut Queue, memory: &Memory, event: u32) -> Result<Turn, Bro
     let buffers = Buffers::new(memory, chain, u64::from(u32::MAX)).unwrap_or_default();
     let written = copy_in(&buffers.writable, &event.to_le_bytes());
     queue.add_used(memory, head, u32::try_from(written).unwrap_or(0))?;
+    // The bell is to ring when it gives this buffer back, and it has others in the queue: virtio 1.2, 2.7.10: avail_event.
+    let _ = queue.enable_notification(memory)?;
+    let given = queue.avail_idx(memory, Ordering::Acquire)?.0;
+    let avail_event = GuestAddress(queue.used_ring() + 4 + 8 * u64::from(queue.size()));
+    memory.store(given.to_le(), avail_event, Ordering::Release).map_err(|error| Broken(error.to_string()))?;
     Ok(Turn { interrupt: true, more: false })
 }
 
