@@ -38,6 +38,8 @@ pub struct Run {
     pub api_fd: Option<i32>,
     /// Wait for InstanceStart.
     pub hold: bool,
+    /// Open paths that requests name after the lock-down, in a process of its own.
+    pub open_paths: bool,
     /// The instance's name.
     pub id: Option<String>,
 }
@@ -60,6 +62,8 @@ Options of run:
   --api-sock PATH   Serves the API on a unix socket made at this path
   --api-fd N        Serves the API on an open, listening unix socket
   --hold            Builds everything and locks down, then waits for InstanceStart instead of starting at once
+  --open-paths      Lets requests name paths also after the start (a snapshot's files, another disk): a second process opens
+                    them. Without it they can name handed descriptors alone
   --id TEXT         Names the instance in messages and in `GET /` [default: anonymous]
 
 Exit codes of run:
@@ -131,6 +135,10 @@ fn parse_run(mut arguments: impl Iterator<Item = String>) -> Result<Command, Str
             "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
             "--hold" if attached.is_none() => {
                 run.hold = true;
+                continue;
+            }
+            "--open-paths" if attached.is_none() => {
+                run.open_paths = true;
                 continue;
             }
             "--config" | "--config-fd" | "--fd" | "--api-sock" | "--api-fd" | "--id" => {}

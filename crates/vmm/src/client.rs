@@ -1,12 +1,14 @@
 //! A tiny blocking client of the API, for the agent, the tests and people's scripts.
 
 use std::io::{BufRead, BufReader, Read, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -134,6 +136,20 @@ impl Client {
         self.request("PUT", "/serial/input", bytes).map(drop)
     }
 
+    /// Hands an open descriptor over under a name.
+    ///
+    /// # Errors
+    /// [`ClientError`].
+    pub fn hand_over(&self, name: &str, descriptor: &impl AsRawFd) -> Result<(), ClientError> {
+        let head =
+            format!("PUT /descriptors/{name} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 0\r\n\r\n");
+        let (status, body) = self.talk(|stream| {
+            let sent = stream.send_with_fd(head.as_bytes(), descriptor.as_raw_fd());
+            sent.map(drop).map_err(std::io::Error::from)
+        })?;
+        accepted(status, body).map(drop)
+    }
+
     fn action(&self, action: &str) -> Result<(), ClientError> {
         self.put("PUT", "/actions", &json!({ "action_type": action }))
     }
@@ -151,27 +167,36 @@ impl Client {
     /// # Errors
     /// [`ClientError`].
     pub fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>, ClientError> {
-        let (status, body) = self.exchange(method, path, body)?;
-        if (200..300).contains(&status) {
-            return Ok(body);
-        }
-        let fault: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
-        let message = fault.as_ref().and_then(|fault| fault["fault_message"].as_str());
-        Err(ClientError::Refused(message.map_or_else(|| format!("status {status}"), str::to_owned)))
-    }
-
-    fn exchange(&self, method: &str, path: &str, body: &[u8]) -> Result<(u16, Vec<u8>), ClientError> {
-        let io = |source| ClientError::Io { path: self.path.clone(), source };
-        let mut stream = UnixStream::connect(&self.path).map_err(io)?;
-        stream.set_read_timeout(Some(self.timeout)).map_err(io)?;
-        stream.set_write_timeout(Some(self.timeout)).map_err(io)?;
         let mut request =
             format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {}\r\n\r\n", body.len())
                 .into_bytes();
         request.extend_from_slice(body);
-        stream.write_all(&request).map_err(io)?;
+        let (status, body) = self.talk(|stream| stream.write_all(&request))?;
+        accepted(status, body)
+    }
+
+    /// One request and its answer.
+    fn talk(
+        &self,
+        send: impl FnOnce(&mut UnixStream) -> std::io::Result<()>,
+    ) -> Result<(u16, Vec<u8>), ClientError> {
+        let io = |source| ClientError::Io { path: self.path.clone(), source };
+        let mut stream = UnixStream::connect(&self.path).map_err(io)?;
+        stream.set_read_timeout(Some(self.timeout)).map_err(io)?;
+        stream.set_write_timeout(Some(self.timeout)).map_err(io)?;
+        send(&mut stream).map_err(io)?;
         read_response(&mut BufReader::new(stream), io)
     }
+}
+
+/// The body of a success.
+fn accepted(status: u16, body: Vec<u8>) -> Result<Vec<u8>, ClientError> {
+    if (200..300).contains(&status) {
+        return Ok(body);
+    }
+    let fault: Option<serde_json::Value> = serde_json::from_slice(&body).ok();
+    let message = fault.as_ref().and_then(|fault| fault["fault_message"].as_str());
+    Err(ClientError::Refused(message.map_or_else(|| format!("status {status}"), str::to_owned)))
 }
 
 fn read_response(

@@ -1,5 +1,6 @@
 //! Names → open descriptors. This is the only place of the monitor that opens a path, and it refuses to once the
-//! process is locked down (the system-call filters refuse it too).
+//! process is locked down (the system-call filters refuse it too). Descriptors may still be handed over then, and a process of its
+//! own may open paths ([`crate::opener`]).
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
@@ -10,12 +11,17 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::error::{Error, Result};
+use crate::opener::Opener;
+
+/// Most descriptors with a name.
+pub const MAX_HANDED: usize = 256;
 
 /// The descriptors handed over, by name. Clones are the same.
 #[derive(Clone, Debug, Default)]
 pub struct Descriptors {
     handed: Arc<Mutex<BTreeMap<String, OwnedFd>>>,
     locked: Arc<AtomicBool>,
+    opener: Option<Opener>,
 }
 
 impl Descriptors {
@@ -37,9 +43,15 @@ impl Descriptors {
             if !numbers.insert(number) || this.has(name) {
                 return Err(Error::Config(format!("--fd {option:?}: that name or number is there twice")));
             }
-            this.insert(name, take(number, "--fd")?);
+            this.insert(name, take(number, "--fd")?)?;
         }
         Ok(this)
+    }
+
+    /// With a process that opens paths after lock-down.
+    #[must_use]
+    pub fn with(self, opener: Option<Opener>) -> Self {
+        Self { opener, ..self }
     }
 
     fn names(&self) -> MutexGuard<'_, BTreeMap<String, OwnedFd>> {
@@ -47,8 +59,18 @@ impl Descriptors {
     }
 
     /// Adds one descriptor under a name, in place of what had it.
-    pub fn insert(&self, name: impl Into<String>, descriptor: impl Into<OwnedFd>) {
-        self.names().insert(name.into(), descriptor.into());
+    ///
+    /// # Errors
+    /// [`Error::State`] when there are too many.
+    pub fn insert(&self, name: impl Into<String>, descriptor: impl Into<OwnedFd>) -> Result<()> {
+        let (mut names, name) = (self.names(), name.into());
+        if names.len() >= MAX_HANDED && !names.contains_key(&name) {
+            return Err(Error::State(format!(
+                "descriptors: there are {MAX_HANDED}, which is all there can be"
+            )));
+        }
+        names.insert(name, descriptor.into());
+        Ok(())
     }
 
     /// From here on no path is opened: the process is locked down.
@@ -77,18 +99,15 @@ impl Descriptors {
     /// # Errors
     /// [`Error::Open`] with what was tried, [`Error::NotHanded`] after [`Descriptors::lock`].
     pub fn file(&self, name: &str, what: &'static str, access: Access) -> Result<File> {
-        if self.has(name) || self.locked.load(Ordering::SeqCst) {
+        if self.has(name) {
             return Ok(File::from(self.handed(name, what)?));
         }
-        let mut options = OpenOptions::new();
-        match access {
-            Access::Read => options.read(true),
-            Access::ReadWrite => options.read(true).write(true),
-            Access::CreateReadWrite => options.read(true).write(true).create(true),
-            Access::Append => options.append(true).create(true),
+        let opened = match (self.locked.load(Ordering::SeqCst), &self.opener) {
+            (false, _) => access.options().open(name),
+            (true, Some(opener)) => opener.open(name, access),
+            (true, None) => return Err(Error::NotHanded { what, name: name.to_owned() }),
         };
-        let path = PathBuf::from(name);
-        options.open(&path).map_err(|source| Error::Open { what, path, source })
+        opened.map_err(|source| Error::Open { what, path: name.into(), source })
     }
 
     /// The folder of this name: a handed descriptor, or the path of that name.
@@ -119,6 +138,29 @@ pub enum Access {
     CreateReadWrite,
     /// Append, made if missing.
     Append,
+}
+
+impl Access {
+    const ALL: [Self; 4] = [Self::Read, Self::ReadWrite, Self::CreateReadWrite, Self::Append];
+
+    /// The way of this number, as it goes between processes.
+    #[must_use]
+    pub fn from_number(number: u8) -> Option<Self> {
+        Self::ALL.into_iter().find(|access| *access as u8 == number)
+    }
+
+    /// How the standard library says it.
+    #[must_use]
+    pub fn options(self) -> OpenOptions {
+        let mut options = OpenOptions::new();
+        match self {
+            Self::Read => options.read(true),
+            Self::ReadWrite => options.read(true).write(true),
+            Self::CreateReadWrite => options.read(true).write(true).create(true).truncate(false),
+            Self::Append => options.append(true).create(true),
+        };
+        options
+    }
 }
 
 /// Takes over an inherited descriptor by its number.

@@ -5,7 +5,7 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`config`], [`console`], [`status`], [`exit`], [`client`], [`cli`] | what the agent shares with the monitor |
-//! | [`descriptors`] | names → open descriptors; the only place that opens a path |
+//! | [`descriptors`], [`opener`] | names → open descriptors; the only places that open a path |
 //! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
@@ -36,6 +36,7 @@ pub mod heap;
 pub mod layout;
 pub mod log;
 pub mod memory;
+pub mod opener;
 pub mod preboot;
 pub mod probe;
 pub mod ranges;

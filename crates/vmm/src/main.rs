@@ -11,6 +11,7 @@ use roost_vmm::cli::{self, Command, Run};
 use roost_vmm::config::VmConfig;
 use roost_vmm::descriptors::{Descriptors, take};
 use roost_vmm::exit::ExitCode;
+use roost_vmm::opener::Opener;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
@@ -54,7 +55,9 @@ fn run_machine(run: &Run) -> ExitCode {
 
 /// Parses, opens, builds: everything before the guest.
 fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
-    let descriptors = Descriptors::from_options(&run.fds)?;
+    // First of all: it needs a process of one thread, and nothing of what is opened below.
+    let opener = run.open_paths.then(Opener::start).transpose().map_err(Error::io("starting the opener"))?;
+    let descriptors = Descriptors::from_options(&run.fds)?.with(opener);
     let config = read_config(run)?;
     let listener = match (&run.api_sock, run.api_fd) {
         (Some(path), _) => Some(bind(path)?),

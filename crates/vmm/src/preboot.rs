@@ -73,6 +73,12 @@ impl Preboot {
         &self.config
     }
 
+    /// The descriptors that the configuration's names are looked up among.
+    #[must_use]
+    pub const fn descriptors(&self) -> &Descriptors {
+        &self.descriptors
+    }
+
     /// Changes the configuration, if the result makes sense; otherwise it stays as it was.
     fn change(&mut self, change: impl FnOnce(&mut VmConfig)) -> Result<()> {
         let mut config = self.config.clone();

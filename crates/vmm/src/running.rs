@@ -140,6 +140,12 @@ impl Held {
         &self.0.config
     }
 
+    /// The descriptors that names in requests are looked up among.
+    #[must_use]
+    pub const fn descriptors(&self) -> &Descriptors {
+        &self.0.descriptors
+    }
+
     /// Rings when a vCPU has stopped by itself.
     #[must_use]
     pub const fn stop_bell(&self) -> &EventFd {
@@ -183,6 +189,12 @@ impl Running {
     #[must_use]
     pub const fn config(&self) -> &VmConfig {
         &self.parts.config
+    }
+
+    /// The descriptors that names in requests are looked up among.
+    #[must_use]
+    pub const fn descriptors(&self) -> &Descriptors {
+        &self.parts.descriptors
     }
 
     /// Whether the guest is paused.

@@ -6,6 +6,8 @@ use crate::error::{Error, Result};
 
 /// Name of the main thread, which serves the API and steers the machine.
 pub const API: &str = "vmm-api";
+/// Name of the process that opens paths.
+pub const OPENER: &str = "vmm-opener";
 /// Name of the device thread.
 pub const DEVICES: &str = "vmm-dev";
 

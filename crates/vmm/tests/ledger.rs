@@ -71,10 +71,17 @@ fn busy_life(ledger: &mut Ledger) {
 fn snapshots(ledger: &mut Ledger) {
     let mut machine = Machine::new(&machines::echo());
     machine.config["machine-config"]["track_dirty_pages"] = json!(true);
-    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    let (_files, mut arguments) = hand(&machine, &["state", "memory"]);
+    arguments.push("--open-paths".to_owned());
     ledger.run(&mut machine, &arguments, |machine| {
         let client = machine.client();
         client.pause().unwrap();
+        for (state, memory) in
+            [(machine.text("s"), machine.text("m")), (machine.text("no/where"), machine.text("m"))]
+        {
+            let body = json!({ "snapshot_path": state, "mem_file_path": memory });
+            assert_eq!(client.put("PUT", "/snapshot/create", &body).is_ok(), state.ends_with("/s"));
+        }
         for kind in ["Full", "Diff"] {
             let body = json!({ "snapshot_type": kind, "snapshot_path": "state", "mem_file_path": "memory" });
             client.put("PUT", "/snapshot/create", &body).unwrap();
@@ -195,7 +202,7 @@ fn every_allowed_call_is_made() {
 
     let mut useless = Vec::new();
     let mut report = std::io::stderr().lock();
-    for kind in [Kind::Api, Kind::Devices, Kind::Vcpu] {
+    for kind in [Kind::Api, Kind::Devices, Kind::Vcpu, Kind::Opener] {
         for line in allowed(kind) {
             let made = ledger.has(kind, line.call, |arguments, pid| line.only.takes(arguments, pid));
             let _ = writeln!(report, "{kind:?} {} {:?}: {}, made: {made}", line.call, line.only, line.why);

@@ -389,3 +389,38 @@ fn a_clone_is_told_that_its_connections_are_gone_before_it_gets_new_ones() {
     wait_for("the connection", || clone.console().ends_with('3').then_some(()));
     assert_eq!(clone.console(), "23");
 }
+
+/// As scripts do that were made for Firecracker: every file by its path, whenever it is needed.
+#[test]
+fn with_open_paths_requests_name_paths_and_otherwise_descriptors() {
+    let mut machine = Machine::new(&echo());
+    machine.start(&["--open-paths"]);
+    let client = machine.client();
+    types(&machine, &client, "a", "a1");
+    client.pause().unwrap();
+    let why = refusal(snapshot(&client, "Full", &machine.text("no/state"), &machine.text("memory")));
+    assert!(why.contains("no/state") && why.contains("No such file"), "{why}");
+    snapshot(&client, "Full", &machine.text("state"), &machine.text("memory")).unwrap();
+    client.force_stop().unwrap();
+    let (clone, client) = load(machine.dir.path(), "state", "memory", &json!({}));
+    types(&clone, &client, "b", "b2");
+
+    // This one opens no path, but takes descriptors.
+    client.pause().unwrap();
+    let why = refusal(snapshot(&client, "Full", &machine.text("s"), &machine.text("m")));
+    assert!(why.contains("was not handed over"), "{why}");
+    for name in ["s", "m"] {
+        client.hand_over(name, &File::create(machine.path(name)).unwrap()).unwrap();
+    }
+    snapshot(&client, "Full", "s", "m").unwrap();
+    client.force_stop().unwrap();
+    let (clone, client) = load(machine.dir.path(), "s", "m", &json!({}));
+    types(&clone, &client, "c", "c3");
+    let why = refusal(client.put("PUT", "/descriptors/x", &json!({})));
+    assert!(why.contains("none came with the request"), "{why}");
+    for n in 0..256 {
+        client.hand_over(&format!("n{n}"), &File::open("/dev/null").unwrap()).unwrap();
+    }
+    let why = refusal(client.hand_over("one_more", &File::open("/dev/null").unwrap()));
+    assert!(why.contains("descriptors"), "{why}");
+}

@@ -10,6 +10,7 @@
 //! | `GET /metrics` | built | counters of all devices |
 //! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
 //! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
+//! | `PUT /descriptors/{name}` | always | the open descriptor that comes with the request (SCM_RIGHTS) has that name from now on |
 //! | `PUT /snapshot/create` | paused | the machine into two files |
 //! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
@@ -25,11 +26,12 @@ pub mod routes;
 pub mod terminal;
 
 use std::collections::HashMap;
-use std::io::{ErrorKind, Read, Write};
+use std::io::{ErrorKind, Write};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::{UnixListener, UnixStream};
 
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::error::{Error, Result};
 use crate::exit::ExitCode;
@@ -66,6 +68,8 @@ pub struct Server {
 struct Connection {
     stream: UnixStream,
     buffer: Vec<u8>,
+    /// A descriptor that came with a request (SCM_RIGHTS).
+    handed: Option<OwnedFd>,
 }
 
 impl Server {
@@ -174,7 +178,7 @@ impl Server {
         }
         let descriptor = stream.as_raw_fd();
         if self.watch(descriptor).is_ok() {
-            self.connections.insert(descriptor, Connection { stream, buffer: Vec::new() });
+            self.connections.insert(descriptor, Connection { stream, buffer: Vec::new(), handed: None });
         }
     }
 
@@ -189,7 +193,7 @@ impl Server {
                 Parsed::Incomplete => (Response::fault("the request is too long"), None),
                 Parsed::Bad(why) => (Response::fault(why), None),
                 Parsed::Request(request, used) => {
-                    let (response, ended) = self.handle(&request, status);
+                    let (response, ended) = self.handle(&request, connection.handed.take(), status);
                     end = ended;
                     (response, Some(used))
                 }
@@ -212,9 +216,13 @@ impl Connection {
     fn fill(&mut self) -> bool {
         let mut chunk = [0; 16 * 1024];
         loop {
-            match self.stream.read(&mut chunk) {
-                Ok(0) => return false,
-                Ok(count) => self.buffer.extend_from_slice(&chunk[..count]),
+            match self.stream.recv_with_fd(&mut chunk).map_err(std::io::Error::from) {
+                Ok((0, _)) => return false,
+                Ok((count, handed)) => {
+                    self.buffer.extend_from_slice(&chunk[..count]);
+                    // Of several the last counts; the others are closed.
+                    self.handed = handed.map(OwnedFd::from).or_else(|| self.handed.take());
+                }
                 Err(error) if error.kind() == ErrorKind::WouldBlock => return true,
                 Err(error) if error.kind() == ErrorKind::Interrupted => {}
                 Err(_) => return false,

@@ -1,5 +1,7 @@
 //! Which request does what in which phase.
 
+use std::os::fd::OwnedFd;
+
 use serde::Deserialize;
 use serde::de::DeserializeOwned;
 use serde_json::json;
@@ -12,6 +14,9 @@ use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
 use crate::snapshot::requests::{CreateSnapshot, LoadSnapshot};
 use crate::status::StatusWriter;
+
+/// Longest name of a descriptor, bytes.
+const MAX_NAME: usize = 256;
 
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -80,6 +85,8 @@ pub enum Route {
     SerialInput,
     /// Pauses and resumes.
     ChangeVm,
+    /// Hands an open descriptor over.
+    HandOver,
     /// Takes a snapshot.
     CreateSnapshot,
     /// Goes on from a snapshot.
@@ -111,6 +118,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/smbios", Route::SetSmbios),
     ("PUT", "/actions", Route::Act),
     ("PUT", "/serial/input", Route::SerialInput),
+    ("PUT", "/descriptors/{id}", Route::HandOver),
     ("PUT", "/snapshot/create", Route::CreateSnapshot),
     ("PUT", "/snapshot/load", Route::LoadSnapshot),
     ("PATCH", "/vm", Route::ChangeVm),
@@ -155,11 +163,14 @@ impl Server {
     pub(super) fn handle(
         &mut self,
         request: &Request<'_>,
+        handed: Option<OwnedFd>,
         status: &mut StatusWriter,
     ) -> (Response, Option<End>) {
         let mut end = None;
-        let answer =
-            Route::of(request).and_then(|(route, id)| self.answer(route, id, request.body, status, &mut end));
+        let answer = Route::of(request).and_then(|(route, id)| match route {
+            Route::HandOver => self.hand_over(id, handed).map(|()| Answer::Done),
+            _ => self.answer(route, id, request.body, status, &mut end),
+        });
         let response = match answer {
             Ok(Answer::Done) => Response::no_content(),
             Ok(Answer::Body(body)) => Response::ok(&body),
@@ -205,6 +216,26 @@ impl Server {
         let running = held.start(status).map_err(|error| (error, true))?;
         self.machine = Some(Machine::Running(running));
         Ok(())
+    }
+
+    /// Gives a descriptor a name.
+    fn hand_over(&self, name: &str, descriptor: Option<OwnedFd>) -> Result<()> {
+        let descriptor = descriptor.ok_or_else(|| {
+            Error::State(format!("descriptors: none came with the request for {name:?} (SCM_RIGHTS, one)"))
+        })?;
+        if name.len() > MAX_NAME {
+            return Err(Error::Config(format!(
+                "descriptors: the name has {} bytes, at most {MAX_NAME} are allowed",
+                name.len()
+            )));
+        }
+        let descriptors = match &self.machine {
+            Some(Machine::Preboot(preboot)) => preboot.descriptors(),
+            Some(Machine::Held(held)) => held.descriptors(),
+            Some(Machine::Running(running)) => running.descriptors(),
+            None => return Err(Error::State("there is no machine".into())),
+        };
+        descriptors.insert(name, descriptor)
     }
 
     fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
@@ -307,6 +338,8 @@ impl Server {
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
             Route::Act => self.act(body, status, end)?,
+            // Taken with its descriptor, before.
+            Route::HandOver => {}
         }
         Ok(Answer::Done)
     }

@@ -1,6 +1,6 @@
 //! What each kind of thread may call: one line per call, with what it is for. Everything else ends the process.
 //!
-//! No kind may open a path, start a program, or map memory executable. The device thread connects unix sockets, from the one
+//! No kind of the monitor may open a path, start a program, or map memory executable. The device thread connects unix sockets, from the one
 //! folder that it stands in (`docs/decisions/0013-vsock-in-one-folder.md`); no other kind makes sockets.
 //!
 //! `tests/ledger.rs` watches every call that machines make once they are locked down, and fails when a line here is of no
@@ -21,6 +21,8 @@ pub enum Kind {
     Devices,
     /// Runs one vCPU.
     Vcpu,
+    /// Opens paths for a stand-alone monitor: a process of its own.
+    Opener,
 }
 
 /// One line: a call, and what it is for.
@@ -133,6 +135,7 @@ mod unseen {
     pub const STOPPED: &str = "only when the process is stopped and continued meanwhile";
     pub const FAULT: &str = "only on the way out of a fault in the monitor itself";
     pub const DEBUG: &str = "only debug builds of the standard library check descriptors";
+    pub const WATCH: &str = "the tests' own watch is set up with it, and lets it pass";
     pub const FORMAT: &str = "depends on the image's format, size and caches";
 }
 
@@ -180,7 +183,7 @@ const API: &[Allowed] = &[
     any(libc::SYS_epoll_ctl, "connections come"),
     any(libc::SYS_accept4, "a connection comes"),
     with(libc::SYS_ioctl, 1, bits_of(libc::FIONBIO), "a connection does not block"),
-    any(libc::SYS_recvfrom, "a request"),
+    any(libc::SYS_recvmsg, "a request, perhaps with a descriptor"),
     any(libc::SYS_sendto, "a response"),
     any(libc::SYS_shutdown, "a connection goes").unseen(unseen::LIBRARY),
     any(libc::SYS_read, "a vCPU's bell; a kernel's headers after a reset"),
@@ -285,14 +288,34 @@ const VCPU: &[Allowed] = &[
     any(libc::SYS_rt_sigreturn, "the end of a kick"),
 ];
 
+/// It shares nothing with the others, and has one thread.
+const OPENER: &[Allowed] = &[
+    any(libc::SYS_brk, "the allocator's heap grows").unseen(unseen::LARGE),
+    Allowed { only: Only::NotExecutable, ..any(libc::SYS_mmap, "buffers") }.unseen(unseen::LARGE),
+    any(libc::SYS_munmap, "buffers go").unseen(unseen::LARGE),
+    any(libc::SYS_close, "what was sent is not kept").unseen(unseen::WATCH),
+    with(libc::SYS_fcntl, 1, bits(libc::F_GETFD), "descriptors are checked before they are closed")
+        .unseen(unseen::DEBUG),
+    any(libc::SYS_exit_group, "the end, with the monitor").unseen(unseen::FAULT),
+    any(libc::SYS_write, "messages").unseen(unseen::FAULT),
+    any(libc::SYS_rt_sigreturn, "the end of a signal's handler").unseen(unseen::FAULT),
+    any(libc::SYS_recvfrom, "the monitor asks"),
+    any(libc::SYS_read, "the same, as another C library does it").unseen(unseen::LIBRARY),
+    any(libc::SYS_openat, "what it is for"),
+    any(libc::SYS_open, "the same, as another C library does it").unseen(unseen::LIBRARY),
+    any(libc::SYS_sendmsg, "a descriptor goes to the monitor").unseen(unseen::WATCH),
+    any(libc::SYS_sendto, "why there is none"),
+];
+
 /// What `kind` may call.
 pub fn allowed(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
-    let own = match kind {
-        Kind::Api => API,
-        Kind::Devices => DEVICES,
-        Kind::Vcpu => VCPU,
+    let (common, own) = match kind {
+        Kind::Api => (COMMON, API),
+        Kind::Devices => (COMMON, DEVICES),
+        Kind::Vcpu => (COMMON, VCPU),
+        Kind::Opener => (&[][..], OPENER),
     };
-    COMMON.iter().chain(own)
+    common.iter().chain(own)
 }
 
 /// The rules of a kind, as the compiler takes them.

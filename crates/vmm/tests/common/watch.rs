@@ -32,7 +32,7 @@ fn watch(listener: &OwnedFd, pid: u32) -> Seen {
     let mut seen = Seen { pid, ..Seen::default() };
     while let Some(call) = notify::next(listener, DEADLINE).unwrap() {
         // The thread stands in its call: what is read of it is true at that moment.
-        if let Some(kind) = locked_down(pid, call.pid) {
+        if let Some(kind) = locked_down(call.pid) {
             seen.calls.insert((kind as u8, (i64::from(call.data.nr), call.data.args)));
         }
         notify::go_on(listener, &call);
@@ -41,8 +41,8 @@ fn watch(listener: &OwnedFd, pid: u32) -> Seen {
 }
 
 /// The kind of a thread that is behind a filter of its own, beside ours.
-fn locked_down(pid: u32, thread: u32) -> Option<Kind> {
-    let folder = format!("/proc/{pid}/task/{thread}");
+fn locked_down(thread: u32) -> Option<Kind> {
+    let folder = format!("/proc/{thread}");
     let status = std::fs::read_to_string(format!("{folder}/status")).ok()?;
     let filters: u32 =
         status.lines().find_map(|line| line.strip_prefix("Seccomp_filters:"))?.trim().parse().ok()?;
@@ -53,6 +53,7 @@ fn locked_down(pid: u32, thread: u32) -> Option<Kind> {
     Some(match name.trim() {
         "vmm-api" => Kind::Api,
         "vmm-dev" => Kind::Devices,
+        "vmm-opener" => Kind::Opener,
         _ => Kind::Vcpu,
     })
 }
