@@ -1,7 +1,9 @@
 //! ACPI tables of a hardware-reduced machine: what is there, and (saving seconds of probing) what is not.
 //!
-//! Power: `_S5` and the sleep registers end the guest, the reset register restarts it, the power button arrives
-//! through the generic event device (ACPI 6.5, 5.6.9).
+//! CPUs that come and go are told of in [`processors`]. Power: `_S5` and the sleep registers end the guest, the reset register
+//! restarts it, the power button arrives through the generic event device (ACPI 6.5, 5.6.9).
+
+mod processors;
 
 use acpi_tables::Aml;
 use acpi_tables::aml::{
@@ -10,7 +12,7 @@ use acpi_tables::aml::{
 };
 use acpi_tables::fadt::{FADTBuilder, Flags};
 use acpi_tables::gas::{AccessSize, AddressSpace, GAS};
-use acpi_tables::madt::{EnabledStatus, IoApic, LocalInterruptController, MADT, ProcessorLocalApic};
+use acpi_tables::madt::{IoApic, LocalInterruptController, MADT};
 use acpi_tables::rsdp::Rsdp;
 use acpi_tables::sdt::Sdt;
 use acpi_tables::xsdt::XSDT;
@@ -20,6 +22,8 @@ use crate::devices::power;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
+
+pub use processors::Processors;
 
 const OEM_ID: [u8; 6] = *b"ROOST ";
 const OEM_TABLE_ID: [u8; 8] = *b"ROOSTVMM";
@@ -41,7 +45,7 @@ pub struct VirtioWindow {
 ///
 /// # Errors
 /// [`Error::Memory`] if they do not fit.
-pub fn write(memory: &Memory, vcpus: u8, windows: &[VirtioWindow]) -> Result<u64> {
+pub fn write(memory: &Memory, processors: Processors, windows: &[VirtioWindow]) -> Result<u64> {
     let mut next = layout::ACPI_START + 64; // the RSDP goes first
     let mut put = |table: &[u8]| -> Result<u64> {
         let address = next;
@@ -52,9 +56,9 @@ pub fn write(memory: &Memory, vcpus: u8, windows: &[VirtioWindow]) -> Result<u64
         memory.write_slice(table, GuestAddress(address)).map_err(Error::memory("ACPI table"))?;
         Ok(address)
     };
-    let dsdt = put(&dsdt(vcpus, windows))?;
+    let dsdt = put(&dsdt(processors, windows))?;
     let fadt = put(&fadt(dsdt))?;
-    let madt = put(&madt(vcpus))?;
+    let madt = put(&madt(processors))?;
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     xsdt.add_entry(fadt);
     xsdt.add_entry(madt);
@@ -93,24 +97,24 @@ fn fadt(dsdt: u64) -> Vec<u8> {
     bytes(&fadt.finalize())
 }
 
-fn madt(vcpus: u8) -> Vec<u8> {
+fn madt(processors: Processors) -> Vec<u8> {
     let mut madt =
         MADT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION, LocalInterruptController::Address(layout::LAPIC_ADDR));
-    for id in 0..vcpus {
-        madt.add_structure(ProcessorLocalApic::new(id, id, EnabledStatus::Enabled));
+    for apic in processors.local_apics() {
+        madt.add_structure(apic);
     }
     madt.add_structure(IoApic::new(0, layout::IOAPIC_ADDR, 0));
     bytes(&madt)
 }
 
-fn dsdt(vcpus: u8, windows: &[VirtioWindow]) -> Vec<u8> {
+fn dsdt(processors: Processors, windows: &[VirtioWindow]) -> Vec<u8> {
     let mut dsdt = Sdt::new(*b"DSDT", 36, 6, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     dsdt.append_slice(&serial());
     for (index, window) in windows.iter().enumerate() {
         dsdt.append_slice(&virtio(index, *window));
     }
-    dsdt.append_slice(&processors(vcpus));
-    dsdt.append_slice(&power_button());
+    dsdt.append_slice(&processors.devices());
+    dsdt.append_slice(&events(processors));
     dsdt.append_slice(&generation_id());
     // Sleep type 5 in both fields of the sleep control register.
     let sleep = power::SLEEP_TYPE_S5;
@@ -161,20 +165,8 @@ fn virtio(index: usize, window: VirtioWindow) -> Vec<u8> {
     ))
 }
 
-fn processors(vcpus: u8) -> Vec<u8> {
-    let mut all = Vec::new();
-    for id in 0..vcpus {
-        let name = format!("C{id:03}");
-        all.extend(in_sb(&Device::new(
-            name.as_str().into(),
-            vec![&Name::new("_HID".into(), &"ACPI0007"), &Name::new("_UID".into(), &id)],
-        )));
-    }
-    all
-}
-
-/// The generic event device and the button that it rings.
-fn power_button() -> Vec<u8> {
+/// The generic event device: the button that it rings, the CPUs that it looks for.
+fn events(processors: Processors) -> Vec<u8> {
     let event_port = usize::from(layout::POWER_PORT + power::EVENT);
     let button = in_sb(&Device::new(
         "PWRB".into(),
@@ -191,6 +183,24 @@ fn power_button() -> Vec<u8> {
         FieldUpdateRule::WriteAsZeroes,
         vec![FieldEntry::Named(*b"EVST", 8)],
     );
+    let path = aml::Path::new("\\_SB_.PWRB");
+    let (mask, press) = (power::EVENT_POWER_BUTTON, aml::Notify::new(&path, &0x80_u8));
+    // Reading the register acknowledges what it reports.
+    let register = aml::Path::new("EVST");
+    let events = aml::Store::new(&aml::Local(0), &register);
+    let pressed = aml::And::new(&aml::Local(1), &aml::Local(0), &mask);
+    let equal = aml::Equal::new(&aml::Local(1), &mask);
+    let button_event = aml::If::new(&equal, vec![&press]);
+    let generation = aml::Path::new("\\_SB_.VGEN");
+    let (mask, fork) = (power::EVENT_GENERATION, aml::Notify::new(&generation, &0x80_u8));
+    let forked = aml::And::new(&aml::Local(1), &aml::Local(0), &mask);
+    let equal = aml::Equal::new(&aml::Local(1), &mask);
+    let fork_event = aml::If::new(&equal, vec![&fork]);
+    let mut body: Vec<&dyn Aml> = vec![&events, &pressed, &button_event, &forked, &fork_event];
+    let scan = processors.event();
+    let changed = aml::And::new(&aml::ZERO, &aml::Local(0), &power::EVENT_CPUS);
+    let cpu_event = scan.as_ref().map(|scan| aml::If::new(&changed, vec![scan]));
+    body.extend(cpu_event.as_ref().map(|event| event as &dyn Aml));
     let ged = in_sb(&Device::new(
         "GED_".into(),
         vec![
@@ -202,25 +212,7 @@ fn power_button() -> Vec<u8> {
             ),
             &region,
             &field,
-            &Method::new(
-                "_EVT".into(),
-                1,
-                true,
-                vec![
-                    // Reading the register acknowledges what it reports.
-                    &aml::Store::new(&aml::Local(0), &aml::Path::new("EVST")),
-                    &aml::And::new(&aml::Local(1), &aml::Local(0), &power::EVENT_POWER_BUTTON),
-                    &aml::If::new(
-                        &aml::Equal::new(&aml::Local(1), &power::EVENT_POWER_BUTTON),
-                        vec![&aml::Notify::new(&aml::Path::new("\\_SB_.PWRB"), &0x80_u8)],
-                    ),
-                    &aml::And::new(&aml::Local(1), &aml::Local(0), &power::EVENT_GENERATION),
-                    &aml::If::new(
-                        &aml::Equal::new(&aml::Local(1), &power::EVENT_GENERATION),
-                        vec![&aml::Notify::new(&aml::Path::new("\\_SB_.VGEN"), &0x80_u8)],
-                    ),
-                ],
-            ),
+            &Method::new("_EVT".into(), 1, true, body),
         ],
     ));
     [button, ged].concat()
@@ -266,7 +258,8 @@ mod tests {
             .enumerate()
             .map(|(i, gsi)| VirtioWindow { address: layout::VIRTIO_MMIO_START + 4096 * i as u64, gsi: *gsi })
             .collect();
-        let rsdp = write(&memory, 32, &windows).unwrap();
+        let processors = Processors { count: 1, max: Some(32) };
+        let rsdp = write(&memory, processors, &windows).unwrap();
         let rsdp = read(&memory, rsdp, 36);
         assert_eq!(&rsdp[..8], b"RSD PTR ");
         let xsdt = table(&memory, u64::from_le_bytes(rsdp[24..32].try_into().unwrap()));

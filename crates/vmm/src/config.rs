@@ -88,8 +88,11 @@ pub enum BootProtocol {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct MachineConfig {
-    /// vCPUs, 1–32.
+    /// vCPUs, 1–32: what the machine starts with.
     pub vcpu_count: u8,
+    /// vCPUs that it may come to have while it runs, `vcpu_count`–32. Left out: their number stays as it is.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub max_vcpu_count: Option<u8>,
     /// Memory, MiB.
     pub mem_size_mib: u64,
     /// ACPI tables for the guest. Without them virtio devices are announced on the command line.
@@ -122,6 +125,7 @@ impl Default for MachineConfig {
     fn default() -> Self {
         Self {
             vcpu_count: 1,
+            max_vcpu_count: None,
             mem_size_mib: 128,
             acpi: true,
             huge_pages: true,
@@ -130,6 +134,15 @@ impl Default for MachineConfig {
             track_dirty_pages: false,
         }
     }
+}
+
+/// `PATCH /machine-config`: what is left out stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct MachineConfigUpdate {
+    /// vCPUs that the guest should have.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vcpu_count: Option<u8>,
 }
 
 /// What a guest's reset does.
@@ -345,6 +358,12 @@ fn unique<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<()>
 }
 
 impl MachineConfig {
+    /// vCPUs that are made at the start: those that the machine has, and those that it may come to have.
+    #[must_use]
+    pub fn vcpus(&self) -> u8 {
+        self.max_vcpu_count.unwrap_or(self.vcpu_count)
+    }
+
     /// Checks the numbers.
     ///
     /// # Errors
@@ -356,6 +375,20 @@ impl MachineConfig {
                 self.vcpu_count,
                 layout::MAX_VCPUS
             )));
+        }
+        if let Some(max) = self.max_vcpu_count {
+            if max < self.vcpu_count || max > layout::MAX_VCPUS {
+                return Err(Error::Config(format!(
+                    "machine-config: max_vcpu_count {max} is outside {}–{}, from vcpu_count up",
+                    self.vcpu_count,
+                    layout::MAX_VCPUS
+                )));
+            }
+            if !self.acpi {
+                return Err(Error::Config(format!(
+                    "machine-config: max_vcpu_count {max} without acpi: CPUs come and go by ACPI alone"
+                )));
+            }
         }
         if self.mem_size_mib < layout::MIN_MEMORY_MIB || self.mem_size_mib > layout::MAX_MEMORY_MIB {
             return Err(Error::Config(format!(

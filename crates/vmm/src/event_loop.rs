@@ -41,8 +41,15 @@ impl Notifier {
     /// # Errors
     /// [`Error::Io`].
     pub fn try_clone(&self) -> Result<Self> {
-        let bell = self.bell.try_clone().map_err(Error::io("duplicating an eventfd"))?;
-        Ok(Self { sender: self.sender.clone(), bell })
+        Ok(Self { sender: self.sender.clone(), bell: self.bell()? })
+    }
+
+    /// What rings for the main thread.
+    ///
+    /// # Errors
+    /// [`Error::Io`].
+    pub fn bell(&self) -> Result<EventFd> {
+        self.bell.try_clone().map_err(Error::io("duplicating an eventfd"))
     }
 
     /// The guest stopped.

@@ -67,7 +67,9 @@ pub const SERIAL_GSI: u32 = 4;
 pub const I8042_COMMAND_PORT: u16 = 0x64;
 /// Power registers: sleep control, sleep status, reset, event status.
 pub const POWER_PORT: u16 = 0x600;
-/// The interrupt of the generic event device (power button).
+/// CPU registers: one byte per vCPU, there on machines whose CPUs may come and go.
+pub const CPUS_PORT: u16 = 0x620;
+/// The interrupt of the generic event device (power button, CPUs).
 pub const GED_GSI: u32 = 5;
 /// Interrupt lines for virtio-mmio devices: what COM1, the event device and fixed PC parts leave of the IOAPIC's 24.
 pub const VIRTIO_GSIS: [u32; 15] = [6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];

@@ -17,15 +17,16 @@ use kvm_ioctls::Kvm;
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::acpi::VirtioWindow;
+use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
-    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, NetworkInterface, RateLimiter,
-    SerialConfig, SmbiosConfig, VmConfig, VsockConfig, parse_mac,
+    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, MachineConfigUpdate,
+    NetworkInterface, RateLimiter, SerialConfig, SmbiosConfig, VmConfig, VsockConfig, parse_mac,
 };
 use crate::console::ConsoleWriter;
 use crate::cpu::registers::Entry;
 use crate::descriptors::{Access, Descriptors};
+use crate::devices::cpus::{self, Cpus, registers::CpusState};
 use crate::devices::power::{self, KeyboardReset, Power};
 use crate::devices::serial::{SerialPort, Sink};
 use crate::devices::virtio::Interrupt;
@@ -102,6 +103,17 @@ impl Preboot {
     /// [`Error::Config`].
     pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<()> {
         self.change(|config| config.machine_config = machine)
+    }
+
+    /// Changes some of it.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn change_machine_config(&mut self, update: MachineConfigUpdate) -> Result<()> {
+        self.change(|config| {
+            let machine = &mut config.machine_config;
+            machine.vcpu_count = update.vcpu_count.unwrap_or(machine.vcpu_count);
+        })
     }
 
     /// Adds a disk, or replaces the one of the same id.
@@ -195,10 +207,10 @@ impl Preboot {
         if machine.huge_pages {
             memory::use_huge_pages(&memory);
         }
-        let model = CpuModel::new(&assembly.kvm, machine.vcpu_count)?;
-        let threads = assembly.threads(&memory, &model, machine.vcpu_count)?;
-        reset_vcpus(&threads.vcpus, entry)?;
-        let parts = self.parts(assembly, threads, memory, pages, description)?;
+        let model = CpuModel::new(&assembly.kvm, machine.vcpus())?;
+        let vcpus = assembly.vcpus(&memory, &model)?;
+        reset_vcpus(&vcpus, entry)?;
+        let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), ..parts }))
     }
 
@@ -233,7 +245,7 @@ impl Preboot {
         }
         let assembly = self.assemble(&memory, &pages)?;
         let description = self.description(&assembly);
-        let model = CpuModel::new(&assembly.kvm, machine.vcpu_count)?.of_snapshot(&saved.cpuid)?;
+        let model = CpuModel::new(&assembly.kvm, machine.vcpus())?.of_snapshot(&saved.cpuid)?;
 
         if saved.devices.len() != assembly.transports.len() {
             return Err(Error::Snapshot(format!("the state holds {} devices", saved.devices.len())));
@@ -244,8 +256,13 @@ impl Preboot {
         let passed = if request.clock_realtime { saved.age() } else { Duration::ZERO };
         assembly.serial.restore(saved.serial).map_err(Error::io("serial port"))?;
         assembly.vm.restore(&saved.vm, passed)?;
-        let threads = assembly.threads(&memory, &model, machine.vcpu_count)?;
-        for (vcpu, state) in threads.vcpus.iter().zip(saved.vcpus) {
+        if let (Some(cpus), Some(state)) = (&assembly.cpus, saved.cpus)
+            && !cpus.restore(state)
+        {
+            return Err(Error::Snapshot("the state of its CPUs cannot be".into()));
+        }
+        let vcpus = assembly.vcpus(&memory, &model)?;
+        for (vcpu, state) in vcpus.iter().zip(saved.vcpus) {
             vcpu.load(state, passed)?;
         }
         // The guest learns that it is not the only one that comes from this snapshot.
@@ -262,7 +279,7 @@ impl Preboot {
             payload.pages = pages.clone();
             payload
         });
-        let parts = self.parts(assembly, threads, memory, pages, description)?;
+        let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload, tables: model.tables, base: Some(saved.id), ..parts }))
     }
 
@@ -270,7 +287,10 @@ impl Preboot {
         let mut generation_id = [0; 16];
         host_random(&mut generation_id);
         Description {
-            vcpus: self.config.machine_config.vcpu_count,
+            processors: Processors {
+                count: self.config.machine_config.vcpu_count,
+                max: self.config.machine_config.max_vcpu_count,
+            },
             windows: assembly.windows.clone(),
             acpi: self.config.machine_config.acpi,
             smbios: self.config.smbios.clone().unwrap_or_default(),
@@ -294,6 +314,17 @@ impl Preboot {
         buses.ports.insert(u64::from(layout::POWER_PORT), u64::from(power::SIZE), Arc::clone(&power) as _);
         buses.ports.insert(u64::from(layout::I8042_COMMAND_PORT), 1, Arc::new(KeyboardReset));
 
+        let (notifier, stops, stop_bell) = Notifier::new()?;
+        let machine = &self.config.machine_config;
+        let cpus = machine.max_vcpu_count.map(|max| {
+            let state = CpusState::new(machine.vcpu_count, max);
+            Ok(Arc::new(Cpus::new(state, Arc::clone(&power), notifier.bell()?)))
+        });
+        let cpus = cpus.transpose()?;
+        if let Some(cpus) = &cpus {
+            buses.ports.insert(u64::from(layout::CPUS_PORT), u64::from(cpus::SIZE), Arc::clone(cpus) as _);
+        }
+
         let balloon = self.balloon(pages)?;
         let mut transports = Vec::new();
         let mut windows = Vec::new();
@@ -314,14 +345,29 @@ impl Preboot {
             windows.push(window);
         }
         let buses = Arc::new(buses);
-        Ok(Assembly { filters, kvm, vm, buses, event_loop, serial, power, balloon, transports, windows })
+        Ok(Assembly {
+            filters,
+            kvm,
+            vm,
+            buses,
+            event_loop,
+            serial,
+            power,
+            cpus,
+            balloon,
+            transports,
+            windows,
+            notifier,
+            stops,
+            stop_bell,
+        })
     }
 
     /// Puts the parts together; the device thread starts.
     fn parts(
         &self,
         assembly: Assembly,
-        threads: Threads,
+        vcpus: Vec<VcpuHandle>,
         memory: Memory,
         pages: FilePages,
         description: Description,
@@ -329,7 +375,7 @@ impl Preboot {
         let devices = assembly.event_loop.start(Arc::clone(&assembly.filters.devices))?;
         self.descriptors.lock();
         Ok(Parts {
-            vcpus: threads.vcpus,
+            vcpus,
             devices,
             kvm: assembly.kvm,
             tables: Vec::new(),
@@ -343,8 +389,9 @@ impl Preboot {
             balloon: assembly.balloon,
             serial: assembly.serial,
             power: assembly.power,
-            stops: threads.stops,
-            stop_bell: threads.stop_bell,
+            cpus: assembly.cpus,
+            stops: assembly.stops,
+            stop_bell: assembly.stop_bell,
             on_reset: self.config.machine_config.on_reset,
             descriptors: self.descriptors.clone(),
             config: self.config.clone(),
@@ -498,29 +545,24 @@ struct Assembly {
     serial: Arc<SerialPort>,
     power: Arc<Power>,
     balloon: Option<Arc<Mutex<Balloon>>>,
+    cpus: Option<Arc<Cpus>>,
     transports: Vec<Arc<Transport>>,
     windows: Vec<VirtioWindow>,
-}
-
-/// The vCPUs' threads, and how they tell that the guest stopped.
-struct Threads {
-    vcpus: Vec<VcpuHandle>,
+    notifier: Notifier,
     stops: Receiver<Stop>,
     stop_bell: EventFd,
 }
 
 impl Assembly {
     /// Makes the vCPUs, parked.
-    fn threads(&self, memory: &Memory, model: &CpuModel, count: u8) -> Result<Threads> {
-        let (notifier, stops, stop_bell) = Notifier::new()?;
+    fn vcpus(&self, memory: &Memory, model: &CpuModel) -> Result<Vec<VcpuHandle>> {
         let msrs = msr_indices(&self.kvm)?;
-        let vcpus = (0..count)
+        (0..model.topology.vcpus)
             .map(|id| {
-                let (notifier, filter) = (notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
+                let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
                 VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, memory, notifier, filter)
             })
-            .collect::<Result<_>>()?;
-        Ok(Threads { vcpus, stops, stop_bell })
+            .collect()
     }
 }
 

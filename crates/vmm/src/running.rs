@@ -1,6 +1,7 @@
 //! From the start on: the guest runs or is paused, and only what is open already is used.
 
 mod capture;
+mod resize;
 
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -13,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::boot::{self, Description, Payload};
 use crate::config::{BalloonConfig, BalloonUpdate, OnReset, StatisticsUpdate, VmConfig};
 use crate::descriptors::Descriptors;
+use crate::devices::cpus::{Count, Cpus};
 use crate::devices::power::Power;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
@@ -49,6 +51,7 @@ pub(crate) struct Parts {
     pub balloon: Option<Arc<Mutex<Balloon>>>,
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
+    pub cpus: Option<Arc<Cpus>>,
     pub stops: Receiver<Stop>,
     pub stop_bell: EventFd,
     pub on_reset: OnReset,
@@ -115,6 +118,8 @@ impl End {
 pub struct Metrics {
     /// Times that the guest reset itself.
     pub resets: u64,
+    /// How many vCPUs the guest should have, and has.
+    pub vcpus: Count,
     /// COM1.
     pub serial: crate::devices::serial::SerialMetrics,
     /// virtio devices by name.
@@ -240,7 +245,7 @@ impl Running {
     /// A vCPU thread has ended.
     pub fn resume(&mut self, status: &mut StatusWriter) -> Result<()> {
         if self.paused {
-            self.parts.vcpus.iter().try_for_each(VcpuHandle::run)?;
+            self.run_plugged()?;
             self.paused = false;
         }
         if !self.announced {
@@ -261,6 +266,8 @@ impl Running {
                     .into(),
             ));
         }
+        // CPUs that the guest has let go of are spare ones in a snapshot.
+        self.park_let_go()?;
         self.parts.create_snapshot(request)
     }
 
@@ -343,6 +350,9 @@ impl Running {
     /// Handles what a vCPU reported. `Some`: the machine has ended.
     pub fn take_stop(&mut self, status: &mut StatusWriter) -> Option<End> {
         let _ = self.parts.stop_bell.read();
+        if let Err(error) = self.park_let_go() {
+            return Some(End::error(&error));
+        }
         let stop = self.parts.stops.try_recv().ok()?;
         if let Err(error) = self.park() {
             return Some(End::error(&error));
@@ -410,6 +420,10 @@ impl Running {
         }
         parts.serial.reset().map_err(Error::io("resetting the serial port"))?;
         parts.power.reset();
+        if let Some(cpus) = &parts.cpus {
+            cpus.reset();
+            parts.description.processors.count = cpus.count().wanted;
+        }
         memory::clear(&parts.memory, &parts.pages)?;
         let entry = boot::load(&parts.memory, payload, &parts.description)?;
         // Nothing of an older snapshot is in this memory.
@@ -420,7 +434,7 @@ impl Running {
         if self.paused {
             return Ok(());
         }
-        self.parts.vcpus.iter().try_for_each(VcpuHandle::run)
+        self.run_plugged()
     }
 }
 
@@ -429,5 +443,10 @@ fn metrics(parts: &Parts, resets: u64) -> Metrics {
         let device = lock(transport.device());
         (device.name().to_owned(), device.metrics())
     });
-    Metrics { resets, serial: parts.serial.metrics(), devices: devices.collect() }
+    Metrics {
+        resets,
+        vcpus: resize::count(parts),
+        serial: parts.serial.metrics(),
+        devices: devices.collect(),
+    }
 }

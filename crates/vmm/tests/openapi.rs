@@ -57,6 +57,13 @@ fn needed_by<'a>(schema: &'a Value, name: &'a str) -> impl Iterator<Item = &'a S
     rules.filter(move |(_, rule)| strings(&rule["required"]).contains(name)).map(|(other, _)| other)
 }
 
+/// The fields that may only be there if this one does not have this value.
+fn ruled_out_by<'a>(schema: &'a Value, name: &'a str, value: &'a Value) -> impl Iterator<Item = &'a String> {
+    let rules = schema["dependentSchemas"].as_object().into_iter().flatten();
+    let other = move |rule: &Value| rule["properties"][name].get("const").is_some_and(|only| only != value);
+    rules.filter(move |(_, rule)| other(rule)).map(|(field, _)| field)
+}
+
 /// A machine whose guest does nothing, configured by its API; with a balloon once it runs.
 fn machine(started: bool) -> (Machine, Client) {
     // hlt; jmp to it
@@ -64,6 +71,7 @@ fn machine(started: bool) -> (Machine, Client) {
     if started {
         machine.config["balloon"] = json!({ "amount_mib": 0, "stats_polling_interval_s": 5 });
         machine.config["drives"] = json!([{ "drive_id": "a", "path_on_host": machine.text("disk") }]);
+        machine.config["machine-config"]["max_vcpu_count"] = json!(32);
         common::disk(&machine.path("disk"), 1 << 20);
         machine.start::<&str>(&[]);
     } else {
@@ -248,7 +256,14 @@ impl Call<'_> {
                     for value in [json!(true), json!(false)] {
                         match field["enum"].as_array() {
                             Some(allowed) if !allowed.contains(&value) => named(value),
-                            _ => self.taken(&with(name, Some(value))),
+                            _ => {
+                                let mut with = with(name, Some(value.clone()));
+                                for other in ruled_out_by(schema, name, &value) {
+                                    self.refused(&with);
+                                    with.as_object_mut().unwrap().remove(other);
+                                }
+                                self.taken(&with);
+                            }
                         }
                     }
                     self.refused(&with(name, Some(json!("true"))));
@@ -343,7 +358,7 @@ fn bodies_are_taken_and_refused_as_described() {
             bodies += 1;
         }
     }
-    assert_eq!(bodies, 13);
+    assert_eq!(bodies, 14);
 }
 
 #[test]
@@ -390,7 +405,7 @@ fn what_is_not_there_is_refused_with_what_is() {
         ("PUT", "/drives/", "no such path"),
         ("PUT", "/drives/a/b", "no such path"),
         ("DELETE", "/vm", "it takes PATCH"),
-        ("POST", "/machine-config", "it takes GET and PUT"),
+        ("POST", "/machine-config", "it takes GET and PUT and PATCH"),
     ] {
         match client.put(method, path, &json!({})) {
             Err(ClientError::Refused(why)) => assert!(why.contains(path) && why.contains(words), "{why}"),

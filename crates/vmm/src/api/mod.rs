@@ -5,7 +5,8 @@
 //! |---|---|---|
 //! | `GET /` | always | id, state (`Not started`, `Running`, `Paused`), version |
 //! | `GET /version` | always | version |
-//! | `GET /machine-config`, `GET /vm/config` | always | the configuration |
+//! | `GET /machine-config` | always | CPUs and memory that are wanted now |
+//! | `GET /vm/config` | always | the configuration, of a started machine the one that it was built from |
 //! | `GET /balloon` | always | the balloon's configuration |
 //! | `GET /metrics` | built | counters of all devices |
 //! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
@@ -14,6 +15,7 @@
 //! | `PUT /snapshot/create` | paused | the machine into two files |
 //! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
+//! | `PATCH /machine-config` | before the build, running | `{"vcpu_count": …}`: CPUs that the guest should have |
 //! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |
 //! | `GET /balloon/statistics` | running | what the balloon holds, what the guest says about its memory |
 //! | `PATCH /balloon/statistics` | running | `{"stats_polling_interval_s": …}` |

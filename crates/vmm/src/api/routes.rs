@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::http::{Request, Response};
 use super::{Machine, Server};
-use crate::config::{Drive, NetworkInterface, VmConfig};
+use crate::config::{Drive, MachineConfig, MachineConfigUpdate, NetworkInterface, VmConfig};
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
@@ -65,6 +65,8 @@ pub enum Route {
     SetBootSource,
     /// Sets CPUs and memory.
     SetMachineConfig,
+    /// Changes CPUs and memory, of a running machine too.
+    ChangeMachineConfig,
     /// Adds or replaces a disk.
     SetDrive,
     /// Adds or replaces a network interface.
@@ -122,6 +124,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/snapshot/create", Route::CreateSnapshot),
     ("PUT", "/snapshot/load", Route::LoadSnapshot),
     ("PATCH", "/vm", Route::ChangeVm),
+    ("PATCH", "/machine-config", Route::ChangeMachineConfig),
     ("PATCH", "/balloon", Route::ChangeBalloon),
     ("PATCH", "/balloon/statistics", Route::ChangeBalloonStatistics),
 ];
@@ -314,7 +317,7 @@ impl Server {
                 }));
             }
             Route::Version => return told(json!({ "roost_vmm_version": env!("CARGO_PKG_VERSION") })),
-            Route::MachineConfig => return told(json!(self.config().machine_config)),
+            Route::MachineConfig => return told(json!(self.machine_config())),
             Route::VmConfig => return told(json!(self.config())),
             Route::Balloon => {
                 let none = || Error::State("the machine has no balloon".into());
@@ -335,6 +338,7 @@ impl Server {
             Route::ChangeVm => self.change_vm(body, status)?,
             Route::CreateSnapshot => self.create_snapshot(&json(body)?)?,
             Route::LoadSnapshot => self.load_snapshot(body, status, end)?,
+            Route::ChangeMachineConfig => self.change_machine_config(body)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
             Route::Act => self.act(body, status, end)?,
@@ -342,6 +346,26 @@ impl Server {
             Route::HandOver => {}
         }
         Ok(Answer::Done)
+    }
+
+    /// What is wanted now, which a running machine may not have yet.
+    fn machine_config(&self) -> MachineConfig {
+        match &self.machine {
+            Some(Machine::Running(running)) => running.machine_config(),
+            _ => self.config().machine_config,
+        }
+    }
+
+    fn change_machine_config(&mut self, body: &[u8]) -> Result<()> {
+        let update: MachineConfigUpdate = json(body)?;
+        match &mut self.machine {
+            Some(Machine::Preboot(preboot)) => preboot.change_machine_config(update),
+            Some(Machine::Running(running)) => running.resize(update),
+            _ => Err(Error::State(
+                "the machine is built but not started: CPUs and memory change before, or while it runs"
+                    .into(),
+            )),
+        }
     }
 
     fn state(&self) -> &'static str {

@@ -15,7 +15,7 @@ use linux_loader::loader::elf::{Elf, PvhBootCapability};
 use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Address, Bytes, GuestAddress};
 
-use crate::acpi::{self, VirtioWindow};
+use crate::acpi::{self, Processors, VirtioWindow};
 use crate::config::{BootProtocol, SmbiosConfig};
 use crate::cpu::registers::{self, Entry};
 use crate::devices::power;
@@ -44,7 +44,7 @@ pub struct Payload {
 #[derive(Debug)]
 pub struct Description {
     /// vCPUs.
-    pub vcpus: u8,
+    pub processors: Processors,
     /// virtio-mmio windows, in order.
     pub windows: Vec<VirtioWindow>,
     /// Whether there are ACPI tables.
@@ -74,7 +74,7 @@ const RESERVED: u32 = 2;
 /// [`Error::Kernel`] for an image that is no kernel or does not fit, [`Error::Memory`], [`Error::Io`].
 pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -> Result<Entry> {
     let rsdp = if description.acpi {
-        Some(acpi::write(memory, description.vcpus, &description.windows)?)
+        Some(acpi::write(memory, description.processors, &description.windows)?)
     } else {
         None
     };
@@ -277,7 +277,7 @@ mod tests {
 
     fn description() -> Description {
         Description {
-            vcpus: 1,
+            processors: Processors { count: 1, max: None },
             windows: Vec::new(),
             acpi: true,
             smbios: SmbiosConfig::default(),

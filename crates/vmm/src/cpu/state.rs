@@ -117,6 +117,12 @@ impl VcpuState {
         &self.sregs
     }
 
+    /// Whether it runs, halts, or waits for INIT.
+    #[must_use]
+    pub const fn mp_state(&self) -> Option<kvm_mp_state> {
+        self.mp_state
+    }
+
     /// Puts it back. The TSC goes on, as the machine's clock does.
     ///
     /// # Errors

@@ -1,5 +1,6 @@
 //! What the guest finds at its ports and registers.
 
+pub mod cpus;
 pub mod limiter;
 pub mod power;
 pub mod serial;

@@ -95,6 +95,7 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
         vm: parts.vm.save()?,
         serial: parts.serial.save(),
         power_events: parts.power.save(),
+        cpus: parts.cpus.as_ref().map(|cpus| cpus.state()),
         devices: parts
             .transports
             .iter()
@@ -112,7 +113,7 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
 
 /// The vCPUs' tables, as they were made: what KVM tells of a vCPU itself is not the same with every KVM.
 fn cpuid(parts: &Parts) -> Result<Vec<SavedCpuid>> {
-    let count = parts.config.machine_config.vcpu_count;
+    let count = parts.config.machine_config.vcpus();
     let model = CpuModel { tables: parts.tables.clone(), ..CpuModel::new(&parts.kvm, count)? };
     (0..count).map(|id| Ok(SavedCpuid::new(&model.table(id)?))).collect()
 }

@@ -100,6 +100,7 @@ const KVM_TRANSLATE: u64 = 0xc018_ae85;
 const KVM_SET_MSRS: u64 = 0x4008_ae89;
 const KVM_SET_FPU: u64 = 0x41a0_ae8d;
 const KVM_SET_LAPIC: u64 = 0x4400_ae8f;
+const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
 const KVM_SET_MP_STATE: u64 = 0x4004_ae99;
 const KVM_SET_VCPU_EVENTS: u64 = 0x4040_aea0;
 const KVM_SET_DEBUGREGS: u64 = 0x4080_aea2;
@@ -110,7 +111,6 @@ const KVM_KVMCLOCK_CTRL: u64 = 0xaead;
 const KVM_GET_MSRS: u64 = 0xc008_ae88;
 const KVM_GET_FPU: u64 = 0x81a0_ae8c;
 const KVM_GET_LAPIC: u64 = 0x8400_ae8e;
-const KVM_GET_MP_STATE: u64 = 0x8004_ae98;
 const KVM_GET_VCPU_EVENTS: u64 = 0x8040_ae9f;
 const KVM_GET_DEBUGREGS: u64 = 0x8080_aea1;
 const KVM_GET_XSAVE: u64 = 0x9000_aea4;
@@ -270,13 +270,13 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_SET_XSAVE, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_XCRS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_LAPIC, "a reset"),
+    with(libc::SYS_ioctl, 1, KVM_GET_MP_STATE, "a snapshot; a reset: INIT and SIPI that came while it was parked"),
     with(libc::SYS_ioctl, 1, KVM_SET_MP_STATE, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_VCPU_EVENTS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_DEBUGREGS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_GET_MSRS, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_FPU, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_LAPIC, "a snapshot"),
-    with(libc::SYS_ioctl, 1, KVM_GET_MP_STATE, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_VCPU_EVENTS, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_DEBUGREGS, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_XSAVE, "a snapshot"),

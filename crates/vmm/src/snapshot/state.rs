@@ -10,6 +10,7 @@ use super::format;
 use crate::config::VmConfig;
 use crate::cpu::cpuid::SavedCpuid;
 use crate::cpu::state::SavedVcpu;
+use crate::devices::cpus::registers::CpusState;
 use crate::devices::serial::SavedSerial;
 use crate::devices::virtio::mmio::SavedTransport;
 use crate::error::{Error, Result};
@@ -37,6 +38,8 @@ pub struct SavedMachine {
     pub serial: SavedSerial,
     /// Events that the guest has not read.
     pub power_events: u8,
+    /// CPUs that come and go, if they do.
+    pub cpus: Option<CpusState>,
     /// virtio devices in the order of their windows.
     pub devices: Vec<SavedTransport>,
 }
@@ -85,7 +88,7 @@ pub fn read(file: &mut File) -> Result<SavedMachine> {
     let machine: SavedMachine = serde_json::from_slice(state)
         .map_err(|error| Error::Snapshot(format!("the state is not as this version has it: {error}")))?;
     machine.config.check()?;
-    let vcpus = usize::from(machine.config.machine_config.vcpu_count);
+    let vcpus = usize::from(machine.config.machine_config.vcpus());
     if machine.vcpus.len() != vcpus || machine.cpuid.len() != vcpus {
         return Err(Error::Snapshot(format!("it holds {} of {vcpus} vCPUs", machine.vcpus.len())));
     }

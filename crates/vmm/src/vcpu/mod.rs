@@ -154,6 +154,12 @@ impl VcpuHandle {
         Ok(handle)
     }
 
+    /// Its number.
+    #[must_use]
+    pub const fn id(&self) -> u8 {
+        self.id
+    }
+
     /// Puts the vCPU into the state after power-on; the one that gets an entry will start there.
     ///
     /// # Errors
@@ -304,7 +310,12 @@ impl Vcpu {
     }
 
     fn reset(&mut self, entry: Option<Entry>) -> Result<()> {
-        if !self.fresh {
+        // Others may send INIT and SIPI to a vCPU that is parked. KVM acts on them when it is asked for the state, and they are over
+        // with then. The first vCPU gets none before it has run.
+        let asked = !self.fresh || entry.is_none();
+        let state = if asked { self.fd.get_mp_state().ok() } else { None };
+        let stirred = state.is_some() && state != self.start.mp_state();
+        if !self.fresh || stirred {
             self.settle();
             self.start.restore(&self.fd)?;
         }

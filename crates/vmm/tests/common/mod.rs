@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 pub mod balloon;
+pub mod cpus;
 pub mod elf;
 pub mod footprint;
 pub mod hold;

@@ -27,6 +27,9 @@ pub const EVENT_POWER_BUTTON: u8 = 1;
 /// Event bit: the machine has another generation, as it was restored from a snapshot.
 pub const EVENT_GENERATION: u8 = 1 << 7;
 
+/// Event bit: CPUs came, or should go (see [`super::cpus`]).
+pub const EVENT_CPUS: u8 = 2;
+
 /// SLP_EN, bit 5 of the sleep control register; the sleep type is in bits 2–4.
 const SLEEP_ENABLE: u8 = 1 << 5;
 /// WAK_STS of the sleep status register.
@@ -51,7 +54,15 @@ impl Power {
     /// # Errors
     /// The interrupt could not be raised.
     pub fn press_button(&self) -> std::io::Result<()> {
-        self.events.fetch_or(EVENT_POWER_BUTTON, Ordering::SeqCst);
+        self.raise(EVENT_POWER_BUTTON)
+    }
+
+    /// Says that something of these bits happened.
+    ///
+    /// # Errors
+    /// The interrupt could not be raised.
+    pub fn raise(&self, events: u8) -> std::io::Result<()> {
+        self.events.fetch_or(events, Ordering::SeqCst);
         self.interrupt.write(1)
     }
 

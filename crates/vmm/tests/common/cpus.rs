@@ -1,0 +1,79 @@
+//! The guest's side of CPUs that come and go.
+
+use super::Code;
+
+/// The event register (reading clears it) and its bit for CPUs.
+pub const EVENT: u16 = 0x603;
+pub const EVENT_CPUS: u8 = 2;
+/// The register of the first vCPU.
+pub const CPUS: u16 = 0x620;
+pub const PLUGGED: u8 = 1;
+pub const INSERTING: u8 = 2;
+pub const REMOVING: u8 = 4;
+pub const EJECT: u8 = 8;
+
+/// The local APIC's spurious interrupt vector register, whose bit 8 switches it on.
+const SVR: u32 = 0xfee0_00f0;
+/// Its interrupt command register.
+const ICR_LOW: u32 = 0xfee0_0300;
+const ICR_HIGH: u32 = 0xfee0_0310;
+const INIT: u32 = 0x4500;
+const STARTUP: u32 = 0x4600;
+
+/// Where other CPUs start, and what they set when they have.
+const PAGE: u32 = 0x30;
+pub const STARTED: u32 = (PAGE << 12) + 0x800;
+
+impl Code {
+    /// Waits until a port reads as a value: mov edx, PORT; again: in al, dx; cmp al, VALUE; jne again
+    pub fn wait_port(self, port: u16, value: u8) -> Self {
+        let code = self.bytes(&[0xba]).bytes(&u32::from(port).to_le_bytes());
+        code.bytes(&[0xec, 0x3c, value, 0x75, 0xfb])
+    }
+
+    /// Puts the code of other CPUs in its place: it says which CPU it is by its APIC's id, `0` and up, and halts. Switches this
+    /// CPU's APIC on, as every guest does: KVM looks anew then which CPUs there are to send to.
+    pub fn other_cpus(self) -> Self {
+        let code = [
+            &[0x66, 0xb8, 1, 0, 0, 0][..],         // mov eax, 1
+            &[0x0f, 0xa2],                         // cpuid
+            &[0x66, 0xc1, 0xeb, 24],               // shr ebx, 24
+            &[0x88, 0xd8, 0x04, b'0'],             // mov al, bl; add al, '0'
+            &[0xba, 0xf8, 0x03, 0xee],             // mov dx, 0x3f8; out dx, al
+            &[0x2e, 0xc6, 0x06, 0x00, 0x08, 0x01], // mov byte [cs:0x800], 1
+            &[0xfa, 0xf4, 0xeb, 0xfd],             // cli; hlt; jmp back to hlt
+        ]
+        .concat();
+        let mut words = code.clone();
+        words.resize(code.len().next_multiple_of(4), 0x90);
+        (PAGE << 12..)
+            .step_by(4)
+            .zip(words.chunks_exact(4))
+            .fold(self.store(SVR, 0x1ff), |code, (at, word)| {
+                code.store(at, u32::from_le_bytes(word.try_into().unwrap()))
+            })
+    }
+
+    /// Sends INIT and SIPI to a CPU, which starts if it is there.
+    pub fn start_cpu(self, id: u8) -> Self {
+        let code = self.store(STARTED, 0).store(ICR_HIGH, u32::from(id) << 24).store(ICR_LOW, INIT);
+        code.store(ICR_HIGH, u32::from(id) << 24).store(ICR_LOW, STARTUP | PAGE)
+    }
+
+    /// The same, and waits until it has said so.
+    pub fn started_cpu(self, id: u8) -> Self {
+        self.start_cpu(id).wait16(STARTED, 1)
+    }
+
+    /// Waits for the event of CPUs, for a CPU's register to be as it should, and says that it was seen.
+    pub fn see_cpu(self, id: u8, register: u8) -> Self {
+        let port = CPUS + u16::from(id);
+        let code = self.wait_port(EVENT, EVENT_CPUS).wait_port(port, register);
+        code.out(port, register & (INSERTING | REMOVING)).wait_port(port, PLUGGED)
+    }
+
+    /// Lets go of a CPU.
+    pub fn eject_cpu(self, id: u8) -> Self {
+        self.out(CPUS + u16::from(id), EJECT).wait_port(CPUS + u16::from(id), 0)
+    }
+}
