@@ -9,6 +9,8 @@ use crate::error::{Error, Result};
 use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
+pub use crate::devices::virtio::block::config::DriveUpdate;
+pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
 pub use crate::devices::virtio::vsock::config::VsockConfig;
 pub use crate::snapshot::requests::LoadSnapshot;
 
@@ -191,6 +193,21 @@ pub struct RateLimiter {
     /// Operations: a disk's requests, an interface's packets (as guest and host hand them over: up to 64 KiB each).
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
+}
+
+impl RateLimiter {
+    /// These limits after a change, whose buckets replace those that are there; one without size or time removes one. Nothing:
+    /// no limit is left.
+    #[must_use]
+    pub fn changed(limits: Option<Self>, change: Option<Self>) -> Option<Self> {
+        let (limits, change) = (limits.unwrap_or_default(), change.unwrap_or_default());
+        let bucket = |old: Option<TokenBucket>, new: Option<TokenBucket>| {
+            new.or(old).filter(|bucket| bucket.size > 0 && bucket.refill_time > 0)
+        };
+        let bandwidth = bucket(limits.bandwidth, change.bandwidth);
+        let ops = bucket(limits.ops, change.ops);
+        (bandwidth.is_some() || ops.is_some()).then_some(Self { bandwidth, ops })
+    }
 }
 
 /// `size` tokens per `refill_time`; a size or time of 0 is no limit.

@@ -20,6 +20,8 @@ pub const MAX_HANDED: usize = 256;
 #[derive(Clone, Debug, Default)]
 pub struct Descriptors {
     handed: Arc<Mutex<BTreeMap<String, OwnedFd>>>,
+    /// Opened by path before the lock, and kept for a second look.
+    kept: Arc<Mutex<BTreeMap<(String, Access), File>>>,
     locked: Arc<AtomicBool>,
     opener: Option<Opener>,
 }
@@ -110,6 +112,25 @@ impl Descriptors {
         opened.map_err(|source| Error::Open { what, path: name.into(), source })
     }
 
+    /// The same for a file that may be asked for again after the lock: what was opened by path is kept until the end.
+    ///
+    /// # Errors
+    /// As [`Descriptors::file`], [`Error::Io`].
+    pub fn file_to_keep(&self, name: &str, what: &'static str, access: Access) -> Result<File> {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        let duplicate = |file: &File| file.try_clone().map_err(Error::io(format!("duplicating {name:?}")));
+        if self.has(name) {
+            return self.file(name, what, access);
+        }
+        let key = (name.to_owned(), access);
+        if let Some(file) = kept.get(&key) {
+            return duplicate(file);
+        }
+        let file = self.file(name, what, access)?;
+        kept.insert(key, duplicate(&file)?);
+        Ok(file)
+    }
+
     /// The folder of this name: a handed descriptor, or the path of that name.
     ///
     /// # Errors
@@ -128,7 +149,7 @@ impl Descriptors {
 const FOLDER: i32 = libc::O_PATH | libc::O_DIRECTORY | libc::O_CLOEXEC;
 
 /// How a path is opened.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Access {
     /// Read only.
     Read,
@@ -209,6 +230,24 @@ mod tests {
         assert!(descriptors.has("kernel"));
         assert!(descriptors.handed("kernel", "kernel").is_ok());
         assert!(descriptors.handed("initrd", "initrd").is_err());
+    }
+
+    #[test]
+    fn after_the_lock_only_what_was_kept_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let name = |name: &str| dir.path().join(name).to_str().unwrap().to_owned();
+        for path in ["kept", "not kept"] {
+            File::create(dir.path().join(path)).unwrap();
+        }
+        let descriptors = Descriptors::default();
+        descriptors.file_to_keep(&name("kept"), "disk", Access::Read).unwrap();
+        descriptors.file(&name("not kept"), "disk", Access::Read).unwrap();
+        descriptors.lock();
+        descriptors.file_to_keep(&name("kept"), "disk", Access::Read).unwrap();
+        for (path, access) in [("kept", Access::ReadWrite), ("not kept", Access::Read)] {
+            let error = descriptors.file_to_keep(&name(path), "disk", access).unwrap_err();
+            assert!(matches!(error, Error::NotHanded { .. }), "{error}");
+        }
     }
 
     #[test]

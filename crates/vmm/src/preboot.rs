@@ -31,8 +31,7 @@ use crate::devices::power::{self, KeyboardReset, Power};
 use crate::devices::serial::{SerialPort, Sink};
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::balloon::Balloon;
-use crate::devices::virtio::block::Block;
-use crate::devices::virtio::block::backend::Image;
+use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::entropy::{Entropy, host_random};
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::tap::TapDevice;
@@ -43,6 +42,7 @@ use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::layout;
 use crate::memory::{self, FilePages, Memory, Tracking};
+use crate::running::devices::Steered;
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
@@ -326,9 +326,10 @@ impl Preboot {
         }
 
         let balloon = self.balloon(pages)?;
+        let mut steered = Steered::default();
         let mut transports = Vec::new();
         let mut windows = Vec::new();
-        for (index, device) in self.virtio_devices(balloon.as_ref())?.into_iter().enumerate() {
+        for (index, device) in self.virtio_devices(balloon.as_ref(), &mut steered)?.into_iter().enumerate() {
             let window = VirtioWindow {
                 address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
                 gsi: layout::VIRTIO_GSIS[index],
@@ -360,6 +361,7 @@ impl Preboot {
             notifier,
             stops,
             stop_bell,
+            steered,
         })
     }
 
@@ -387,6 +389,7 @@ impl Preboot {
             description,
             transports: assembly.transports,
             balloon: assembly.balloon,
+            steered: assembly.steered,
             serial: assembly.serial,
             power: assembly.power,
             cpus: assembly.cpus,
@@ -468,15 +471,23 @@ impl Preboot {
     }
 
     /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon, vsock.
-    fn virtio_devices(&self, balloon: Option<&Arc<Mutex<Balloon>>>) -> Result<Vec<Shared>> {
+    fn virtio_devices(
+        &self,
+        balloon: Option<&Arc<Mutex<Balloon>>>,
+        steered: &mut Steered,
+    ) -> Result<Vec<Shared>> {
         let mut devices: Vec<Shared> = Vec::new();
         let mut drives: Vec<&Drive> = self.config.drives.iter().collect();
         drives.sort_by_key(|drive| !drive.is_root_device);
         for drive in drives {
-            devices.push(Arc::new(Mutex::new(self.block(drive)?)));
+            let disk = Arc::new(Mutex::new(self.block(drive)?));
+            devices.push(Arc::clone(&disk) as _);
+            steered.disks.push(disk);
         }
         for (index, interface) in self.config.network_interfaces.iter().enumerate() {
-            devices.push(Arc::new(Mutex::new(self.net(interface, index)?)));
+            let net = Arc::new(Mutex::new(self.net(interface, index)?));
+            devices.push(Arc::clone(&net) as _);
+            steered.interfaces.push(net);
         }
         if self.config.entropy.is_some() {
             devices.push(Arc::new(Mutex::new(Entropy::default())));
@@ -499,18 +510,7 @@ impl Preboot {
     }
 
     fn block(&self, drive: &Drive) -> Result<Block> {
-        let access = if drive.is_read_only { Access::Read } else { Access::ReadWrite };
-        let file = self.descriptors.file(&drive.path_on_host, "disk image", access)?;
-        let backing = match &drive.backing {
-            Some(name) => Some(self.descriptors.file(name, "base image", Access::Read)?),
-            None => None,
-        };
-        let image =
-            Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
-                id: drive.drive_id.clone(),
-                what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
-                source,
-            })?;
+        let image = block::config::open(drive, &self.descriptors)?;
         let pace = pace(drive.rate_limiter, &drive.drive_id)?;
         Ok(Block::new(drive.drive_id.clone(), drive.is_read_only, Box::new(image), pace))
     }
@@ -546,6 +546,7 @@ struct Assembly {
     power: Arc<Power>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     cpus: Option<Arc<Cpus>>,
+    steered: Steered,
     transports: Vec<Arc<Transport>>,
     windows: Vec<VirtioWindow>,
     notifier: Notifier,
@@ -567,8 +568,8 @@ impl Assembly {
 }
 
 /// The limits of a device, with their timer.
-fn pace(limits: Option<RateLimiter>, id: &str) -> Result<Option<Pace>> {
-    limits.map(Pace::new).transpose().map_err(Error::io(format!("a timer for the limits of {id:?}")))
+fn pace(limits: Option<RateLimiter>, id: &str) -> Result<Pace> {
+    Pace::new(limits).map_err(Error::io(format!("a timer for the limits of {id:?}")))
 }
 
 /// Puts all vCPUs into the state after power-on, the first one at the kernel's entry.

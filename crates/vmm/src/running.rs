@@ -1,6 +1,7 @@
 //! From the start on: the guest runs or is paused, and only what is open already is used.
 
 mod capture;
+pub(crate) mod devices;
 mod resize;
 
 use std::sync::mpsc::Receiver;
@@ -49,6 +50,7 @@ pub(crate) struct Parts {
     pub description: Description,
     pub transports: Vec<Arc<Transport>>,
     pub balloon: Option<Arc<Mutex<Balloon>>>,
+    pub steered: devices::Steered,
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
     pub cpus: Option<Arc<Cpus>>,

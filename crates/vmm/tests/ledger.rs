@@ -51,7 +51,7 @@ impl Ledger {
     }
 }
 
-/// A machine that does all that machines do: disk, interface, entropy, console both ways, a reset, a pause.
+/// A machine that does all that machines do: disk (looked at again), interface, console both ways, a pause.
 fn busy_life(ledger: &mut Ledger) {
     let Some(tap) = tap::create() else { return };
     let mut machine = machines::with_disk_and_interface();
@@ -62,6 +62,8 @@ fn busy_life(ledger: &mut Ledger) {
         client.pause().unwrap();
         client.resume().unwrap();
         client.metrics().unwrap();
+        let disk = json!({ "drive_id": "root", "path_on_host": machine.text("disk") });
+        client.put("PATCH", "/drives/root", &disk).unwrap();
         client.console_input(b"x").unwrap();
         client.force_stop().unwrap();
     });

@@ -16,6 +16,8 @@
 //! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
 //! | `PATCH /machine-config` | before the build, running | `{"vcpu_count": …}`: CPUs that the guest should have |
+//! | `PATCH /drives/{id}` | running | another image, the same one looked at again, other limits |
+//! | `PATCH /network-interfaces/{id}` | running | other limits |
 //! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |
 //! | `GET /balloon/statistics` | running | what the balloon holds, what the guest says about its memory |
 //! | `PATCH /balloon/statistics` | running | `{"stats_polling_interval_s": …}` |

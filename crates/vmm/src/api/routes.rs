@@ -8,7 +8,10 @@ use serde_json::json;
 
 use super::http::{Request, Response};
 use super::{Machine, Server};
-use crate::config::{Drive, MachineConfig, MachineConfigUpdate, NetworkInterface, VmConfig};
+use crate::config::{
+    Drive, DriveUpdate, MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate,
+    VmConfig,
+};
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
@@ -93,6 +96,10 @@ pub enum Route {
     CreateSnapshot,
     /// Goes on from a snapshot.
     LoadSnapshot,
+    /// Changes a disk's image or limits.
+    ChangeDrive,
+    /// Changes an interface's limits.
+    ChangeNetworkInterface,
     /// Changes how much the guest should do without.
     ChangeBalloon,
     /// Changes how often the guest is asked about its memory.
@@ -125,6 +132,8 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/snapshot/load", Route::LoadSnapshot),
     ("PATCH", "/vm", Route::ChangeVm),
     ("PATCH", "/machine-config", Route::ChangeMachineConfig),
+    ("PATCH", "/drives/{id}", Route::ChangeDrive),
+    ("PATCH", "/network-interfaces/{id}", Route::ChangeNetworkInterface),
     ("PATCH", "/balloon", Route::ChangeBalloon),
     ("PATCH", "/balloon/statistics", Route::ChangeBalloonStatistics),
 ];
@@ -339,6 +348,8 @@ impl Server {
             Route::CreateSnapshot => self.create_snapshot(&json(body)?)?,
             Route::LoadSnapshot => self.load_snapshot(body, status, end)?,
             Route::ChangeMachineConfig => self.change_machine_config(body)?,
+            Route::ChangeDrive => self.change_drive(id, body)?,
+            Route::ChangeNetworkInterface => self.change_network_interface(id, body)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
             Route::Act => self.act(body, status, end)?,
@@ -394,6 +405,18 @@ impl Server {
         let interface: NetworkInterface = json(body)?;
         same_id("network-interfaces: iface_id", id, &interface.iface_id)?;
         self.preboot()?.set_network_interface(interface)
+    }
+
+    fn change_drive(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let update: DriveUpdate = json(body)?;
+        same_id("drives: drive_id", id, &update.drive_id)?;
+        self.running()?.update_drive(&update)
+    }
+
+    fn change_network_interface(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let update: NetworkInterfaceUpdate = json(body)?;
+        same_id("network-interfaces: iface_id", id, &update.iface_id)?;
+        self.running()?.update_network_interface(&update)
     }
 
     fn change_vm(&mut self, body: &[u8], status: &mut StatusWriter) -> Result<()> {

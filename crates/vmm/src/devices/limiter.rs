@@ -38,6 +38,24 @@ impl Limiter {
         Self { bytes: config.bandwidth.and_then(Bucket::new), operations: config.ops.and_then(Bucket::new) }
     }
 
+    /// Changes limits: what `change` leaves out stays as it is, a bucket without size or time is no limit any more. Changed buckets
+    /// are full.
+    pub fn change(&mut self, change: RateLimiter, now: Duration) {
+        let bucket = |config| Bucket::new(config).map(|bucket| Bucket { until: now, ..bucket });
+        if let Some(bandwidth) = change.bandwidth {
+            self.bytes = bucket(bandwidth);
+        }
+        if let Some(ops) = change.ops {
+            self.operations = bucket(ops);
+        }
+    }
+
+    /// Whether nothing ever waits.
+    #[must_use]
+    pub const fn is_unlimited(&self) -> bool {
+        self.bytes.is_none() && self.operations.is_none()
+    }
+
     /// How long nothing may pass; `None` when something may.
     pub fn blocked(&mut self, now: Duration) -> Option<Duration> {
         let buckets = [&mut self.bytes, &mut self.operations];
@@ -150,6 +168,32 @@ mod tests {
         assert_eq!(passed(&mut limiter(1000, 0, 1000), 100, Duration::from_secs(10)), 110);
         assert_eq!(passed(&mut limiter(1000, 5000, 1000), 100, Duration::from_secs(10)), 160);
         assert_eq!(passed(&mut limiter(1000, 0, 1000), 5000, Duration::from_secs(10)), 3);
+    }
+
+    #[test]
+    fn limits_come_change_and_go_one_by_one() {
+        let mut limiter = Limiter::default();
+        let bucket = |size, refill_time| Some(TokenBucket { size, one_time_burst: None, refill_time });
+        let bandwidth = |size| RateLimiter { bandwidth: bucket(size, 1000), ops: None };
+        assert!(limiter.is_unlimited());
+        limiter.change(bandwidth(1000), Duration::ZERO);
+        limiter.charge(1000);
+        assert!(!limiter.is_unlimited() && limiter.blocked(Duration::ZERO).is_some());
+        // Operations are limited too; the bytes' debt is still there, until that limit goes.
+        limiter.change(RateLimiter { bandwidth: None, ops: bucket(1, 1000) }, Duration::ZERO);
+        assert!(limiter.blocked(Duration::ZERO).is_some());
+        limiter.change(bandwidth(0), Duration::ZERO);
+        assert_eq!(limiter.blocked(Duration::ZERO), None);
+        limiter.charge(1 << 40);
+        assert!(limiter.blocked(Duration::ZERO).is_some());
+        // A changed bucket is full, and not more than that.
+        let late = Duration::from_secs(1000);
+        limiter.change(RateLimiter { bandwidth: None, ops: bucket(2, 1000) }, late);
+        limiter.charge(1);
+        limiter.charge(1);
+        assert!(limiter.blocked(late).is_some());
+        limiter.change(RateLimiter { bandwidth: None, ops: bucket(5, 0) }, Duration::ZERO);
+        assert!(limiter.is_unlimited());
     }
 
     #[test]

@@ -90,6 +90,9 @@ const fn bits(constant: i32) -> u64 {
     constant.cast_unsigned() as u64
 }
 
+/// `_IOR(0x12, 114, size_t)`.
+const BLKGETSIZE64: u64 = 0x8008_1272;
+
 // KVM's calls on a vCPU: `_IO('…', 0xae, nr)` with direction and size of the argument.
 const KVM_RUN: u64 = 0xae80;
 const KVM_GET_REGS: u64 = 0x8090_ae81;
@@ -207,8 +210,11 @@ const API: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, bits_of(libc::TCSETS), "the terminal's mode is put back at the end")
         .unseen("tests have no terminal"),
     with(libc::SYS_fcntl, 1, bits(libc::F_DUPFD_CLOEXEC), "the serial port's interrupt after a reset"),
-    with(libc::SYS_fcntl, 1, bits(libc::F_GETFL), "a connection does not block").unseen(unseen::LIBRARY),
+    with(libc::SYS_fcntl, 1, bits(libc::F_GETFL), "whether a disk's new image can be written"),
     with(libc::SYS_fcntl, 1, bits(libc::F_SETFL), "a connection does not block").unseen(unseen::LIBRARY),
+    any(libc::SYS_fstatfs, "the blocks of a disk's new image"),
+    with(libc::SYS_ioctl, 1, BLKGETSIZE64, "the size of a disk's new image")
+        .unseen("tests have no block device"),
     // Disks are flushed at the end of a machine; what an overlay's tables still hold is written then.
     any(libc::SYS_fdatasync, "disks are flushed at the end").unseen(unseen::FORMAT),
     any(libc::SYS_fsync, "disks are flushed at the end"),
@@ -270,7 +276,12 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_SET_XSAVE, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_XCRS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_LAPIC, "a reset"),
-    with(libc::SYS_ioctl, 1, KVM_GET_MP_STATE, "a snapshot; a reset: INIT and SIPI that came while it was parked"),
+    with(
+        libc::SYS_ioctl,
+        1,
+        KVM_GET_MP_STATE,
+        "a snapshot; a reset: INIT and SIPI that came while it was parked",
+    ),
     with(libc::SYS_ioctl, 1, KVM_SET_MP_STATE, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_VCPU_EVENTS, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_DEBUGREGS, "a reset"),

@@ -1,4 +1,4 @@
-//! A limiter with its clock and its alarm: what a device holds.
+//! A limiter with its clock and its alarm: what a device holds, limited or not, as limits may come while it works.
 
 use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
@@ -11,7 +11,20 @@ use crate::devices::limiter::Limiter;
 /// The host's timers are not worth more.
 const SHORTEST: Duration = Duration::from_micros(50);
 
-/// Limits of a device that waits for an alarm when it may do nothing.
+/// A timer whose reading never waits: it may be set anew between its ringing and the look at it.
+///
+/// # Errors
+/// The host gives none.
+pub fn timer() -> std::io::Result<TimerFd> {
+    let timer = TimerFd::new().map_err(std::io::Error::from)?;
+    // SAFETY: a plain fcntl call on an open descriptor.
+    if unsafe { libc::fcntl(timer.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(timer)
+}
+
+/// Limits of a device that waits for an alarm when it may do nothing. Without a limit the alarm is a descriptor that never rings.
 pub struct Pace {
     limiter: Limiter,
     start: Instant,
@@ -19,17 +32,25 @@ pub struct Pace {
 }
 
 impl Pace {
-    /// Limits as configured.
+    /// Limits as configured; nothing: none for now.
     ///
     /// # Errors
     /// The host gives no timer.
-    pub fn new(config: RateLimiter) -> std::io::Result<Self> {
-        let alarm = TimerFd::new().map_err(std::io::Error::from)?;
-        Ok(Self { limiter: Limiter::new(config), start: Instant::now(), alarm })
+    pub fn new(config: Option<RateLimiter>) -> std::io::Result<Self> {
+        Ok(Self { limiter: Limiter::new(config.unwrap_or_default()), start: Instant::now(), alarm: timer()? })
+    }
+
+    /// Changes limits, as [`Limiter::change`] does. Who waits looks again at once.
+    pub fn change(&mut self, change: RateLimiter) {
+        self.limiter.change(change, self.start.elapsed());
+        self.soon();
     }
 
     /// Whether something may pass now; if not, the alarm is set for when it may.
     pub fn may_pass(&mut self) -> bool {
+        if self.limiter.is_unlimited() {
+            return true;
+        }
         // Without an alarm nothing would ever pass again.
         match self.limiter.blocked(self.start.elapsed()) {
             Some(wait) => !self.set(wait.max(SHORTEST)),

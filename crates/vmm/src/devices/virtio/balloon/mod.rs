@@ -19,6 +19,7 @@ use serde_json::{Map, Value, json};
 use virtio_queue::QueueT;
 use vmm_sys_util::timerfd::TimerFd;
 
+use super::pace::timer;
 use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::memory::{self, FilePages};
@@ -77,7 +78,7 @@ impl Balloon {
                 | flag(config.free_page_reporting, F_REPORTING),
             target: 0,
             actual: 0,
-            clock: statistics.then(clock).transpose()?,
+            clock: statistics.then(timer).transpose()?,
             pages,
             active: None,
             held: None,
@@ -162,16 +163,6 @@ impl Balloon {
             }
         }
     }
-}
-
-/// A timer whose reading never waits: it may be set anew between its ringing and the look at it.
-fn clock() -> std::io::Result<TimerFd> {
-    let clock = TimerFd::new().map_err(std::io::Error::from)?;
-    // SAFETY: a plain fcntl call on an open descriptor.
-    if unsafe { libc::fcntl(clock.as_raw_fd(), libc::F_SETFL, libc::O_NONBLOCK) } < 0 {
-        return Err(std::io::Error::last_os_error());
-    }
-    Ok(clock)
 }
 
 impl VirtioDevice for Balloon {

@@ -21,6 +21,8 @@ pub struct Metrics {
     pub cleared_bytes: u64,
     /// Flush requests.
     pub flushes: u64,
+    /// Times that the image was replaced, or looked at again.
+    pub replaced: u64,
     /// Times that the disk waited because of its limits.
     pub limited: u64,
     /// Requests that the guest formed badly, and those of kinds that the disk does not have.

@@ -1,6 +1,7 @@
 //! virtio-block: one disk, one queue.
 
 pub mod backend;
+pub mod config;
 pub mod metrics;
 pub mod queue;
 pub mod ranges;
@@ -17,7 +18,9 @@ use std::os::fd::RawFd;
 
 use super::pace::Pace;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
-use backend::Backend;
+use crate::config::RateLimiter;
+use crate::error::Error;
+use backend::{Backend, Image};
 use metrics::Metrics;
 
 /// virtio device id of a disk.
@@ -33,7 +36,7 @@ pub struct Block {
     id: String,
     read_only: bool,
     backend: Box<dyn Backend>,
-    pace: Option<Pace>,
+    pace: Pace,
     active: Option<Active>,
     metrics: Metrics,
 }
@@ -41,8 +44,36 @@ pub struct Block {
 impl Block {
     /// A disk of this image, within these limits.
     #[must_use]
-    pub fn new(id: String, read_only: bool, backend: Box<dyn Backend>, pace: Option<Pace>) -> Self {
+    pub fn new(id: String, read_only: bool, backend: Box<dyn Backend>, pace: Pace) -> Self {
         Self { id, read_only, backend, pace, active: None, metrics: Metrics::default() }
+    }
+
+    /// Changes the limits, at once.
+    pub fn change_limits(&mut self, change: RateLimiter) {
+        self.pace.change(change);
+    }
+
+    /// Puts another image in the place of this one, or the same one as it is now, and tells the guest that the capacity may have
+    /// changed. If this fails, the disk is as it was.
+    ///
+    /// # Errors
+    /// [`Error::Disk`] if the image that is there cannot be flushed, or that of `open`.
+    pub fn replace(
+        &mut self,
+        open: impl FnOnce() -> crate::error::Result<Image>,
+    ) -> crate::error::Result<()> {
+        let flushed = self.flush();
+        flushed.map_err(|source| Error::Disk {
+            id: self.id.clone(),
+            what: "flushing its image".into(),
+            source,
+        })?;
+        self.backend = Box::new(open()?);
+        self.metrics.replaced += 1;
+        if let Some(active) = &self.active {
+            active.interrupt.config_changed();
+        }
+        Ok(())
     }
 }
 
@@ -111,7 +142,7 @@ impl VirtioDevice for Block {
             backend: self.backend.as_mut(),
             read_only: self.read_only,
             write_through: active.features & 1 << VIRTIO_BLK_F_FLUSH == 0,
-            pace: self.pace.as_mut(),
+            pace: Some(&mut self.pace),
             id: &self.id,
         };
         match queue::process(queue, &active.memory, &mut disk, &mut self.metrics) {
@@ -131,16 +162,13 @@ impl VirtioDevice for Block {
     }
 
     fn timers(&self) -> Vec<(usize, RawFd)> {
-        self.pace.as_ref().map(|pace| (0, pace.alarm())).into_iter().collect()
+        vec![(0, self.pace.alarm())]
     }
 
     fn timer_event(&mut self, queue: usize) {
-        if let Some(pace) = &mut self.pace {
-            pace.silence();
-        }
-        let more = self.queue_event(queue);
-        if let Some(pace) = self.pace.as_mut().filter(|_| more) {
-            pace.soon();
+        self.pace.silence();
+        if self.queue_event(queue) {
+            self.pace.soon();
         }
     }
 

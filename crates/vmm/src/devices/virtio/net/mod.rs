@@ -1,5 +1,6 @@
 //! virtio-net: one interface on one tap, one queue in each direction.
 
+pub mod config;
 pub mod metrics;
 pub mod queue;
 pub mod tap;
@@ -18,6 +19,7 @@ use virtio_bindings::virtio_net::{
 use super::pace::Pace;
 use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use crate::config::RateLimiter;
 use metrics::Metrics;
 use queue::{MAX_PACKET, Waiting};
 use tap::TapDevice;
@@ -33,12 +35,11 @@ const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
 
 /// How much an interface may carry.
-#[derive(Default)]
 pub struct Limits {
     /// To the guest.
-    pub rx: Option<Pace>,
+    pub rx: Pace,
     /// From the guest.
-    pub tx: Option<Pace>,
+    pub tx: Pace,
 }
 
 /// An interface.
@@ -72,10 +73,19 @@ impl Net {
         }
     }
 
+    /// Changes the limits to the guest and from it, at once.
+    pub fn change_limits(&mut self, rx: Option<RateLimiter>, tx: Option<RateLimiter>) {
+        for (pace, change) in [(&mut self.limits.rx, rx), (&mut self.limits.tx, tx)] {
+            if let Some(change) = change {
+                pace.change(change);
+            }
+        }
+    }
+
     const fn pace(&mut self, queue: usize) -> Option<&mut Pace> {
         match queue {
-            RX => self.limits.rx.as_mut(),
-            TX => self.limits.tx.as_mut(),
+            RX => Some(&mut self.limits.rx),
+            TX => Some(&mut self.limits.tx),
             _ => None,
         }
     }
@@ -84,7 +94,7 @@ impl Net {
         let Some(active) = &mut self.active else { return false };
         let Active { memory, queues, .. } = active;
         let Some(queue) = queues.get_mut(TX) else { return false };
-        let pace = self.limits.tx.as_mut();
+        let pace = Some(&mut self.limits.tx);
         let result =
             queue::transmit(queue, memory, &mut self.tap, &mut self.scratch, pace, &mut self.metrics);
         self.finish(result)
@@ -95,7 +105,7 @@ impl Net {
         let mergeable = active.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let Active { memory, queues, .. } = active;
         let Some(queue) = queues.get_mut(RX) else { return false };
-        let pace = self.limits.rx.as_mut();
+        let pace = Some(&mut self.limits.rx);
         let result = queue::receive(
             queue,
             memory,
@@ -200,8 +210,7 @@ impl VirtioDevice for Net {
     }
 
     fn timers(&self) -> Vec<(usize, RawFd)> {
-        let limits = [(RX, &self.limits.rx), (TX, &self.limits.tx)];
-        limits.iter().filter_map(|(queue, pace)| Some((*queue, pace.as_ref()?.alarm()))).collect()
+        vec![(RX, self.limits.rx.alarm()), (TX, self.limits.tx.alarm())]
     }
 
     fn timer_event(&mut self, queue: usize) {

@@ -109,7 +109,7 @@ fn packets_that_are_dropped_count_against_the_limit() {
         driver.add(&[buffer]);
     }
     let ops = Some(TokenBucket { size: 1, one_time_burst: None, refill_time: 60_000 });
-    let mut pace = Pace::new(RateLimiter { bandwidth: None, ops }).unwrap();
+    let mut pace = Pace::new(Some(RateLimiter { bandwidth: None, ops })).unwrap();
     let (mut waiting, mut metrics) = (Waiting::default(), Metrics::default());
     let (mut queue, memory) = (driver.queue(), driver.memory.clone());
     receive(&mut queue, &memory, &mut tap, &mut waiting, Some(&mut pace), false, &mut metrics).unwrap();

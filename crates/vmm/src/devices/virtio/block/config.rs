@@ -1,0 +1,140 @@
+//! What may change of a disk while its machine runs, and how its image is opened, then and before.
+
+use std::fs::File;
+use std::os::fd::AsRawFd;
+
+use serde::{Deserialize, Serialize};
+
+use super::backend::Image;
+use crate::config::{Drive, DriveFormat, RateLimiter};
+use crate::descriptors::{Access, Descriptors};
+use crate::error::{Error, Result};
+
+/// `PATCH /drives/{id}`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct DriveUpdate {
+    /// The disk.
+    pub drive_id: String,
+    /// Its image from now on. The one that it has: look at that again, as it may have grown.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub path_on_host: Option<String>,
+    /// The image's format, if it is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DriveFormat>,
+    /// The base below a qcow2 overlay. Left out beside another image: it has none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<String>,
+    /// Buckets that replace those that are there; one of size 0 or time 0 removes a limit.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+}
+
+impl DriveUpdate {
+    /// The disk's configuration after the change.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the field.
+    pub fn apply(&self, drive: &Drive) -> Result<Drive> {
+        let refuse = |why: &str| Err(Error::Config(format!("drives: {:?}: {why}", self.drive_id)));
+        if self.path_on_host.is_none() && (self.format.is_some() || self.backing.is_some()) {
+            return refuse("format and backing are those of a path_on_host, which is missing");
+        }
+        if self.backing.is_some() && self.format != Some(DriveFormat::Qcow2) {
+            return refuse("backing needs format qcow2 beside it");
+        }
+        let format = self.format.unwrap_or(drive.format);
+        let path_on_host = self.path_on_host.clone().unwrap_or_else(|| drive.path_on_host.clone());
+        let same = path_on_host == drive.path_on_host && format == drive.format;
+        let backing = self.backing.clone().or_else(|| drive.backing.clone().filter(|_| same));
+        let rate_limiter = RateLimiter::changed(drive.rate_limiter, self.rate_limiter);
+        let drive = Drive { path_on_host, format, backing, rate_limiter, ..drive.clone() };
+        drive.check()?;
+        Ok(drive)
+    }
+}
+
+/// Opens a disk's image: descriptors that were handed over, or before the lock paths.
+///
+/// # Errors
+/// [`Error::Open`], [`Error::NotHanded`], [`Error::Config`] for a descriptor that cannot be written, [`Error::Disk`].
+pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Image> {
+    let access = if drive.is_read_only { Access::Read } else { Access::ReadWrite };
+    let file = descriptors.file_to_keep(&drive.path_on_host, "disk image", access)?;
+    if !drive.is_read_only && !is_writable(&file) {
+        return Err(Error::Config(format!(
+            "drives: {:?}: the descriptor {:?} cannot be written, and is_read_only is false",
+            drive.drive_id, drive.path_on_host
+        )));
+    }
+    let backing = match &drive.backing {
+        Some(name) => Some(descriptors.file_to_keep(name, "base image", Access::Read)?),
+        None => None,
+    };
+    Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
+        id: drive.drive_id.clone(),
+        what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
+        source,
+    })
+}
+
+fn is_writable(file: &File) -> bool {
+    // SAFETY: F_GETFL only reads an open descriptor's flags.
+    let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+    flags >= 0 && flags & libc::O_ACCMODE == libc::O_RDWR
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn update(text: &str) -> DriveUpdate {
+        serde_json::from_str(text).unwrap()
+    }
+
+    fn drive(text: &str) -> Drive {
+        serde_json::from_str(text).unwrap()
+    }
+
+    #[test]
+    fn what_is_left_out_stays_unless_it_belongs_to_another_image() {
+        let overlay = r#""path_on_host":"o","format":"qcow2","backing":"b""#;
+        let limit = r#""rate_limiter":{"ops":{"size":5,"refill_time":100}}"#;
+        for (change, expected) in [
+            (r#""path_on_host":"o""#.to_owned(), format!("{overlay},{limit}")),
+            (r#""path_on_host":"p""#.to_owned(), format!(r#""path_on_host":"p","format":"qcow2",{limit}"#)),
+            (
+                r#""path_on_host":"p","format":"qcow2","backing":"c""#.to_owned(),
+                format!(r#""path_on_host":"p","format":"qcow2","backing":"c",{limit}"#),
+            ),
+            (r#""path_on_host":"r","format":"raw""#.to_owned(), format!(r#""path_on_host":"r",{limit}"#)),
+            (r#""rate_limiter":{"ops":{"size":0,"refill_time":1}}"#.to_owned(), overlay.to_owned()),
+            (
+                r#""rate_limiter":{"bandwidth":{"size":9,"refill_time":1}}"#.to_owned(),
+                format!(
+                    r#"{overlay},"rate_limiter":{{"bandwidth":{{"size":9,"refill_time":1}},
+                    "ops":{{"size":5,"refill_time":100}}}}"#
+                ),
+            ),
+        ] {
+            let before = drive(&format!(r#"{{"drive_id":"d",{overlay},{limit}}}"#));
+            let after = update(&format!(r#"{{"drive_id":"d",{change}}}"#)).apply(&before).unwrap();
+            assert_eq!(after, drive(&format!(r#"{{"drive_id":"d",{expected}}}"#)), "{change}");
+        }
+    }
+
+    #[test]
+    fn what_belongs_to_an_image_needs_one() {
+        let before = drive(r#"{"drive_id":"d","path_on_host":"o","format":"qcow2"}"#);
+        for (change, word) in [
+            (r#""format":"raw""#, "path_on_host"),
+            (r#""backing":"b""#, "path_on_host"),
+            (r#""path_on_host":"o","backing":"b""#, "format qcow2"),
+            (r#""path_on_host":"o","format":"raw","backing":"b""#, "format qcow2"),
+        ] {
+            let why =
+                update(&format!(r#"{{"drive_id":"d",{change}}}"#)).apply(&before).unwrap_err().to_string();
+            assert!(why.contains(word) && why.contains("\"d\""), "{change}: {why}");
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Disks and interfaces that change while the machine runs, as guest and host see it.
+
+// Tests build bytes out of numbers whose size they know.
+#![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
+
+mod common;
+
+use std::fs::File;
+use std::os::unix::fs::FileExt;
+
+use common::virtio::{Device, Ring, block, block_request, register};
+use common::{Code, Machine, disk, hand, hand_over, machines, tap, wait_for};
+use imago::FormatCreateBuilder;
+use imago::qcow2::Qcow2;
+use roost_vmm::client::{Client, ClientError};
+use serde_json::{Value, json};
+
+const DISK: Device = Device(0);
+const RING: Ring = Ring { queue: 0, size: 8, base: 0x20_0000 };
+const BUFFER: u32 = 0x50_0000;
+/// Where the answer to a request is.
+const STATUS: u32 = RING.base + 0xc010;
+
+fn set_up() -> Code {
+    DISK.go(DISK.queue(DISK.negotiate(Code::default(), 0), RING))
+}
+
+/// Reads a sector and complains if it does not begin with this.
+fn expect_sector(code: Code, index: u16, sector: u64, value: u32) -> Code {
+    let code = code.store(BUFFER, 0x0bad_0bad).store(STATUS, 0xff);
+    block_request(code, RING, index, block::IN, sector, BUFFER, 512)
+        .expect32(STATUS, 0)
+        .expect32(BUFFER, value)
+}
+
+/// Waits for the interrupt that says that the configuration changed, and for this capacity.
+fn wait_capacity(code: Code, sectors: u32) -> Code {
+    let status = DISK.register(register::INTERRUPT_STATUS);
+    let code = code.wait_bits(status, 2).store(DISK.register(register::INTERRUPT_ACKNOWLEDGE), 2);
+    code.wait32(DISK.register(register::CONFIG), sectors)
+}
+
+fn machine(code: Code, drive: Value) -> Machine {
+    let mut machine = Machine::new(&code);
+    machine.config["drives"] = json!([drive]);
+    machine
+}
+
+fn refusal(client: &Client, path: &str, body: &Value) -> String {
+    match client.put("PATCH", path, body) {
+        Err(ClientError::Refused(why)) => why,
+        other => panic!("{body} was not refused: {other:?}"),
+    }
+}
+
+fn patch(client: &Client, change: &Value) {
+    client.put("PATCH", "/drives/d", change).unwrap();
+}
+
+fn says(machine: &Machine, word: &str) {
+    wait_for(word, || machine.console().contains(word).then_some(()));
+}
+
+fn metric(client: &Client, device: &str, name: &str) -> u64 {
+    client.metrics().unwrap()["devices"][device][name].as_u64().unwrap()
+}
+
+#[test]
+fn another_image_takes_the_place_of_a_disks_own_and_grows_under_the_running_guest() {
+    let code = expect_sector(set_up(), 0, 3, 0x1111_1111).print("first");
+    let code = expect_sector(wait_capacity(code, 4096), 1, 3, 0x2222_2222).print("second");
+    // Beyond the end, until it grows.
+    let code = block_request(code, RING, 2, block::IN, 4096, BUFFER, 512).expect32(STATUS, 1).print("full");
+    let code = wait_capacity(code, 8192).store(BUFFER, 0x3333_3333);
+    let code = block_request(code, RING, 3, block::OUT, 8191, BUFFER, 512).expect32(STATUS, 0).print("grown");
+    let mut machine = machine(code.power_off(), json!({ "drive_id": "d", "path_on_host": "one" }));
+    for (name, bytes, value) in [("one", 1 << 20, 0x1111_1111_u32), ("two", 2 << 20, 0x2222_2222)] {
+        disk(&machine.path(name), bytes);
+        let file = File::options().write(true).open(machine.path(name)).unwrap();
+        file.write_all_at(&value.to_le_bytes(), 3 * 512).unwrap();
+    }
+    let (files, arguments) = hand(&machine, &["one", "two"]);
+    machine.start(&arguments);
+    let client = machine.client();
+    says(&machine, "first");
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": "two" }));
+    says(&machine, "full");
+    files[1].set_len(4 << 20).unwrap();
+    // What is open is looked at, paused or not.
+    client.pause().unwrap();
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": "two" }));
+    client.resume().unwrap();
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "firstsecondfullgrown"), "{}", ended.stderr);
+    let mut bytes = [0; 4];
+    files[1].read_exact_at(&mut bytes, 8191 * 512).unwrap();
+    assert_eq!(u32::from_le_bytes(bytes), 0x3333_3333);
+    assert!(files[0].metadata().unwrap().len() == 1 << 20);
+}
+
+/// What an overlay still held in memory is written before another takes its place.
+#[test]
+fn an_overlay_is_whole_when_it_is_taken_away() {
+    let code = block_request(set_up().store(BUFFER, 7), RING, 0, block::OUT, 5, BUFFER, 512).print("written");
+    let code = expect_sector(wait_capacity(code, 2048), 1, 5, 0).print("raw");
+    let code = expect_sector(wait_capacity(code, 2048), 2, 5, 7).print("back");
+    let code = expect_sector(code, 3, 6, 0x600d_600d);
+    let mut machine = machine(
+        code.power_off(),
+        json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2", "backing": "base" }),
+    );
+    let overlay = File::create_new(machine.path("overlay")).unwrap();
+    let builder = Qcow2::<imago::file::File>::create_builder(overlay.try_into().unwrap());
+    builder.size(1 << 20).backing("base".into(), "raw".into()).create().unwrap();
+    ["base", "empty"].into_iter().for_each(|name| disk(&machine.path(name), 1 << 20));
+    let base = File::options().write(true).open(machine.path("base")).unwrap();
+    base.write_all_at(&0x600d_600d_u32.to_le_bytes(), 6 * 512).unwrap();
+    let (_files, arguments) = hand(&machine, &["overlay", "base", "empty"]);
+    machine.start(&arguments);
+    let client = machine.client();
+    says(&machine, "written");
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": "empty", "format": "raw" }));
+    says(&machine, "raw");
+    let back = json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2", "backing": "base" });
+    patch(&client, &back);
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "writtenrawback"), "{}", ended.stderr);
+}
+
+/// A disk that was opened by path can be looked at again, though no path is opened any more.
+#[test]
+fn limits_come_and_go_at_once_and_what_cannot_be_is_refused() {
+    let read = |code, index, word| expect_sector(code, index, 0, 0).print(word);
+    let capacity = DISK.register(register::CONFIG);
+    let code = read(read(set_up(), 0, "a"), 1, "b").wait32(capacity, 4096);
+    let code = read(read(code, 2, "c"), 3, "d").wait32(capacity, 2048);
+    let code = read(code, 4, "e");
+    let drive = json!({ "drive_id": "d", "path_on_host": "", "is_read_only": false });
+    let mut machine = machine(code.power_off(), drive);
+    machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
+    disk(&machine.path("disk"), 1 << 20);
+    disk(&machine.path("small"), 1 << 20);
+    let path = machine.text("disk");
+    let read_only = File::open(machine.path("small")).unwrap();
+    machine.start(&hand_over("read-only", &read_only));
+    let client = machine.client();
+    let limit = |size: u64, refill: u64| json!({ "bandwidth": { "size": size, "refill_time": refill } });
+    says(&machine, "b");
+    assert_eq!(metric(&client, "d", "limited"), 0);
+
+    for (id, change, word) in [
+        ("d", json!({ "drive_id": "d", "path_on_host": "nowhere" }), "nowhere"),
+        ("d", json!({ "drive_id": "d", "path_on_host": "read-only" }), "cannot be written"),
+        ("d", json!({ "drive_id": "d", "path_on_host": path, "format": "qcow2" }), "as Qcow2"),
+        ("d", json!({ "drive_id": "d", "path_on_host": path, "backing": "x" }), "format qcow2"),
+        ("d", json!({ "drive_id": "d", "is_read_only": true }), "is_read_only"),
+        ("d", json!({ "drive_id": "e" }), "is not the path's"),
+        ("e", json!({ "drive_id": "e" }), "no drive_id \"e\""),
+    ] {
+        let why = refusal(&client, &format!("/drives/{id}"), &change);
+        assert!(why.contains(word), "{change}: {why}");
+    }
+    let config = || client.request("GET", "/vm/config", b"").unwrap();
+    let drive = || serde_json::from_slice::<Value>(&config()).unwrap()["drives"][0].clone();
+    assert_eq!(drive()["path_on_host"], json!(path));
+
+    // The guest's third read leaves one byte, so that its fourth passes too; the next waits for an hour.
+    patch(&client, &json!({ "drive_id": "d", "rate_limiter": limit(513, 3_600_000) }));
+    assert_eq!(drive()["rate_limiter"], limit(513, 3_600_000));
+    File::options().write(true).open(machine.path("disk")).unwrap().set_len(2 << 20).unwrap();
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": path }));
+    says(&machine, "d");
+    File::options().write(true).open(machine.path("disk")).unwrap().set_len(1 << 20).unwrap();
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": path }));
+    wait_for("a wait", || (metric(&client, "d", "limited") > 0).then_some(()));
+    assert_eq!(machine.console(), "abcd");
+    patch(&client, &json!({ "drive_id": "d", "rate_limiter": limit(0, 0) }));
+    assert!(drive().get("rate_limiter").is_none());
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "abcde"), "{}", ended.stderr);
+}
+
+#[test]
+fn an_interfaces_limits_change_each_way() {
+    let Some(tap) = tap::create() else { return };
+    let (net, ring, frame) = (Device(0), Ring { queue: 1, size: 8, base: 0x40_0000 }, 0x70_0000);
+    let receive = Ring { queue: 0, size: 8, base: 0x30_0000 };
+    let code = net.go(net.queue(net.queue(net.negotiate(Code::default(), 0), receive), ring));
+    let send = |code, index| {
+        let code = ring.descriptor(code, 0, frame, 72, 0, 0);
+        net.notify(ring.offer(code, index, 0), 1).wait16(ring.used_index(), index + 1).print("s")
+    };
+    let code = (0..4).fold(code, send);
+    let mut machine = Machine::new(&code.power_off());
+    machine.config["network-interfaces"] = json!([{
+        "iface_id": "eth0", "host_dev_name": "tap",
+        "tx_rate_limiter": { "ops": { "size": 2, "refill_time": 3_600_000 } },
+    }]);
+    machine.start(&machines::tap_argument(&tap));
+    let client = machine.client();
+    wait_for("a wait", || (metric(&client, "eth0", "tx_limited") > 0).then_some(()));
+    says(&machine, "ss");
+    let none = json!({ "ops": { "size": 0, "refill_time": 0 } });
+    let other = json!({ "ops": { "size": 1, "refill_time": 100 } });
+    let why = refusal(&client, "/network-interfaces/eth1", &json!({ "iface_id": "eth1" }));
+    assert!(why.contains("no iface_id \"eth1\""), "{why}");
+    let change = |body: &Value| client.put("PATCH", "/network-interfaces/eth0", body).unwrap();
+    change(&json!({ "iface_id": "eth0", "rx_rate_limiter": other }));
+    assert_eq!(machine.console(), "ss");
+    change(&json!({ "iface_id": "eth0", "tx_rate_limiter": none }));
+    let config: Value = serde_json::from_slice(&client.request("GET", "/vm/config", b"").unwrap()).unwrap();
+    let interface = &config["network-interfaces"][0];
+    assert_eq!((&interface["rx_rate_limiter"], interface.get("tx_rate_limiter")), (&other, None));
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "ssss"), "{}", ended.stderr);
+}
+
+#[test]
+fn nothing_changes_before_the_start() {
+    let mut machine = Machine::new(&Code::default());
+    let socket = machine.text("api");
+    machine.start_with(&["run", "--api-sock", &socket]);
+    let client = machine.client();
+    for (path, body) in
+        [("/drives/d", json!({ "drive_id": "d" })), ("/network-interfaces/e", json!({ "iface_id": "e" }))]
+    {
+        let why = refusal(&client, path, &body);
+        assert!(why.contains("has not been started"), "{why}");
+    }
+}
