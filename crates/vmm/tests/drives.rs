@@ -40,8 +40,8 @@ fn wait_capacity(code: Code, sectors: u32) -> Code {
     code.wait32(DISK.register(register::CONFIG), sectors)
 }
 
-fn machine(code: Code, drive: Value) -> Machine {
-    let mut machine = Machine::new(&code);
+fn machine(code: &Code, drive: &Value) -> Machine {
+    let mut machine = Machine::new(code);
     machine.config["drives"] = json!([drive]);
     machine
 }
@@ -73,7 +73,7 @@ fn another_image_takes_the_place_of_a_disks_own_and_grows_under_the_running_gues
     let code = block_request(code, RING, 2, block::IN, 4096, BUFFER, 512).expect32(STATUS, 1).print("full");
     let code = wait_capacity(code, 8192).store(BUFFER, 0x3333_3333);
     let code = block_request(code, RING, 3, block::OUT, 8191, BUFFER, 512).expect32(STATUS, 0).print("grown");
-    let mut machine = machine(code.power_off(), json!({ "drive_id": "d", "path_on_host": "one" }));
+    let mut machine = machine(&code.power_off(), &json!({ "drive_id": "d", "path_on_host": "one" }));
     for (name, bytes, value) in [("one", 1 << 20, 0x1111_1111_u32), ("two", 2 << 20, 0x2222_2222)] {
         disk(&machine.path(name), bytes);
         let file = File::options().write(true).open(machine.path(name)).unwrap();
@@ -106,8 +106,8 @@ fn an_overlay_is_whole_when_it_is_taken_away() {
     let code = expect_sector(wait_capacity(code, 2048), 2, 5, 7).print("back");
     let code = expect_sector(code, 3, 6, 0x600d_600d);
     let mut machine = machine(
-        code.power_off(),
-        json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2", "backing": "base" }),
+        &code.power_off(),
+        &json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2", "backing": "base" }),
     );
     let overlay = File::create_new(machine.path("overlay")).unwrap();
     let builder = Qcow2::<imago::file::File>::create_builder(overlay.try_into().unwrap());
@@ -136,7 +136,7 @@ fn limits_come_and_go_at_once_and_what_cannot_be_is_refused() {
     let code = read(read(code, 2, "c"), 3, "d").wait32(capacity, 2048);
     let code = read(code, 4, "e");
     let drive = json!({ "drive_id": "d", "path_on_host": "", "is_read_only": false });
-    let mut machine = machine(code.power_off(), drive);
+    let mut machine = machine(&code.power_off(), &drive);
     machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
     disk(&machine.path("disk"), 1 << 20);
     disk(&machine.path("small"), 1 << 20);
@@ -170,9 +170,12 @@ fn limits_come_and_go_at_once_and_what_cannot_be_is_refused() {
     File::options().write(true).open(machine.path("disk")).unwrap().set_len(2 << 20).unwrap();
     patch(&client, &json!({ "drive_id": "d", "path_on_host": path }));
     says(&machine, "d");
+    let waits = |count| wait_for("a wait", || (metric(&client, "d", "limited") >= count).then_some(()));
+    // The look for a request that is not there yet counts.
+    waits(1);
     File::options().write(true).open(machine.path("disk")).unwrap().set_len(1 << 20).unwrap();
     patch(&client, &json!({ "drive_id": "d", "path_on_host": path }));
-    wait_for("a wait", || (metric(&client, "d", "limited") > 0).then_some(()));
+    waits(2);
     assert_eq!(machine.console(), "abcd");
     patch(&client, &json!({ "drive_id": "d", "rate_limiter": limit(0, 0) }));
     assert!(drive().get("rate_limiter").is_none());
