@@ -233,16 +233,17 @@ impl Preboot {
         let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
         let memory = memory::create_with(machine.mem_size_mib, tracking)?;
         let pages = FilePages::default();
-        match backend.backend_type {
+        let memory_file = match backend.backend_type {
             BackendType::File => {
                 let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
                 let file = MemoryFile::open(file, saved.id, machine.mem_size_mib << 20)?;
                 memory::map_all(&memory, &pages, &file)?;
+                Some(file)
             }
             BackendType::Uffd => {
                 return Err(Error::Config("mem_backend: backend_type Uffd is not there yet".into()));
             }
-        }
+        };
         let assembly = self.assemble(&memory, &pages)?;
         let description = self.description(&assembly);
         let model = CpuModel::new(&assembly.kvm, machine.vcpus())?.of_snapshot(&saved.cpuid)?;
@@ -280,7 +281,7 @@ impl Preboot {
             payload
         });
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
-        Ok(Held::new(Parts { payload, tables: model.tables, base: Some(saved.id), ..parts }))
+        Ok(Held::new(Parts { payload, memory_file, tables: model.tables, base: Some(saved.id), ..parts }))
     }
 
     fn description(&self, assembly: &Assembly) -> Description {
@@ -385,6 +386,7 @@ impl Preboot {
             memory,
             pages,
             payload: None,
+            memory_file: None,
             base: None,
             description,
             transports: assembly.transports,

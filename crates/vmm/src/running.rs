@@ -4,6 +4,7 @@ mod capture;
 pub(crate) mod devices;
 mod resize;
 
+use std::fs::File;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -45,6 +46,8 @@ pub(crate) struct Parts {
     pub pages: FilePages,
     /// The kernel, for the next reset. A machine from a snapshot may be without.
     pub payload: Option<Payload>,
+    /// The file that memory comes from, kept open: it must stay as it is.
+    pub memory_file: Option<File>,
     /// The snapshot since which it is noted which pages are written.
     pub base: Option<[u8; 16]>,
     pub description: Description,

@@ -405,8 +405,14 @@ fn with_open_paths_requests_name_paths_and_otherwise_descriptors() {
     let (clone, client) = load(machine.dir.path(), "state", "memory", &json!({}));
     types(&clone, &client, "b", "b2");
 
-    // This one opens no path, but takes descriptors.
+    // This one opens no path, but takes descriptors; not for the file that its memory comes from.
     client.pause().unwrap();
+    client.hand_over("own", &File::options().write(true).open(machine.path("memory")).unwrap()).unwrap();
+    let why = refusal(snapshot(&client, "Full", "own", "own"));
+    assert!(why.contains("one file"), "{why}");
+    client.hand_over("s", &File::create(machine.path("s")).unwrap()).unwrap();
+    let why = refusal(snapshot(&client, "Full", "s", "own"));
+    assert!(why.contains("this machine's memory comes from"), "{why}");
     let why = refusal(snapshot(&client, "Full", &machine.text("s"), &machine.text("m")));
     assert!(why.contains("was not handed over"), "{why}");
     for name in ["s", "m"] {

@@ -73,6 +73,15 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
     if same(&state_file, &memory_file)? {
         return Err(Error::Config("snapshot_path and mem_file_path are one file".into()));
     }
+    if let Some(source) = &parts.memory_file {
+        for (name, file) in [(&request.mem_file_path, &memory_file), (&request.snapshot_path, &state_file)] {
+            if same(source, file)? {
+                return Err(Error::Config(format!(
+                    "{name:?} is the file that this machine's memory comes from, which must not change: name another"
+                )));
+            }
+        }
+    }
     // A state file that was there before must not go with a memory file that is no longer its own.
     state_file.set_len(0).map_err(Error::io("emptying the state file"))?;
 

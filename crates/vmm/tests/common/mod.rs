@@ -4,6 +4,7 @@
 #![allow(dead_code, clippy::unwrap_used, clippy::cast_possible_truncation)]
 
 pub mod balloon;
+pub mod birth;
 pub mod cpus;
 pub mod elf;
 pub mod footprint;
@@ -131,7 +132,11 @@ impl Machine {
 
     /// Starts the monitor with this configuration, its API and these further arguments.
     pub fn start<T: AsRef<OsStr>>(&mut self, arguments: &[T]) {
-        self.child = Some(self.command(arguments).spawn().unwrap());
+        let config = birth::config(self, arguments).unwrap_or_else(|| self.config.clone());
+        let own = std::mem::replace(&mut self.config, config);
+        let mut command = self.command(arguments);
+        self.config = own;
+        self.child = Some(command.spawn().unwrap());
     }
 
     /// The command that does so.
