@@ -6,6 +6,7 @@ use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
 use std::os::fd::{FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
+use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -129,6 +130,17 @@ impl Descriptors {
         let file = self.file(name, what, access)?;
         kept.insert(key, duplicate(&file)?);
         Ok(file)
+    }
+
+    /// The unix socket of this name, connected: a handed descriptor that is, or the path of that name.
+    ///
+    /// # Errors
+    /// [`Error::Open`]: nobody listens.
+    pub fn stream(&self, name: &str, what: &'static str) -> Result<UnixStream> {
+        if self.has(name) {
+            return self.handed(name, what).map(UnixStream::from);
+        }
+        UnixStream::connect(name).map_err(|source| Error::Open { what, path: name.into(), source })
     }
 
     /// The folder of this name: a handed descriptor, or the path of that name.

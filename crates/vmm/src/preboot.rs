@@ -45,6 +45,7 @@ use crate::memory::{self, FilePages, Memory, Tracking};
 use crate::running::devices::Steered;
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
+use crate::snapshot::lazy::Handler;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
 use crate::snapshot::{self, MemoryFile, SavedMachine};
 use crate::status::StatusWriter;
@@ -53,6 +54,8 @@ use crate::vm::{CpuModel, Vm, msr_indices, open_kvm};
 
 /// Name of the handed `/dev/kvm`.
 pub const KVM_NAME: &str = "kvm";
+/// Name of the handed `/dev/userfaultfd`.
+pub const USERFAULTFD_NAME: &str = "userfaultfd";
 
 /// The controller before the start.
 #[derive(Debug)]
@@ -233,15 +236,20 @@ impl Preboot {
         let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
         let memory = memory::create_with(machine.mem_size_mib, tracking)?;
         let pages = FilePages::default();
-        let memory_file = match backend.backend_type {
+        let (memory_file, handler) = match backend.backend_type {
             BackendType::File => {
                 let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
                 let file = MemoryFile::open(file, saved.id, machine.mem_size_mib << 20)?;
                 memory::map_all(&memory, &pages, &file)?;
-                Some(file)
+                (Some(file), None)
             }
             BackendType::Uffd => {
-                return Err(Error::Config("mem_backend: backend_type Uffd is not there yet".into()));
+                let stream = self.descriptors.stream(&backend.backend_path, "page-fault handler")?;
+                let device = self
+                    .descriptors
+                    .has(USERFAULTFD_NAME)
+                    .then(|| self.descriptors.file(USERFAULTFD_NAME, "userfaultfd", Access::Read));
+                (None, Some(Handler::connect(&memory, stream, device.transpose()?)?))
             }
         };
         let assembly = self.assemble(&memory, &pages)?;
@@ -281,7 +289,14 @@ impl Preboot {
             payload
         });
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
-        Ok(Held::new(Parts { payload, memory_file, tables: model.tables, base: Some(saved.id), ..parts }))
+        Ok(Held::new(Parts {
+            payload,
+            memory_file,
+            handler,
+            tables: model.tables,
+            base: Some(saved.id),
+            ..parts
+        }))
     }
 
     fn description(&self, assembly: &Assembly) -> Description {
@@ -387,6 +402,7 @@ impl Preboot {
             pages,
             payload: None,
             memory_file: None,
+            handler: None,
             base: None,
             description,
             transports: assembly.transports,

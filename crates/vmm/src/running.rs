@@ -27,6 +27,7 @@ use crate::exit::ExitCode;
 use crate::memory::{self, FilePages, Memory};
 use crate::preboot::reset_vcpus;
 use crate::seccomp;
+use crate::snapshot::lazy::Handler;
 use crate::snapshot::requests::CreateSnapshot;
 use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
 use crate::vcpu::{Stop, VcpuHandle};
@@ -48,6 +49,8 @@ pub(crate) struct Parts {
     pub payload: Option<Payload>,
     /// The file that memory comes from, kept open: it must stay as it is.
     pub memory_file: Option<File>,
+    /// The program that fills memory.
+    pub handler: Option<Handler>,
     /// The snapshot since which it is noted which pages are written.
     pub base: Option<[u8; 16]>,
     pub description: Description,
@@ -160,6 +163,12 @@ impl Held {
     #[must_use]
     pub const fn stop_bell(&self) -> &EventFd {
         &self.0.stop_bell
+    }
+
+    /// The program that fills memory, if one does.
+    #[must_use]
+    pub const fn handler(&self) -> Option<&Handler> {
+        self.0.handler.as_ref()
     }
 
     /// Counters.
@@ -358,6 +367,12 @@ impl Running {
         if let Err(error) = self.park_let_go() {
             return Some(End::error(&error));
         }
+        // A vCPU that waits for a page that nobody will bring cannot be parked.
+        if self.parts.handler.as_ref().is_some_and(Handler::is_gone) {
+            let message =
+                "the page-fault handler has closed its connection: nobody brings the guest's memory".into();
+            return Some(End { code: ExitCode::HostIo, reason: ExitReason::Error, message });
+        }
         let stop = self.parts.stops.try_recv().ok()?;
         if let Err(error) = self.park() {
             return Some(End::error(&error));
@@ -391,7 +406,10 @@ impl Running {
 
     /// Ends the machine from outside, at once; the guest is not asked.
     pub fn kill(&mut self, why: &str) -> End {
-        let _ = self.park();
+        // A vCPU that waits for a page may not be parked before it comes.
+        if self.parts.handler.is_none() {
+            let _ = self.park();
+        }
         self.flush_for(End {
             code: ExitCode::Killed,
             reason: ExitReason::KilledByApi,

@@ -7,9 +7,13 @@ mod common;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::process::Command;
+use std::sync::atomic::Ordering;
 
+use common::balloon::give;
+use common::faults::Faults;
 use common::machines::{self, echo};
 use common::virtio::{Device, Ring, WRITE, block, block_request};
 use common::{Code, Machine, disk, hand, hand_over, tap, vsock, wait_for};
@@ -429,4 +433,49 @@ fn with_open_paths_requests_name_paths_and_otherwise_descriptors() {
     }
     let why = refusal(client.hand_over("one_more", &File::open("/dev/null").unwrap()));
     assert!(why.contains("descriptors"), "{why}");
+}
+
+/// Pages come from a program as the guest touches them, and what the guest gives back comes as zeroes.
+#[test]
+fn a_program_brings_memory_page_by_page() {
+    let balloon_queue = Ring { queue: 0, size: 8, base: 0x20_0000 };
+    let mut code = Device(0).go(Device(0).queue(Device(0).negotiate(Code::default(), 0), balloon_queue));
+    code = code.fill_pages(0x40_0000, 256, 7).print("1");
+    code = wait_for_input(code).address(0x40_0000).expect32(0x40_0000, 7).print("2");
+    // One of these pages goes to the host, and is touched again.
+    code = give(code, Device(0), balloon_queue, 0, (0x400, 1)).expect_zero_pages(0x40_0000, 1);
+    code = code.address(0x40_1000).expect32(0x40_1000, 7).print("3");
+    let mut machine = Machine::new(&code.stop());
+    machine.config["balloon"] = json!({ "amount_mib": 1 });
+    let (_files, arguments) = hand(&machine, &["state", "memory"]);
+    machine.start(&arguments);
+    wait_for("the guest", || (machine.console() == "1").then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
+
+    let socket = machine.path("faults");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let mut faults = Faults::serve(listener, File::open(machine.path("memory")).unwrap());
+    let (mut clone, client) = bare();
+    let body = json!({
+        "snapshot_path": machine.path("state"), "resume_vm": true,
+        "mem_backend": { "backend_type": "Uffd", "backend_path": socket },
+        "serial_override": { "output": clone.text("console") },
+    });
+    client.put("PUT", "/snapshot/load", &body).unwrap();
+    types(&clone, &client, "x", "23");
+    assert_eq!(clone.console(), "23");
+    let pages = faults.pages.load(Ordering::SeqCst);
+    assert!((5..100).contains(&pages), "{pages} of 4096 pages were brought");
+    // Without it, a guest would wait for ever.
+    faults.end();
+    let ended = clone.wait();
+    assert_eq!(ended.code, ExitCode::HostIo.code());
+    assert!(ended.stderr.contains("page-fault handler"), "{}", ended.stderr);
+
+    let (_bare, client) = bare();
+    std::fs::remove_file(&socket).unwrap();
+    assert!(refusal(client.put("PUT", "/snapshot/load", &body)).contains("page-fault handler"));
 }

@@ -116,6 +116,9 @@ impl Server {
     /// Locks this thread down around a machine that is built.
     fn take_over(&self, held: Held, status: &mut StatusWriter) -> Result<Held> {
         self.watch(held.stop_bell().as_raw_fd())?;
+        if let Some(handler) = held.handler() {
+            self.watch(handler.as_raw_fd())?;
+        }
         if held.config().serial.is_none() {
             terminal::make_raw();
         }

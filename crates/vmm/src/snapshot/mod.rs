@@ -10,9 +10,12 @@
 //! A machine that is loaded maps the memory file privately: pages are read when they are touched, clones share what none of them
 //! has written, and the file is never written. It must not change while such a machine lives.
 //!
+//! Memory can also come from a program that answers page faults ([`lazy`]).
+//!
 //! Both files are on stable storage when the request that made them is answered.
 
 mod format;
+pub mod lazy;
 mod memory_file;
 pub mod requests;
 mod state;

@@ -7,6 +7,7 @@ pub mod balloon;
 pub mod birth;
 pub mod cpus;
 pub mod elf;
+pub mod faults;
 pub mod footprint;
 pub mod hold;
 pub mod machines;
