@@ -10,6 +10,7 @@ use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
 pub use crate::devices::virtio::block::config::DriveUpdate;
+pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplugUpdate};
 pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
 pub use crate::devices::virtio::vsock::config::VsockConfig;
 pub use crate::snapshot::requests::LoadSnapshot;
@@ -36,6 +37,9 @@ pub struct VmConfig {
     /// A balloon, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
+    /// Memory that comes and goes, if present.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory_hotplug: Option<MemoryHotplugConfig>,
     /// A vsock device, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -145,6 +149,9 @@ pub struct MachineConfigUpdate {
     /// vCPUs that the guest should have.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vcpu_count: Option<u8>,
+    /// Memory that the guest should have, MiB: that of the start, and what comes and goes ([`VmConfig::memory_hotplug`]).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mem_size_mib: Option<u64>,
 }
 
 /// What a guest's reset does.
@@ -342,6 +349,9 @@ impl VmConfig {
         if let Some(balloon) = &self.balloon {
             balloon.check(self.machine_config.mem_size_mib)?;
         }
+        if let Some(hotplug) = &self.memory_hotplug {
+            hotplug.check(self.machine_config.mem_size_mib)?;
+        }
         if let Some(vsock) = &self.vsock {
             vsock.check()?;
         }
@@ -350,7 +360,12 @@ impl VmConfig {
         if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
             return Err(Error::Config("drives: more than one has is_root_device".into()));
         }
-        let single = [self.entropy.is_some(), self.balloon.is_some(), self.vsock.is_some()];
+        let single = [
+            self.entropy.is_some(),
+            self.balloon.is_some(),
+            self.vsock.is_some(),
+            self.memory_hotplug.is_some(),
+        ];
         let devices = self.drives.len()
             + self.network_interfaces.len()
             + single.into_iter().filter(|there| *there).count();

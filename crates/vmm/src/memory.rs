@@ -38,6 +38,9 @@ pub enum Tracking {
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 
+/// What Linux adds memory by.
+const LINUX_BLOCK: u64 = 128 << 20;
+
 /// Most pieces that guests may cut a file's pages into: each is a mapping of the host's, of which a process has 65,530.
 const MAX_FILE_PIECES: usize = 1024;
 
@@ -71,23 +74,32 @@ pub fn ranges(bytes: u64) -> Vec<Range> {
     ranges
 }
 
+/// Where memory that comes and goes lies: above all RAM, at whole blocks of the device and of Linux (128 MiB), and never where
+/// RAM above the hole begins.
+#[must_use]
+pub fn hotplug_range(mem_size_mib: u64, total_size_mib: u64, block_size_mib: u64) -> Range {
+    let ram_end = ranges(mem_size_mib << 20).last().map_or(0, |last| last.start + last.size);
+    let start = ram_end.max(HIGH_RAM_START + 1).next_multiple_of(LINUX_BLOCK.max(block_size_mib << 20));
+    Range { start, size: total_size_mib << 20 }
+}
+
 /// Maps the memory of a guest. Pages are taken from the host as the guest touches them.
 ///
 /// # Errors
 /// [`Error::Memory`].
 pub fn create(mem_size_mib: u64) -> Result<Memory> {
-    create_with(mem_size_mib, Tracking::Off)
+    create_with(mem_size_mib, None, Tracking::Off)
 }
 
-/// The same, and notes which pages are written if asked to.
+/// The same, with a range that is no RAM at first ([`hotplug_range`]); notes which pages are written if asked to.
 ///
 /// # Errors
 /// [`Error::Memory`].
-pub fn create_with(mem_size_mib: u64, tracking: Tracking) -> Result<Memory> {
+pub fn create_with(mem_size_mib: u64, hotplug: Option<Range>, tracking: Tracking) -> Result<Memory> {
     let failed =
         |error: &dyn std::fmt::Display| Error::Memory(format!("mapping {mem_size_mib} MiB: {error}"));
     let mut regions = Vec::new();
-    for range in ranges(mem_size_mib << 20) {
+    for range in ranges(mem_size_mib << 20).into_iter().chain(hotplug) {
         let size = usize::try_from(range.size).map_err(|error| failed(&error))?;
         let dirty = (tracking == Tracking::On).then(|| AtomicBitmap::with_len(size));
         let mapping = MmapRegionBuilder::new_with_bitmap(size, dirty)
@@ -112,6 +124,12 @@ pub fn use_huge_pages(memory: &Memory) {
     for region in memory.iter() {
         advise(region, libc::MADV_HUGEPAGE);
     }
+}
+
+/// Bytes of all regions: RAM and what may become RAM.
+#[must_use]
+pub fn bytes(memory: &Memory) -> u64 {
+    memory.iter().map(GuestMemoryRegion::len).sum()
 }
 
 /// Maps a whole memory file in place of guest memory: region by region, from the file's start on.
@@ -272,6 +290,13 @@ fn advise(region: &impl GuestMemoryRegion, advice: i32) -> bool {
     unsafe { libc::madvise(pointer.cast(), length, advice) == 0 }
 }
 
+/// RAM above the hole, if there is any.
+#[must_use]
+pub fn high_ram(memory: &Memory) -> Option<Range> {
+    let region = memory.iter().find(|region| region.start_addr().raw_value() == HIGH_RAM_START)?;
+    Some(Range { start: HIGH_RAM_START, size: region.len() })
+}
+
 /// End of the RAM below the hole.
 #[must_use]
 pub fn low_end(memory: &Memory) -> u64 {
@@ -289,6 +314,27 @@ mod tests {
         assert_eq!(ranges(3 << 30), [Range { start: 0, size: 3 << 30 }]);
         let both = ranges((3 << 30) + 4096);
         assert_eq!(both[1], Range { start: 1 << 32, size: 4096 });
+    }
+
+    #[test]
+    fn memory_that_comes_and_goes_is_above_all_ram() {
+        for (ram, block) in
+            [(1, 2), (128, 2), (3 << 10, 2), ((3 << 10) + 1, 2), (4 << 10, 256), (5 << 10, 1 << 10)]
+        {
+            let range = hotplug_range(ram, 1024, block);
+            let end = ranges(ram << 20).iter().map(|ram| ram.start + ram.size).max().unwrap();
+            assert!(range.start >= end && range.start > HIGH_RAM_START, "{ram} MiB: {range:?}");
+            assert!(range.start.is_multiple_of((block << 20).max(128 << 20)), "{range:?}");
+            assert!(range.start < end.max(HIGH_RAM_START) + (block << 20) + (128 << 20) + 1, "{range:?}");
+        }
+        let range = hotplug_range(128, 256, 2);
+        let memory = create_with(128, Some(range), Tracking::Off).unwrap();
+        assert_eq!((low_end(&memory), high_ram(&memory)), (128 << 20, None));
+        memory.write_obj(7_u8, GuestAddress(range.start + range.size - 1)).unwrap();
+        let both =
+            create_with((3 << 10) + 4, Some(hotplug_range((3 << 10) + 4, 256, 2)), Tracking::Off).unwrap();
+        assert_eq!(high_ram(&both), Some(Range { start: HIGH_RAM_START, size: 4 << 20 }));
+        assert_eq!(both.iter().count(), 3);
     }
 
     #[test]

@@ -21,7 +21,8 @@ use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, MachineConfigUpdate,
-    NetworkInterface, RateLimiter, SerialConfig, SmbiosConfig, VmConfig, VsockConfig, parse_mac,
+    MemoryHotplugConfig, NetworkInterface, RateLimiter, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
+    parse_mac,
 };
 use crate::console::ConsoleWriter;
 use crate::cpu::registers::Entry;
@@ -33,6 +34,7 @@ use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::entropy::{Entropy, host_random};
+use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::tap::TapDevice;
 use crate::devices::virtio::net::{Limits, Net};
@@ -41,7 +43,7 @@ use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::layout;
-use crate::memory::{self, FilePages, Memory, Tracking};
+use crate::memory::{self, FilePages, Memory, Range, Tracking};
 use crate::running::devices::Steered;
 use crate::running::{Held, Parts};
 use crate::seccomp::Filters;
@@ -116,6 +118,7 @@ impl Preboot {
         self.change(|config| {
             let machine = &mut config.machine_config;
             machine.vcpu_count = update.vcpu_count.unwrap_or(machine.vcpu_count);
+            machine.mem_size_mib = update.mem_size_mib.unwrap_or(machine.mem_size_mib);
         })
     }
 
@@ -149,6 +152,14 @@ impl Preboot {
     /// [`Error::Config`].
     pub fn set_balloon(&mut self, balloon: BalloonConfig) -> Result<()> {
         self.change(|config| config.balloon = Some(balloon))
+    }
+
+    /// Adds memory that comes and goes, or replaces it.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_memory_hotplug(&mut self, hotplug: MemoryHotplugConfig) -> Result<()> {
+        self.change(|config| config.memory_hotplug = Some(hotplug))
     }
 
     /// Adds the vsock device, or replaces it.
@@ -200,8 +211,7 @@ impl Preboot {
         }
         let machine = &config.machine_config;
         let mut payload = self.payload()?;
-        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
-        let memory = memory::create_with(machine.mem_size_mib, tracking)?;
+        let memory = self.memory()?;
         let pages = payload.pages.clone();
         let assembly = self.assemble(&memory, &pages)?;
         payload.cmdline = self.cmdline(&assembly.windows);
@@ -233,13 +243,12 @@ impl Preboot {
         let backend = request.memory()?;
         let machine = &self.config.machine_config;
 
-        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
-        let memory = memory::create_with(machine.mem_size_mib, tracking)?;
+        let memory = self.memory()?;
         let pages = FilePages::default();
         let (memory_file, handler) = match backend.backend_type {
             BackendType::File => {
                 let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
-                let file = MemoryFile::open(file, saved.id, machine.mem_size_mib << 20)?;
+                let file = MemoryFile::open(file, saved.id, memory::bytes(&memory))?;
                 memory::map_all(&memory, &pages, &file)?;
                 (Some(file), None)
             }
@@ -299,6 +308,20 @@ impl Preboot {
         }))
     }
 
+    /// Where memory that comes and goes is, if there is any.
+    fn hotplug(&self) -> Option<(MemoryHotplugConfig, Range)> {
+        let config = self.config.memory_hotplug?;
+        let MemoryHotplugConfig { total_size_mib, block_size_mib, .. } = config;
+        let mem_size_mib = self.config.machine_config.mem_size_mib;
+        Some((config, memory::hotplug_range(mem_size_mib, total_size_mib, block_size_mib)))
+    }
+
+    fn memory(&self) -> Result<Memory> {
+        let machine = &self.config.machine_config;
+        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
+        memory::create_with(machine.mem_size_mib, self.hotplug().map(|(_, range)| range), tracking)
+    }
+
     fn description(&self, assembly: &Assembly) -> Description {
         let mut generation_id = [0; 16];
         host_random(&mut generation_id);
@@ -345,7 +368,12 @@ impl Preboot {
         let mut steered = Steered::default();
         let mut transports = Vec::new();
         let mut windows = Vec::new();
-        for (index, device) in self.virtio_devices(balloon.as_ref(), &mut steered)?.into_iter().enumerate() {
+        let mem = self
+            .hotplug()
+            .map(|(config, range)| Arc::new(Mutex::new(Mem::new(config, range, pages.clone()))));
+        let mut devices = self.virtio_devices(balloon.as_ref(), &mut steered)?;
+        devices.extend(mem.clone().map(|mem| mem as Shared));
+        for (index, device) in devices.into_iter().enumerate() {
             let window = VirtioWindow {
                 address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
                 gsi: layout::VIRTIO_GSIS[index],
@@ -368,6 +396,7 @@ impl Preboot {
             vm,
             buses,
             event_loop,
+            mem,
             serial,
             power,
             cpus,
@@ -407,6 +436,7 @@ impl Preboot {
             description,
             transports: assembly.transports,
             balloon: assembly.balloon,
+            mem: assembly.mem,
             steered: assembly.steered,
             serial: assembly.serial,
             power: assembly.power,
@@ -488,7 +518,8 @@ impl Preboot {
         Ok(serial)
     }
 
-    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon, vsock.
+    /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon, vsock; memory that
+    /// comes and goes is put behind them.
     fn virtio_devices(
         &self,
         balloon: Option<&Arc<Mutex<Balloon>>>,
@@ -564,6 +595,7 @@ struct Assembly {
     power: Arc<Power>,
     balloon: Option<Arc<Mutex<Balloon>>>,
     cpus: Option<Arc<Cpus>>,
+    mem: Option<Arc<Mutex<Mem>>>,
     steered: Steered,
     transports: Vec<Arc<Transport>>,
     windows: Vec<VirtioWindow>,

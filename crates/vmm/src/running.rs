@@ -20,6 +20,7 @@ use crate::devices::cpus::{Count, Cpus};
 use crate::devices::power::Power;
 use crate::devices::serial::SerialPort;
 use crate::devices::virtio::balloon::Balloon;
+use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::mmio::{Transport, lock};
 use crate::error::{Error, Result};
 use crate::event_loop::DeviceThread;
@@ -57,6 +58,7 @@ pub(crate) struct Parts {
     pub transports: Vec<Arc<Transport>>,
     pub balloon: Option<Arc<Mutex<Balloon>>>,
     pub steered: devices::Steered,
+    pub mem: Option<Arc<Mutex<Mem>>>,
     pub serial: Arc<SerialPort>,
     pub power: Arc<Power>,
     pub cpus: Option<Arc<Cpus>>,
@@ -446,6 +448,9 @@ impl Running {
         if let Some(cpus) = &parts.cpus {
             cpus.reset();
             parts.description.processors.count = cpus.count().wanted;
+        }
+        if let Some(mem) = &parts.mem {
+            mem.lock().unwrap_or_else(PoisonError::into_inner).power_on();
         }
         memory::clear(&parts.memory, &parts.pages)?;
         let entry = boot::load(&parts.memory, payload, &parts.description)?;

@@ -8,16 +8,18 @@
 //! | `GET /machine-config` | always | CPUs and memory that are wanted now |
 //! | `GET /vm/config` | always | the configuration, of a started machine the one that it was built from |
 //! | `GET /balloon` | always | the balloon's configuration |
+//! | `GET /hotplug/memory` | always | memory that comes and goes: sizes, what the guest has and should have |
 //! | `GET /metrics` | built | counters of all devices |
-//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
+//! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/hotplug/memory`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
 //! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
 //! | `PUT /descriptors/{name}` | always | the open descriptor that comes with the request (SCM_RIGHTS) has that name from now on |
 //! | `PUT /snapshot/create` | paused | the machine into two files |
 //! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
 //! | `PATCH /vm` | running | `{"state": "Paused"}` or `"Resumed"` |
-//! | `PATCH /machine-config` | before the build, running | `{"vcpu_count": …}`: CPUs that the guest should have |
+//! | `PATCH /machine-config` | before the build, running | `{"vcpu_count": …, "mem_size_mib": …}`: CPUs and memory that the guest should have |
 //! | `PATCH /drives/{id}` | running | another image, the same one looked at again, other limits |
 //! | `PATCH /network-interfaces/{id}` | running | other limits |
+//! | `PATCH /hotplug/memory` | running | `{"requested_size_mib": …}`: how much of that memory the guest should have |
 //! | `PATCH /balloon` | running | `{"amount_mib": …}`: how much memory the guest should do without |
 //! | `GET /balloon/statistics` | running | what the balloon holds, what the guest says about its memory |
 //! | `PATCH /balloon/statistics` | running | `{"stats_polling_interval_s": …}` |

@@ -12,6 +12,7 @@ use crate::config::{
     Drive, DriveUpdate, MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate,
     VmConfig,
 };
+use crate::devices::virtio::mem::config::MemoryHotplugStatus;
 use crate::error::{Error, Result};
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
@@ -80,6 +81,12 @@ pub enum Route {
     SetBalloon,
     /// Adds or replaces the vsock device.
     SetVsock,
+    /// What there is of memory that comes and goes.
+    MemoryHotplug,
+    /// Adds or replaces memory that comes and goes.
+    SetMemoryHotplug,
+    /// Changes how much of it the guest should have.
+    ChangeMemoryHotplug,
     /// Sets where the console goes.
     SetSerial,
     /// Sets the DMI strings.
@@ -115,6 +122,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/vm/config", Route::VmConfig),
     ("GET", "/balloon", Route::Balloon),
     ("GET", "/balloon/statistics", Route::BalloonStatistics),
+    ("GET", "/hotplug/memory", Route::MemoryHotplug),
     ("GET", "/metrics", Route::Metrics),
     ("PUT", "/boot-source", Route::SetBootSource),
     ("PUT", "/machine-config", Route::SetMachineConfig),
@@ -123,6 +131,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/entropy", Route::SetEntropy),
     ("PUT", "/balloon", Route::SetBalloon),
     ("PUT", "/vsock", Route::SetVsock),
+    ("PUT", "/hotplug/memory", Route::SetMemoryHotplug),
     ("PUT", "/serial", Route::SetSerial),
     ("PUT", "/smbios", Route::SetSmbios),
     ("PUT", "/actions", Route::Act),
@@ -134,6 +143,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PATCH", "/machine-config", Route::ChangeMachineConfig),
     ("PATCH", "/drives/{id}", Route::ChangeDrive),
     ("PATCH", "/network-interfaces/{id}", Route::ChangeNetworkInterface),
+    ("PATCH", "/hotplug/memory", Route::ChangeMemoryHotplug),
     ("PATCH", "/balloon", Route::ChangeBalloon),
     ("PATCH", "/balloon/statistics", Route::ChangeBalloonStatistics),
 ];
@@ -333,6 +343,7 @@ impl Server {
                 return told(json!(self.config().balloon.ok_or_else(none)?));
             }
             Route::BalloonStatistics => return told(json!(self.running()?.balloon_statistics()?)),
+            Route::MemoryHotplug => return told(json!(self.memory_hotplug()?)),
             Route::Metrics => return told(json!(self.metrics()?)),
             Route::SetBootSource => self.preboot()?.set_boot_source(json(body)?)?,
             Route::SetMachineConfig => self.preboot()?.set_machine_config(json(body)?)?,
@@ -341,6 +352,7 @@ impl Server {
             Route::SetEntropy => self.preboot()?.set_entropy(json(body)?)?,
             Route::SetBalloon => self.preboot()?.set_balloon(json(body)?)?,
             Route::SetVsock => self.preboot()?.set_vsock(json(body)?)?,
+            Route::SetMemoryHotplug => self.preboot()?.set_memory_hotplug(json(body)?)?,
             Route::SetSerial => self.preboot()?.set_serial(json(body)?)?,
             Route::SetSmbios => self.preboot()?.set_smbios(json(body)?)?,
             Route::SerialInput => self.running()?.console_input(body)?,
@@ -350,6 +362,7 @@ impl Server {
             Route::ChangeMachineConfig => self.change_machine_config(body)?,
             Route::ChangeDrive => self.change_drive(id, body)?,
             Route::ChangeNetworkInterface => self.change_network_interface(id, body)?,
+            Route::ChangeMemoryHotplug => self.running()?.update_memory_hotplug(json(body)?)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
             Route::ChangeBalloonStatistics => self.running()?.update_balloon_statistics(json(body)?)?,
             Route::Act => self.act(body, status, end)?,
@@ -365,6 +378,18 @@ impl Server {
             Some(Machine::Running(running)) => running.machine_config(),
             _ => self.config().machine_config,
         }
+    }
+
+    fn memory_hotplug(&self) -> Result<MemoryHotplugStatus> {
+        let status = match &self.machine {
+            Some(Machine::Running(running)) => running.memory_hotplug(),
+            _ => self.config().memory_hotplug.map(|config| MemoryHotplugStatus {
+                config,
+                plugged_size_mib: 0,
+                requested_size_mib: 0,
+            }),
+        };
+        status.ok_or_else(|| Error::State("the machine has no memory that comes and goes".into()))
     }
 
     fn change_machine_config(&mut self, body: &[u8]) -> Result<()> {

@@ -21,7 +21,7 @@ use crate::cpu::registers::{self, Entry};
 use crate::devices::power;
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::memory::{FilePages, Memory, low_end};
+use crate::memory::{FilePages, Memory, high_ram, low_end};
 use crate::smbios;
 use mapped::MappedFile;
 
@@ -116,7 +116,6 @@ fn reset_stub() -> [u8; 9] {
 
 /// RAM as the guest is told about it: the map of both boot protocols.
 fn memory_map(memory: &Memory) -> Vec<(u64, u64, u32)> {
-    use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
     let end = low_end(memory);
     let mut map = vec![
         (0, layout::EBDA_START, RAM),
@@ -126,9 +125,8 @@ fn memory_map(memory: &Memory) -> Vec<(u64, u64, u32)> {
     if end > layout::HIMEM_START {
         map.push((layout::HIMEM_START, end - layout::HIMEM_START, RAM));
     }
-    for region in memory.iter().skip(1) {
-        map.push((region.start_addr().raw_value(), region.len(), RAM));
-    }
+    // Memory that comes and goes is none of it: its driver adds it.
+    map.extend(high_ram(memory).map(|range| (range.start, range.size, RAM)));
     map
 }
 

@@ -11,6 +11,7 @@ pub mod faults;
 pub mod footprint;
 pub mod hold;
 pub mod machines;
+pub mod mem;
 pub mod notify;
 pub mod tap;
 pub mod virtio;

@@ -10,6 +10,7 @@
 pub mod balloon;
 pub mod block;
 pub mod entropy;
+pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pace;
