@@ -41,9 +41,10 @@ fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
 #[test]
 fn a_cpu_comes_runs_goes_and_comes_again() {
     let added = PLUGGED | INSERTING;
-    let code = Code::default().other_cpus().wait_port(CPUS + 1, 0).print("r");
-    // The first time, the second CPU starts; then it is let go of.
-    let code = code.see_cpu(1, added).started_cpu(1).print("u");
+    // What is sent to a CPU that has never been there is over when it comes.
+    let code = Code::default().other_cpus().wait_port(CPUS + 1, 0).start_cpu(1).print("r");
+    let code = code.see_cpu(1, added).look16(STARTED, 1, 10_000).expect32(STARTED, 0);
+    let code = code.started_cpu(1).print("u");
     let code = code.see_cpu(1, PLUGGED | REMOVING).eject_cpu(1).print("e");
     // A CPU that is not there (the next event comes when it has been put away) does not start, nor does it when it comes: what was
     // sent to it before is over.
