@@ -10,6 +10,7 @@
 mod common;
 
 use common::balloon::{REPORTING, STATISTICS, give, list, send};
+use common::mem::{self, ask};
 use common::virtio::{
     Device, INDIRECT, NEXT, Ring, WINDOW, WINDOW_SIZE, WRITE, block, block_header, block_request, register,
 };
@@ -25,7 +26,8 @@ const NET: Device = Device(1);
 const ENTROPY: Device = Device(2);
 const BALLOON: Device = Device(3);
 const VSOCK: Device = Device(4);
-const DEVICES: [Device; 5] = [DISK, NET, ENTROPY, BALLOON, VSOCK];
+const MEM: Device = Device(5);
+const DEVICES: [Device; 6] = [DISK, NET, ENTROPY, BALLOON, VSOCK, MEM];
 /// Looks that a device is given to answer to an attack, which it mostly does not.
 const LOOKS: u32 = 2_000;
 const BUFFER: u32 = 0x80_0000;
@@ -47,7 +49,7 @@ fn canary(ring: Ring) -> u32 {
 
 /// How many queues a device has.
 fn queues(device: Device) -> u32 {
-    [1, 2, 1, 4, 3][device.0 as usize]
+    [1, 2, 1, 4, 3, 1][device.0 as usize]
 }
 
 /// Sets a device up with all its queues.
@@ -90,6 +92,12 @@ fn use_well(code: Code, device: Device) -> Code {
             let code = vsock::send(device.notify(code, 0), device, 0, HEADER).wait16(ring.used_index(), 1);
             code.expect32(BUFFER + vsock::TYPE_AND_OP, 1 | vsock::RESET << 16)
         }
+        // A block that it does not have, and is not given.
+        5 => {
+            let requests =
+                [(mem::STATE, mem::START, 1, mem::ACK, 1), (mem::PLUG, mem::START, 1, mem::NACK, 0)];
+            ask(code, device, queue(0), 0, &requests)
+        }
         _ => {
             let ring = queue(0);
             let code = ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0);
@@ -108,6 +116,7 @@ fn machine(code: &Code) -> Machine {
     machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
     machine.config["entropy"] = json!({});
     machine.config["vsock"] = json!({ "guest_cid": GUEST_CID, "uds_path": machine.text("v.sock") });
+    machine.config["memory-hotplug"] = json!({ "total_size_mib": 128 });
     machine.config["balloon"] =
         json!({ "amount_mib": 1, "stats_polling_interval_s": 1, "free_page_reporting": true });
     machine
@@ -132,7 +141,7 @@ fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(C
 }
 
 /// The queue that an attack goes to, and whether its device writes into chains.
-fn targets() -> [(&'static str, Device, Ring, u16); 11] {
+fn targets() -> [(&'static str, Device, Ring, u16); 12] {
     [
         ("disk", DISK, queue(0), 0),
         ("net, receive", NET, queue(0), WRITE),
@@ -145,6 +154,7 @@ fn targets() -> [(&'static str, Device, Ring, u16); 11] {
         ("vsock, receive", VSOCK, queue(0), WRITE),
         ("vsock, transmit", VSOCK, queue(1), 0),
         ("vsock, event", VSOCK, queue(2), WRITE),
+        ("memory", MEM, queue(0), 0),
     ]
 }
 
@@ -454,7 +464,7 @@ fn a_sweep_over_the_ports() {
         sweep.bytes(&u32::from(to).to_le_bytes()).bytes(&[0x76, 0xe6])
     });
     // rep insb and rep outsb, 8 KiB each, at ports with and without a device.
-    let code = [0x3f8, 0x3f9, 0x64, 0x600, 0x1234_u32].into_iter().fold(code, |code, port| {
+    let code = [0x3f8, 0x3f9, 0x64, 0x600, 0x620, 0x1234_u32].into_iter().fold(code, |code, port| {
         let code = code.bytes(&[0xba]).bytes(&port.to_le_bytes()).address(BUFFER);
         let code = code.bytes(&[0xb9, 0, 0x20, 0, 0, 0xf3, 0x6c]);
         if matches!(port, 0x64 | 0x600) {
@@ -468,6 +478,7 @@ fn a_sweep_over_the_ports() {
     });
     let code = use_well(code, DISK).print("alive").power_off();
     let mut machine = machine(&code);
+    machine.config["machine-config"]["max_vcpu_count"] = json!(4);
     machine.start(&common::machines::tap_argument(&tap));
     let ended = machine.wait();
     assert_eq!(ended.code, 0, "{}", ended.stderr);
@@ -478,7 +489,7 @@ fn a_sweep_over_the_ports() {
 #[test]
 fn a_sweep_over_all_registers_in_all_widths() {
     let Some(tap) = tap::create() else { return };
-    let windows = 6 * WINDOW_SIZE;
+    let windows = 7 * WINDOW_SIZE;
     // mov edi, WINDOW; again: mov al, [rdi]; mov [rdi], al; mov ax, [rdi]; mov [rdi], ax; mov eax, [rdi]; mov [rdi], eax;
     // mov rax, [rdi]; mov [rdi], rax; inc edi; cmp edi, END; jb again
     let code = Code::default().address(WINDOW).bytes(&[
