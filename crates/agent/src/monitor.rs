@@ -77,6 +77,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             is_root_device: true,
             is_read_only: false,
             rate_limiter: None,
+            io_engine: Default::default(),
         }],
         network_interfaces: vec![NetworkInterface {
             iface_id: "eth0".into(),

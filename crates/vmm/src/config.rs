@@ -188,6 +188,20 @@ pub struct Drive {
     /// How much the guest may read and write.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
+    /// Who does the host's work.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+}
+
+/// Who does a disk's work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// The device thread: the quickest for what the host has in memory; all devices wait while the host's disk works.
+    Sync,
+    /// Somebody else, so that no other device waits: io_uring for raw images, a thread of the disk's own for others and where the
+    /// host has no io_uring.
+    #[default]
+    Async,
 }
 
 /// Limits of a device; what is left out is unlimited.

@@ -11,6 +11,9 @@ pub const OPENER: &str = "vmm-opener";
 /// Name of the device thread.
 pub const DEVICES: &str = "vmm-dev";
 
+/// Name of a thread that does the work of one disk.
+pub const DISK: &str = "vmm-disk";
+
 /// Name of a vCPU's thread.
 #[must_use]
 pub fn vcpu(id: u8) -> String {

@@ -8,7 +8,7 @@ mod common;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
 
-use common::virtio::{Device, Ring, block, block_request, register};
+use common::virtio::{Device, NEXT, Ring, WRITE, block, block_clear, block_header, block_request, register};
 use common::{Code, Machine, disk, hand, hand_over, machines, tap, wait_for};
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
@@ -229,5 +229,86 @@ fn nothing_changes_before_the_start() {
     {
         let why = refusal(&client, path, &body);
         assert!(why.contains("has not been started"), "{why}");
+    }
+}
+
+/// Each engine with each format, under one guest: it writes, reads back, zeroes, flushes, and has 64 requests under way at once.
+#[test]
+fn every_engine_does_the_same_work() {
+    for (engine, format) in [("Sync", "raw"), ("Async", "raw"), ("Sync", "qcow2"), ("Async", "qcow2")] {
+        let ring = Ring { queue: 0, size: 128, base: RING.base };
+        let code = DISK.go(DISK.queue(DISK.negotiate(Code::default(), 1 << 9), ring));
+        let request = |code, index, kind, sector, length| {
+            block_request(code, ring, index, kind, sector, BUFFER, length).expect32(STATUS, 0)
+        };
+        let code = request(code.store(BUFFER, 0x600d_600d), 0, block::OUT, 9, 4096);
+        let code = request(code.store(BUFFER, 0), 1, block::IN, 9, 512).expect32(BUFFER, 0x600d_600d);
+        let code = request(code, 2, block::FLUSH, 0, 0);
+        let code = block_clear(code, ring, 3, block::WRITE_ZEROES, 9, 1).expect32(STATUS, 0);
+        let code = request(code, 4, block::IN, 9, 512).expect32(BUFFER, 0);
+        // One chain, offered 64 times before the bell rings: each reads the same into the same place.
+        let code = request(code.store(BUFFER, 0x1234_5678), 5, block::OUT, 20, 512).store(BUFFER, 0);
+        let header = ring.base + 0xc000;
+        let code = block_header(code, header, block::IN, 20).store(STATUS, 0xff);
+        let code = ring.descriptor(code, 1, BUFFER.into(), 512, NEXT | WRITE, 2);
+        let code = (6..70).fold(code, |code, index| ring.offer(code, index, 0));
+        let code = DISK.notify(code, 0).wait16(ring.used_index(), 70).expect32(BUFFER, 0x1234_5678);
+        let code = code.expect32(STATUS, 0).print("done").power_off();
+        let drive = json!({ "drive_id": "d", "path_on_host": "", "format": format, "io_engine": engine });
+        let mut machine = machine(&code, &drive);
+        machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
+        disk(&machine.path("disk"), if format == "raw" { 1 << 20 } else { 0 });
+        if format == "qcow2" {
+            let file = File::options().read(true).write(true).open(machine.path("disk")).unwrap();
+            let builder = Qcow2::<imago::file::File>::create_builder(file.try_into().unwrap());
+            builder.size(1 << 20).create().unwrap();
+        }
+        machine.start::<&str>(&[]);
+        let ended = machine.wait();
+        assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{engine} {format}: {}", ended.stderr);
+        if format == "raw" {
+            let file = File::open(machine.path("disk")).unwrap();
+            let mut bytes = [0; 4];
+            file.read_exact_at(&mut bytes, 20 * 512).unwrap();
+            assert_eq!(u32::from_le_bytes(bytes), 0x1234_5678);
+        }
+    }
+}
+
+/// A guest resets its disk over and over while requests are under way, and uses their memory for its queue meanwhile.
+#[test]
+fn resets_wait_for_what_is_under_way() {
+    for (engine, format) in [("Async", "raw"), ("Async", "qcow2")] {
+        let ring = Ring { queue: 0, size: 128, base: RING.base };
+        let set_up = |code| {
+            let code = DISK.negotiate(code, 1 << 9);
+            let code = code.store(ring.available(), 0).store(ring.used(), 0);
+            DISK.go(DISK.queue(code, ring))
+        };
+        let (header, length) = (ring.base + 0xc000, 1 << 20);
+        // Reads of 1 MiB each; after the reset the first and last words are the guest's own, and stay so.
+        let body = block_header(set_up(Code::default()), header, block::IN, 0);
+        let body = ring.descriptor(body, 0, header.into(), 16, NEXT, 1);
+        let body = ring.descriptor(body, 1, BUFFER.into(), length, NEXT | WRITE, 2);
+        let body = ring.descriptor(body, 2, u64::from(header) + 16, 1, WRITE, 0);
+        let body = (0..16).fold(body, |code, index| ring.offer(code, index, 0));
+        let body = DISK.notify(body, 0).store(DISK.register(register::STATUS), 0);
+        let last = BUFFER + length - 4;
+        let body = body.store(BUFFER, 7).store(last, 7).store(STATUS, 7);
+        let body = body.look16(BUFFER, 8, 200).expect32(BUFFER, 7).expect32(last, 7).expect32(STATUS, 7);
+        let code = Code::default().times(100, &body);
+        let code = block_request(set_up(code), ring, 0, block::IN, 0, BUFFER, 512).expect32(STATUS, 0);
+        let drive = json!({ "drive_id": "d", "path_on_host": "", "format": format, "io_engine": engine });
+        let mut machine = machine(&code.print("alive").power_off(), &drive);
+        machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
+        disk(&machine.path("disk"), if format == "raw" { 2 << 20 } else { 0 });
+        if format == "qcow2" {
+            let file = File::options().read(true).write(true).open(machine.path("disk")).unwrap();
+            let builder = Qcow2::<imago::file::File>::create_builder(file.try_into().unwrap());
+            builder.size(2 << 20).create().unwrap();
+        }
+        machine.start::<&str>(&[]);
+        let ended = machine.wait();
+        assert_eq!((ended.code, ended.console.as_str()), (0, "alive"), "{format}: {}", ended.stderr);
     }
 }

@@ -7,6 +7,7 @@
 mod common;
 
 use std::collections::BTreeSet;
+use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
 use std::process::Stdio;
@@ -16,6 +17,8 @@ use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
 use common::vsock::{connect, ping};
 use common::watch::{self, Call};
 use common::{Code, Ended, Machine, disk, hand, machines, tap, wait_for};
+use imago::FormatCreateBuilder;
+use imago::qcow2::Qcow2;
 use roost_vmm::exit::ExitCode;
 use roost_vmm::seccomp::rules::{Kind, allowed};
 use serde_json::json;
@@ -136,14 +139,35 @@ fn power_off_with_a_disk(ledger: &mut Ledger) {
     let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
     let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
     let code = block_request(code, ring, 0, block::OUT, 0, 0x50_0000, 4096);
-    let code = block_clear(code, ring, 1, block::DISCARD, 0, 8).power_off();
+    let code = block_clear(code, ring, 1, block::DISCARD, 0, 8);
+    let code = block_request(code, ring, 2, block::IN, 0, 0x50_0000, 512).power_off();
     let mut machine = Machine::new(&code);
     disk(&machine.path("disk"), 1 << 20);
     machine.config["drives"] = json!([{
         "drive_id": "root",
         "path_on_host": machine.text("disk"),
         "rate_limiter": { "bandwidth": { "size": 512, "refill_time": 20 } },
+        "io_engine": "Sync",
     }]);
+    let ended = ledger.run(&mut machine, &[], |_| ());
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+}
+
+/// An overlay, which has a thread of its own.
+fn overlay(ledger: &mut Ledger) {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 1 << 9), ring));
+    let code = block_request(code, ring, 0, block::OUT, 0, 0x50_0000, 4096);
+    let code = block_request(code, ring, 1, block::IN, 0, 0x50_0000, 512);
+    let code = block_request(code, ring, 2, block::FLUSH, 0, 0, 0);
+    let code = block_clear(code, ring, 3, block::DISCARD, 0, 128).power_off();
+    let mut machine = Machine::new(&code);
+    let file = File::create_new(machine.path("overlay")).unwrap();
+    let builder = Qcow2::<imago::file::File>::create_builder(file.try_into().unwrap());
+    builder.size(1 << 20).create().unwrap();
+    machine.config["drives"] = json!([
+        { "drive_id": "root", "path_on_host": machine.text("overlay"), "format": "qcow2" },
+    ]);
     let ended = ledger.run(&mut machine, &[], |_| ());
     assert_eq!(ended.code, 0, "{}", ended.stderr);
 }
@@ -199,12 +223,13 @@ fn every_allowed_call_is_made() {
     crash(&mut ledger);
     input_and_entropy(&mut ledger);
     power_off_with_a_disk(&mut ledger);
+    overlay(&mut ledger);
     balloon(&mut ledger);
     vsock(&mut ledger);
 
     let mut useless = Vec::new();
     let mut report = std::io::stderr().lock();
-    for kind in [Kind::Api, Kind::Devices, Kind::Vcpu, Kind::Opener] {
+    for kind in [Kind::Api, Kind::Devices, Kind::Disk, Kind::Vcpu, Kind::Opener] {
         for line in allowed(kind) {
             let made = ledger.has(kind, line.call, |arguments, pid| line.only.takes(arguments, pid));
             let _ = writeln!(report, "{kind:?} {} {:?}: {}, made: {made}", line.call, line.only, line.why);

@@ -10,6 +10,7 @@ use std::collections::BTreeMap;
 
 use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
 
+use crate::devices::virtio::block::uring;
 use crate::devices::virtio::net::tap;
 
 /// Kind of thread.
@@ -19,6 +20,8 @@ pub enum Kind {
     Api,
     /// Runs the devices.
     Devices,
+    /// Does the work of one disk.
+    Disk,
     /// Runs one vCPU.
     Vcpu,
     /// Opens paths for a stand-alone monitor: a process of its own.
@@ -140,6 +143,7 @@ mod unseen {
     pub const DEBUG: &str = "only debug builds of the standard library check descriptors";
     pub const WATCH: &str = "the tests' own watch is set up with it, and lets it pass";
     pub const FORMAT: &str = "depends on the image's format, size and caches";
+    pub const UNDER_WAY: &str = "only if a disk's work is under way at that moment";
 }
 
 /// The C library's and the allocator's own needs, the end of threads and of the process, and messages.
@@ -212,6 +216,14 @@ const API: &[Allowed] = &[
     with(libc::SYS_fcntl, 1, bits(libc::F_DUPFD_CLOEXEC), "the serial port's interrupt after a reset"),
     with(libc::SYS_fcntl, 1, bits(libc::F_GETFL), "whether a disk's new image can be written"),
     with(libc::SYS_fcntl, 1, bits(libc::F_SETFL), "a connection does not block").unseen(unseen::LIBRARY),
+    any(libc::SYS_io_uring_enter, "what is under way is waited for before a snapshot, and at the end")
+        .unseen(unseen::UNDER_WAY),
+    with(
+        libc::SYS_io_uring_register,
+        1,
+        uring::REGISTER_FILES_UPDATE as u64,
+        "a ring gets a disk's new image",
+    ),
     any(libc::SYS_fstatfs, "the blocks of a disk's new image"),
     with(libc::SYS_ioctl, 1, BLKGETSIZE64, "the size of a disk's new image")
         .unseen("tests have no block device"),
@@ -248,6 +260,7 @@ const DEVICES: &[Allowed] = &[
         ..any(libc::SYS_mmap, "fresh pages in place of a kernel's that go back to the host")
     },
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "those pages stay out of dumps"),
+    any(libc::SYS_io_uring_enter, "the disks' work is given to the kernel"),
     any(libc::SYS_preadv, "a disk is read"),
     any(libc::SYS_pwritev, "a disk is written"),
     any(libc::SYS_fdatasync, "a disk is flushed").unseen(unseen::FORMAT),
@@ -260,6 +273,22 @@ const DEVICES: &[Allowed] = &[
     any(libc::SYS_fstat, "an overlay's length").unseen(unseen::FORMAT),
     any(libc::SYS_ftruncate, "an overlay grows").unseen(unseen::FORMAT),
     any(libc::SYS_fallocate, "the guest discards or zeroes"),
+];
+
+const DISK: &[Allowed] = &[
+    any(libc::SYS_preadv, "a disk is read"),
+    any(libc::SYS_pwritev, "a disk is written"),
+    any(libc::SYS_pread64, "an overlay's tables").unseen(unseen::FORMAT),
+    any(libc::SYS_pwrite64, "an overlay's tables").unseen(unseen::FORMAT),
+    any(libc::SYS_readv, "a disk is read").unseen(unseen::FORMAT),
+    any(libc::SYS_writev, "a disk is written").unseen(unseen::FORMAT),
+    any(libc::SYS_fsync, "a disk is flushed"),
+    any(libc::SYS_fdatasync, "a disk is flushed").unseen(unseen::FORMAT),
+    any(libc::SYS_lseek, "an overlay's length").unseen(unseen::FORMAT),
+    any(libc::SYS_fstat, "an overlay's length").unseen(unseen::FORMAT),
+    any(libc::SYS_statx, "an overlay's length").unseen(unseen::FORMAT),
+    any(libc::SYS_ftruncate, "an overlay grows").unseen(unseen::FORMAT),
+    any(libc::SYS_fallocate, "the guest discards or zeroes").unseen(unseen::FORMAT),
 ];
 
 const VCPU: &[Allowed] = &[
@@ -296,6 +325,8 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_SET_TSC_KHZ, "a snapshot from a host with another TSC")
         .unseen("there is one host"),
     with(libc::SYS_ioctl, 1, TUNSETOFFLOAD, "a driver activates its interface"),
+    any(libc::SYS_io_uring_enter, "a disk is reset, and what is under way is waited for")
+        .unseen(unseen::UNDER_WAY),
     any(libc::SYS_rt_sigreturn, "the end of a kick"),
 ];
 
@@ -323,6 +354,7 @@ pub fn allowed(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
     let (common, own) = match kind {
         Kind::Api => (COMMON, API),
         Kind::Devices => (COMMON, DEVICES),
+        Kind::Disk => (COMMON, DISK),
         Kind::Vcpu => (COMMON, VCPU),
         Kind::Opener => (&[][..], OPENER),
     };

@@ -53,6 +53,7 @@ fn locked_down(thread: u32) -> Option<Kind> {
     Some(match name.trim() {
         "vmm-api" => Kind::Api,
         "vmm-dev" => Kind::Devices,
+        "vmm-disk" => Kind::Disk,
         "vmm-opener" => Kind::Opener,
         _ => Kind::Vcpu,
     })

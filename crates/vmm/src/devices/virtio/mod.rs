@@ -184,7 +184,9 @@ pub trait VirtioDevice: Send {
     }
     /// A queue's timer rang.
     fn timer_event(&mut self, _queue: usize) {}
-    /// Puts everything on stable storage (the machine is about to end).
+    /// Waits until no request is half done; what is finished is in guest memory. Requests that wait in a queue stay there.
+    fn quiesce(&mut self) {}
+    /// Puts everything on stable storage (a snapshot is taken, or the machine is about to end); no request is half done then.
     ///
     /// # Errors
     /// Why that failed.

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::{Memory, Slice};
 
@@ -46,9 +46,32 @@ where
 ///
 /// # Errors
 /// [`Broken`].
-pub fn drain_while<F>(queue: &mut Queue, memory: &Memory, handle: F) -> Result<Turn, Broken>
+pub fn drain_while<F>(queue: &mut Queue, memory: &Memory, mut handle: F) -> Result<Turn, Broken>
 where
     F: FnMut(Option<DescriptorChain<&Memory>>) -> Option<u32>,
+{
+    drain_some(queue, memory, |chain| handle(chain).map_or(Answer::Leave, Answer::Used))
+}
+
+/// What becomes of a chain.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// Nothing: it stays in the queue with all that follow. Whoever says so takes care that another turn comes.
+    Leave,
+    /// It goes back, with so many bytes written into it.
+    Used(u32),
+    /// It is kept, and goes back later.
+    Kept,
+}
+
+/// Takes every available chain as [`drain_while`] does, and lets `handle` say what becomes of it. Asked without a chain, any answer but
+/// [`Answer::Leave`] means that one may come.
+///
+/// # Errors
+/// [`Broken`].
+pub fn drain_some<F>(queue: &mut Queue, memory: &Memory, handle: F) -> Result<Turn, Broken>
+where
+    F: FnMut(Option<DescriptorChain<&Memory>>) -> Answer,
 {
     rounds(queue, memory, handle, || ())
 }
@@ -57,7 +80,7 @@ where
 /// at that moment, tests do there.
 fn rounds<F, L>(queue: &mut Queue, memory: &Memory, mut handle: F, mut looked: L) -> Result<Turn, Broken>
 where
-    F: FnMut(Option<DescriptorChain<&Memory>>) -> Option<u32>,
+    F: FnMut(Option<DescriptorChain<&Memory>>) -> Answer,
     L: FnMut(),
 {
     let mut left = BUDGET;
@@ -69,16 +92,18 @@ where
         queue.disable_notification(memory)?;
         let mut found = false;
         while left > 0 {
-            if handle(None).is_none() {
+            if handle(None) == Answer::Leave {
                 // The guest need not ring meanwhile.
                 let interrupt = any && queue.needs_notification(memory)?;
                 return Ok(Turn { interrupt, more: false });
             }
             let Some(chain) = next(queue, memory)? else { break };
             let head = chain.head_index();
-            let written = handle(Some(chain)).unwrap_or(0);
-            queue.add_used(memory, head, written)?;
-            (found, any) = (true, true);
+            if let Answer::Used(written) = handle(Some(chain)) {
+                queue.add_used(memory, head, written)?;
+                any = true;
+            }
+            found = true;
             left -= 1;
         }
         looked();
@@ -112,6 +137,8 @@ pub struct Buffers<'m> {
     pub readable: Vec<Slice<'m>>,
     /// The writable part, in order.
     pub writable: Vec<Slice<'m>>,
+    /// Where the last byte of that is.
+    pub last_writable: Option<GuestAddress>,
 }
 
 impl<'m> Buffers<'m> {
@@ -145,6 +172,10 @@ impl<'m> Buffers<'m> {
             };
             let count = usize::try_from(length).map_err(|_| "too long")?;
             append(memory, descriptor.addr(), count, list)?;
+            if descriptor.is_write_only() {
+                // It is in guest memory, or appending would have failed.
+                buffers.last_writable = descriptor.addr().checked_add(u64::from(length - 1));
+            }
         }
         Ok(buffers)
     }
@@ -153,11 +184,10 @@ impl<'m> Buffers<'m> {
 /// A buffer may lie across the border of two regions of memory.
 fn append<'m>(
     memory: &'m Memory,
-    mut address: vm_memory::GuestAddress,
+    mut address: GuestAddress,
     mut count: usize,
     list: &mut Vec<Slice<'m>>,
 ) -> Result<(), &'static str> {
-    use vm_memory::Address;
     while count > 0 {
         let region = memory.find_region(address).ok_or("outside of guest memory")?;
         let offset = region.to_region_addr(address).ok_or("outside of guest memory")?;

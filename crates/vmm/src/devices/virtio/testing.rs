@@ -76,11 +76,16 @@ impl Driver {
             bytes.extend(words.3.to_le_bytes());
             self.memory.write_slice(&bytes, address).unwrap();
         }
+        self.offer_again(head);
+        head
+    }
+
+    /// Makes a chain available that is in the table already.
+    pub fn offer_again(&mut self, head: u16) {
         let slot = AVAILABLE + 4 + 2 * u64::from(self.available % self.size);
         self.memory.write_obj(head, GuestAddress(slot)).unwrap();
         self.available += 1;
         self.memory.write_obj(self.available, GuestAddress(AVAILABLE + 2)).unwrap();
-        head
     }
 
     /// Everything that the device has returned: (head, bytes written).

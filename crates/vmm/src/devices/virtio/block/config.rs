@@ -5,7 +5,7 @@ use std::os::fd::AsRawFd;
 
 use serde::{Deserialize, Serialize};
 
-use super::backend::Image;
+use super::backend::{Backend, Image};
 use crate::config::{Drive, DriveFormat, RateLimiter};
 use crate::descriptors::{Access, Descriptors};
 use crate::error::{Error, Result};
@@ -54,11 +54,19 @@ impl DriveUpdate {
     }
 }
 
+/// An image that is open.
+pub struct Opened {
+    /// The image.
+    pub image: Box<dyn Backend>,
+    /// Its file, if it is nothing but the disk's bytes.
+    pub raw: Option<File>,
+}
+
 /// Opens a disk's image: descriptors that were handed over, or before the lock paths.
 ///
 /// # Errors
 /// [`Error::Open`], [`Error::NotHanded`], [`Error::Config`] for a descriptor that cannot be written, [`Error::Disk`].
-pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Image> {
+pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
     let access = if drive.is_read_only { Access::Read } else { Access::ReadWrite };
     let file = descriptors.file_to_keep(&drive.path_on_host, "disk image", access)?;
     if !drive.is_read_only && !is_writable(&file) {
@@ -71,11 +79,14 @@ pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Image> {
         Some(name) => Some(descriptors.file_to_keep(name, "base image", Access::Read)?),
         None => None,
     };
-    Image::open(file, drive.format, backing, !drive.is_read_only).map_err(|source| Error::Disk {
+    let failed = |source| Error::Disk {
         id: drive.drive_id.clone(),
         what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
         source,
-    })
+    };
+    let raw = (drive.format == DriveFormat::Raw).then(|| file.try_clone()).transpose().map_err(failed)?;
+    let image = Image::open(file, drive.format, backing, !drive.is_read_only).map_err(failed)?;
+    Ok(Opened { image: Box::new(image), raw })
 }
 
 fn is_writable(file: &File) -> bool {

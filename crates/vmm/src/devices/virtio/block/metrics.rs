@@ -30,11 +30,3 @@ pub struct Metrics {
     /// Requests that the host could not do.
     pub failed: u64,
 }
-
-impl Metrics {
-    /// Bytes that were moved, either way.
-    #[must_use]
-    pub const fn bytes(&self) -> u64 {
-        self.read_bytes + self.write_bytes
-    }
-}

@@ -11,7 +11,7 @@ use proptest::prelude::*;
 
 use super::backend::{Backend, Image};
 use super::metrics::Metrics;
-use super::queue::{Disk, process};
+use super::queue::{Disk, Host, process};
 use crate::config::DriveFormat;
 use crate::devices::virtio::testing::{Buffer, Driver, hostile, pieces};
 use crate::memory::Slice;
@@ -44,6 +44,11 @@ fn raw(content: &[u8]) -> (tempfile::NamedTempFile, Image) {
     (file, image)
 }
 
+fn here(backend: &mut dyn Backend) -> Disk<'_> {
+    let size = backend.size();
+    Disk { host: Host::Here(backend), size, read_only: false, write_through: false, pace: None, id: "" }
+}
+
 /// Makes one request and returns (status, bytes used, data).
 fn ask(
     backend: &mut dyn Backend,
@@ -59,7 +64,9 @@ fn ask(
     let status = driver.want(1);
     let chain: Vec<Buffer> = [head, data, status].into_iter().filter(|buffer| buffer.length > 0).collect();
     driver.add(&chain);
-    let mut disk = Disk { backend, read_only, write_through: false, pace: None, id: "vol-1" };
+    let size = backend.size();
+    let host = Host::Here(backend);
+    let mut disk = Disk { host, size, read_only, write_through: false, pace: None, id: "vol-1" };
     let turn = process(&mut driver.queue(), &driver.memory, &mut disk, &mut Metrics::default()).unwrap();
     assert!(turn.interrupt && !turn.more);
     (driver.read(status)[0], driver.used()[0].1, driver.read(data))
@@ -309,7 +316,7 @@ fn a_guest_without_flush_gets_stable_writes() {
         let mut driver = Driver::new(16);
         let chain = [driver.give(&header(OUT, 0)), driver.give(&[1; 512]), driver.want(1)];
         driver.add(&chain);
-        let mut disk = Disk { backend: &mut backend, read_only: false, write_through, pace: None, id: "" };
+        let mut disk = Disk { write_through, ..here(&mut backend) };
         process(&mut driver.queue(), &driver.memory, &mut disk, &mut Metrics::default()).unwrap();
         assert_eq!(backend.0.flushes.get(), flushes);
     }
@@ -323,7 +330,7 @@ fn a_chain_without_room_for_a_status_is_returned_unanswered() {
     driver.add(&chain);
     let short = [driver.give(&[0; 15]), driver.want(1)];
     driver.add(&short);
-    let mut disk = Disk { backend: &mut image, read_only: false, write_through: false, pace: None, id: "" };
+    let mut disk = here(&mut image);
     let mut metrics = Metrics::default();
     process(&mut driver.queue(), &driver.memory, &mut disk, &mut metrics).unwrap();
     assert_eq!(driver.used(), [(0, 0), (2, 0)]);
@@ -338,7 +345,7 @@ proptest! {
     fn framing_does_not_matter(head in pieces(16), data in pieces(1024), tail in pieces(1025)) {
         let content = pattern(1024);
         let (_file, mut image) = raw(&[0; 4096]);
-        let mut disk = Disk { backend: &mut image, read_only: false, write_through: false, pace: None, id: "" };
+        let mut disk = here(&mut image);
         let mut driver = Driver::new(64);
         let give = |driver: &mut Driver, bytes: &[u8], cuts: &[usize]| {
             let mut at = 0;
@@ -365,7 +372,7 @@ proptest! {
     #[test]
     fn a_hostile_queue_is_survived(queue in hostile()) {
         let (_file, mut image) = raw(&[0; 4096]);
-        let mut disk = Disk { backend: &mut image, read_only: false, write_through: false, pace: None, id: "" };
+        let mut disk = here(&mut image);
         let driver = Driver::new(16);
         queue.write(&driver);
         let _ = process(&mut driver.queue(), &driver.memory, &mut disk, &mut Metrics::default());

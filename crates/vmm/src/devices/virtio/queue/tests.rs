@@ -35,7 +35,7 @@ fn turn(
                 before(&mut driver.borrow_mut());
             }
         }
-        Some(0)
+        Answer::Used(0)
     };
     let result = rounds(queue, &memory, handle, || looked(&mut driver.borrow_mut()));
     (result, heads, looks)
