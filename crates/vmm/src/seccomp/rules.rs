@@ -377,6 +377,7 @@ static COMMON_CALLS: [(i64, Only); COMMON.len()] = without_texts(COMMON);
 static API_CALLS: [(i64, Only); API.len()] = without_texts(API);
 static DEVICES_CALLS: [(i64, Only); DEVICES.len()] = without_texts(DEVICES);
 static VCPU_CALLS: [(i64, Only); VCPU.len()] = without_texts(VCPU);
+static DISK_CALLS: [(i64, Only); DISK.len()] = without_texts(DISK);
 static OPENER_CALLS: [(i64, Only); OPENER.len()] = without_texts(OPENER);
 
 /// The rules of a kind, as the compiler takes them.
@@ -389,6 +390,7 @@ pub fn rules(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError
         Kind::Api => (&COMMON_CALLS, &API_CALLS),
         Kind::Devices => (&COMMON_CALLS, &DEVICES_CALLS),
         Kind::Vcpu => (&COMMON_CALLS, &VCPU_CALLS),
+        Kind::Disk => (&COMMON_CALLS, &DISK_CALLS),
         Kind::Opener => (&[], &OPENER_CALLS),
     };
     for (call, only) in common.iter().chain(own) {
