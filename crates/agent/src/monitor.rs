@@ -78,6 +78,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             is_read_only: false,
             rate_limiter: None,
             io_engine: Default::default(),
+            num_queues: 1,
         }],
         network_interfaces: vec![NetworkInterface {
             iface_id: "eth0".into(),

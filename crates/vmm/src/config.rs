@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
-pub use crate::devices::virtio::block::config::DriveUpdate;
+pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate, IoEngine};
 pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplugUpdate};
 pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
 pub use crate::devices::virtio::vsock::config::VsockConfig;
@@ -165,45 +165,6 @@ pub enum OnReset {
     Exit,
 }
 
-/// A disk.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Drive {
-    /// Its name: 1–20 characters; also the serial number that the guest reads.
-    pub drive_id: String,
-    /// The image.
-    pub path_on_host: String,
-    /// The image's format; it is never guessed, as a guest could write another format's header into a raw disk.
-    #[serde(default)]
-    pub format: DriveFormat,
-    /// The read-only raw base below a qcow2 overlay. Names inside the image open nothing.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub backing: Option<String>,
-    /// First disk of the machine; `root=/dev/vda` is added to a command line that has no `root=`.
-    #[serde(default)]
-    pub is_root_device: bool,
-    /// The guest may not write.
-    #[serde(default)]
-    pub is_read_only: bool,
-    /// How much the guest may read and write.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rate_limiter: Option<RateLimiter>,
-    /// Who does the host's work.
-    #[serde(default)]
-    pub io_engine: IoEngine,
-}
-
-/// Who does a disk's work.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub enum IoEngine {
-    /// The device thread: the quickest for what the host has in memory; all devices wait while the host's disk works.
-    Sync,
-    /// Somebody else, so that no other device waits: io_uring for raw images, a thread of the disk's own for others and where the
-    /// host has no io_uring.
-    #[default]
-    Async,
-}
-
 /// Limits of a device; what is left out is unlimited.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -242,17 +203,6 @@ pub struct TokenBucket {
     pub one_time_burst: Option<u64>,
     /// Milliseconds that fill an empty bucket.
     pub refill_time: u64,
-}
-
-/// A disk image's format.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum DriveFormat {
-    /// The file is the disk.
-    #[default]
-    Raw,
-    /// QEMU's copy-on-write format, version 2 or 3.
-    Qcow2,
 }
 
 /// A network interface.
@@ -472,28 +422,6 @@ impl BootSource {
     }
 }
 
-impl Drive {
-    /// Checks what types cannot say.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
-    pub fn check(&self) -> Result<()> {
-        if self.drive_id.is_empty() || self.drive_id.len() > 20 || !self.drive_id.is_ascii() {
-            return Err(Error::Config(format!(
-                "drives: drive_id {:?} is not 1–20 ASCII characters",
-                self.drive_id
-            )));
-        }
-        if self.backing.is_some() && self.format == DriveFormat::Raw {
-            return Err(Error::Config(format!(
-                "drives: {:?} has a backing image, which only format qcow2 can have",
-                self.drive_id
-            )));
-        }
-        Ok(())
-    }
-}
-
 impl NetworkInterface {
     /// Checks what types cannot say.
     ///
@@ -608,6 +536,8 @@ mod tests {
             ),
             (r#"{"drives":[{"drive_id":"a","path_on_host":"a","backing":"b"}]}"#, "backing"),
             (r#"{"drives":[{"drive_id":"a","path_on_host":"a","format":"vmdk"}]}"#, "vmdk"),
+            (r#"{"drives":[{"drive_id":"a","path_on_host":"a","num_queues":0}]}"#, "num_queues 0"),
+            (r#"{"drives":[{"drive_id":"a","path_on_host":"a","num_queues":17}]}"#, "num_queues 17"),
             (
                 r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"01:00:00:00:00:00"}]}"#,
                 "guest_mac",

@@ -128,7 +128,9 @@ impl Descriptors {
             return duplicate(file);
         }
         let file = self.file(name, what, access)?;
-        kept.insert(key, duplicate(&file)?);
+        if !self.locked.load(Ordering::SeqCst) {
+            kept.insert(key, duplicate(&file)?);
+        }
         Ok(file)
     }
 

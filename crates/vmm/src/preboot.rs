@@ -561,8 +561,7 @@ impl Preboot {
     fn block(&self, drive: &Drive) -> Result<Block> {
         let opened = block::config::open(drive, &self.descriptors)?;
         let pace = pace(drive.rate_limiter, &drive.drive_id)?;
-        Block::new(drive.drive_id.clone(), drive.is_read_only, opened, drive.io_engine, pace)
-            .map_err(Error::io("a disk's eventfd"))
+        Block::new(drive, opened, pace).map_err(Error::io("a disk's eventfd"))
     }
 
     fn net(&self, interface: &NetworkInterface, index: usize) -> Result<Net> {

@@ -312,3 +312,64 @@ fn resets_wait_for_what_is_under_way() {
         assert_eq!((ended.code, ended.console.as_str()), (0, "alive"), "{format}: {}", ended.stderr);
     }
 }
+
+/// Three of a disk's four queues, each with its own requests; all three share the disk's limit, and none waits for ever.
+#[test]
+fn queues_of_one_disk_share_its_image_and_its_limits() {
+    let rings = [0, 1, 3].map(|queue| Ring { queue, size: 8, base: 0x20_0000 + 0x2_0000 * queue });
+    // VIRTIO_BLK_F_MQ and VIRTIO_BLK_F_FLUSH. The count of queues is behind the bytes of the cache's mode.
+    let code = Code::default().expect32(DISK.register(register::CONFIG + 32), 4 << 16);
+    let code =
+        rings.iter().fold(DISK.negotiate(code, 1 << 12 | 1 << 9), |code, ring| DISK.queue(code, *ring));
+    let mut code = DISK.go(code);
+    for (n, ring) in (0..).zip(rings) {
+        code = block_request(code.store(BUFFER, 0x100 + n), ring, 0, block::OUT, u64::from(n), BUFFER, 512);
+    }
+    // Seven requests to each queue before any bell rings.
+    for (n, ring) in (0..).zip(rings) {
+        let header = ring.base + 0xc000;
+        code = block_header(code, header, block::IN, n).store(ring.base + 0xc010, 0xff);
+        code = ring.descriptor(code, 1, u64::from(ring.base) + 0xd000, 512, NEXT | WRITE, 2);
+        code = (1..8).fold(code, |code, index| ring.offer(code, index, 0));
+    }
+    code = rings.into_iter().fold(code, |code, ring| DISK.notify(code, ring.queue));
+    for (n, ring) in (0..).zip(rings) {
+        code = code.wait16(ring.used_index(), 8).expect32(ring.base + 0xc010, 0);
+        code = code.expect32(ring.base + 0xd000, 0x100 + n);
+    }
+    for engine in ["Sync", "Async"] {
+        let drive = json!({
+            "drive_id": "d", "path_on_host": "", "num_queues": 4, "io_engine": engine,
+            "rate_limiter": { "ops": { "size": 4, "refill_time": 20 } },
+        });
+        let mut machine = machine(&code.clone().print("done").power_off(), &drive);
+        machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
+        disk(&machine.path("disk"), 1 << 20);
+        machine.start::<&str>(&[]);
+        let ended = machine.wait();
+        assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{engine}: {}", ended.stderr);
+    }
+}
+
+/// Where the host forbids io_uring, a raw disk has a thread of its own, and says so.
+#[test]
+fn without_io_uring_a_disk_has_a_thread() {
+    use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
+    use std::os::unix::process::CommandExt;
+    let rules = [(libc::SYS_io_uring_setup, Vec::new())].into_iter().collect();
+    let forbidden = SeccompAction::Errno(libc::EPERM.cast_unsigned());
+    let filter = SeccompFilter::new(rules, SeccompAction::Allow, forbidden, TargetArch::x86_64).unwrap();
+    let program: BpfProgram = filter.try_into().unwrap();
+    let code = block_request(set_up().store(BUFFER, 5), RING, 0, block::OUT, 0, BUFFER, 512).store(BUFFER, 0);
+    let code = expect_sector(code, 1, 0, 5).print("done").power_off();
+    let mut machine = machine(&code, &json!({ "drive_id": "d", "path_on_host": "" }));
+    machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
+    disk(&machine.path("disk"), 1 << 20);
+    let mut command = machine.command::<&str>(&[]);
+    // SAFETY: between fork and exec the filter is installed by system calls alone.
+    unsafe { command.pre_exec(move || seccompiler::apply_filter(&program).map_err(std::io::Error::other)) };
+    machine.adopt(command.spawn().unwrap());
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
+    assert!(ended.stderr.contains("disk \"d\": no io_uring"), "{}", ended.stderr);
+}

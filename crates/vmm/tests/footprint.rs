@@ -42,3 +42,22 @@ fn with_a_disk_and_an_interface_in_use_it_costs_3_mib() {
     assert_eq!(devices["root"]["writes"], json!(16), "{metrics}");
     assert_eq!(devices["eth0"]["tx_packets"], json!(4), "{metrics}");
 }
+
+/// What queues, and work that goes on beside, cost a disk that is in use.
+#[test]
+fn a_disks_queues_and_its_engine_are_cheap() {
+    let cost = |drive: serde_json::Value| {
+        let mut machine = machines::with_disk();
+        machine.config["drives"][0].as_object_mut().unwrap().extend(drive.as_object().unwrap().clone());
+        machine.start::<&str>(&[]);
+        wait_for("the guest", || machine.console().contains(machines::UP).then_some(()));
+        let cost = footprint::of(machine.pid(), MEMORY_MIB).unwrap().private_dirty_kib;
+        eprintln!("{drive}: {cost} KiB");
+        cost
+    };
+    let plain = cost(json!({ "io_engine": "Sync" }));
+    let beside = cost(json!({ "io_engine": "Async" }));
+    let queues = cost(json!({ "io_engine": "Async", "num_queues": 16 }));
+    assert!(beside <= plain + 64, "{plain} KiB, with a ring {beside}");
+    assert!(queues <= beside + 16, "{beside} KiB, with 16 queues {queues}");
+}

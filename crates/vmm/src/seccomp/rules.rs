@@ -361,9 +361,12 @@ pub fn allowed(kind: Kind) -> impl Iterator<Item = &'static Allowed> {
     common.iter().chain(own)
 }
 
+/// A line without its texts.
+type Bare = (i64, Only);
+
 /// Lines without their texts. Only the ledger reads these: a text is an address, which the program's start writes, so that each
 /// process would have pages of its own for the tables.
-const fn without_texts<const N: usize>(lines: &[Allowed]) -> [(i64, Only); N] {
+const fn without_texts<const N: usize>(lines: &[Allowed]) -> [Bare; N] {
     let mut bare = [(0, Only::Any); N];
     let mut n = 0;
     while n < N {
@@ -373,12 +376,12 @@ const fn without_texts<const N: usize>(lines: &[Allowed]) -> [(i64, Only); N] {
     bare
 }
 
-static COMMON_CALLS: [(i64, Only); COMMON.len()] = without_texts(COMMON);
-static API_CALLS: [(i64, Only); API.len()] = without_texts(API);
-static DEVICES_CALLS: [(i64, Only); DEVICES.len()] = without_texts(DEVICES);
-static VCPU_CALLS: [(i64, Only); VCPU.len()] = without_texts(VCPU);
-static DISK_CALLS: [(i64, Only); DISK.len()] = without_texts(DISK);
-static OPENER_CALLS: [(i64, Only); OPENER.len()] = without_texts(OPENER);
+static COMMON_CALLS: [Bare; COMMON.len()] = without_texts(COMMON);
+static API_CALLS: [Bare; API.len()] = without_texts(API);
+static DEVICES_CALLS: [Bare; DEVICES.len()] = without_texts(DEVICES);
+static VCPU_CALLS: [Bare; VCPU.len()] = without_texts(VCPU);
+static DISK_CALLS: [Bare; DISK.len()] = without_texts(DISK);
+static OPENER_CALLS: [Bare; OPENER.len()] = without_texts(OPENER);
 
 /// The rules of a kind, as the compiler takes them.
 ///
@@ -386,7 +389,7 @@ static OPENER_CALLS: [(i64, Only); OPENER.len()] = without_texts(OPENER);
 /// A condition that the compiler does not take.
 pub fn rules(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
-    let (common, own): (&[(i64, Only)], &[(i64, Only)]) = match kind {
+    let (common, own): (&[Bare], &[Bare]) = match kind {
         Kind::Api => (&COMMON_CALLS, &API_CALLS),
         Kind::Devices => (&COMMON_CALLS, &DEVICES_CALLS),
         Kind::Vcpu => (&COMMON_CALLS, &VCPU_CALLS),

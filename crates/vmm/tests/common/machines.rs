@@ -28,21 +28,41 @@ pub fn echo() -> Code {
         .bytes(&[0xbf, 0, 0, 0x20, 0, 0xfe, 0x07, 0x8a, 0x07, 0x04, 0x30, 0xee, 0xeb, 0xe1])
 }
 
-/// A guest that reads and writes its disk, sends and takes packets, says so, and halts.
-pub fn with_disk_and_interface() -> Machine {
-    let disk_queue = Ring { queue: 0, size: 8, base: 0x20_0000 };
-    let receive = Ring { queue: 0, size: 8, base: 0x30_0000 };
-    let transmit = Ring { queue: 1, size: 8, base: 0x40_0000 };
-    let (buffer, packets, frame) = (0x50_0000, 0x60_0000_u32, 0x70_0000);
-    let (block, net) = (Device(0), Device(1));
-
-    let mut code = block.go(block.queue(block.negotiate(Code::default(), 0), disk_queue));
+/// The code of a guest that reads and writes its disk.
+fn use_disk() -> Code {
+    let (ring, buffer, block) = (Ring { queue: 0, size: 8, base: 0x20_0000 }, 0x50_0000, Device(0));
+    let mut code = block.go(block.queue(block.negotiate(Code::default(), 0), ring));
     for index in 0..REQUESTS {
         let kind = if index % 2 == 0 { block::IN } else { block::OUT };
         let sector = u64::from(index) * u64::from(REQUEST_BYTES / 512);
-        code = block_request(code, disk_queue, index, kind, sector, buffer, REQUEST_BYTES);
+        code = block_request(code, ring, index, kind, sector, buffer, REQUEST_BYTES);
     }
-    code = block_request(code, disk_queue, REQUESTS, block::FLUSH, 0, 0, 0);
+    block_request(code, ring, REQUESTS, block::FLUSH, 0, 0, 0)
+}
+
+/// The machine of a guest with a disk, which says that it is up and halts in the end.
+fn machine_with_disk(code: Code) -> Machine {
+    // cli; hlt; jmp back to hlt
+    let mut machine = Machine::new(&code.print(UP).bytes(&[0xfa, 0xf4, 0xeb, 0xfd]));
+    footprint::settle(&machine.program);
+    disk(&machine.path("disk"), 8 << 20);
+    machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
+    machine.config["drives"] =
+        json!([{ "drive_id": "root", "path_on_host": machine.text("disk"), "is_root_device": true }]);
+    machine
+}
+
+/// A guest that reads and writes its disk, says so, and halts.
+pub fn with_disk() -> Machine {
+    machine_with_disk(use_disk())
+}
+
+/// A guest that reads and writes its disk, sends and takes packets, says so, and halts.
+pub fn with_disk_and_interface() -> Machine {
+    let receive = Ring { queue: 0, size: 8, base: 0x30_0000 };
+    let transmit = Ring { queue: 1, size: 8, base: 0x40_0000 };
+    let (packets, frame, net) = (0x60_0000_u32, 0x70_0000, Device(1));
+    let mut code = use_disk();
 
     code = net.queue(net.queue(net.negotiate(code, 0), receive), transmit);
     for n in 0..receive.size {
@@ -57,15 +77,7 @@ pub fn with_disk_and_interface() -> Machine {
         code = net.notify(transmit.offer(code, index, 0), transmit.queue);
         code = code.wait16(transmit.used_index(), index + 1);
     }
-    // cli; hlt; jmp back to hlt
-    let code = code.print(UP).bytes(&[0xfa, 0xf4, 0xeb, 0xfd]);
-
-    let mut machine = Machine::new(&code);
-    footprint::settle(&machine.program);
-    disk(&machine.path("disk"), 8 << 20);
-    machine.config["machine-config"]["mem_size_mib"] = json!(MEMORY_MIB);
-    machine.config["drives"] =
-        json!([{ "drive_id": "root", "path_on_host": machine.text("disk"), "is_root_device": true }]);
+    let mut machine = machine_with_disk(code);
     machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
     machine
 }

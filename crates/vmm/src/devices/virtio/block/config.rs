@@ -1,14 +1,72 @@
-//! What may change of a disk while its machine runs, and how its image is opened, then and before.
+//! What a disk is configured with, what may change of it while its machine runs, and how its image is opened.
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
 
 use serde::{Deserialize, Serialize};
 
+use super::MAX_QUEUES;
 use super::backend::{Backend, Image};
-use crate::config::{Drive, DriveFormat, RateLimiter};
+use crate::config::RateLimiter;
 use crate::descriptors::{Access, Descriptors};
 use crate::error::{Error, Result};
+
+/// A disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Drive {
+    /// Its name: 1–20 characters; also the serial number that the guest reads.
+    pub drive_id: String,
+    /// The image.
+    pub path_on_host: String,
+    /// The image's format; it is never guessed, as a guest could write another format's header into a raw disk.
+    #[serde(default)]
+    pub format: DriveFormat,
+    /// The read-only raw base below a qcow2 overlay. Names inside the image open nothing.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub backing: Option<String>,
+    /// First disk of the machine; `root=/dev/vda` is added to a command line that has no `root=`.
+    #[serde(default)]
+    pub is_root_device: bool,
+    /// The guest may not write.
+    #[serde(default)]
+    pub is_read_only: bool,
+    /// How much the guest may read and write.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rate_limiter: Option<RateLimiter>,
+    /// Who does the host's work.
+    #[serde(default)]
+    pub io_engine: IoEngine,
+    /// Queues, 1–16: guests with several CPUs spread their requests over them. One thread serves them all.
+    #[serde(default = "one")]
+    pub num_queues: u8,
+}
+
+const fn one() -> u8 {
+    1
+}
+
+/// Who does a disk's work.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum IoEngine {
+    /// The device thread: the quickest for what the host has in memory; all devices wait while the host's disk works.
+    Sync,
+    /// Somebody else, so that no other device waits: io_uring for raw images, a thread of the disk's own for others and where the
+    /// host has no io_uring.
+    #[default]
+    Async,
+}
+
+/// A disk image's format.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DriveFormat {
+    /// The file is the disk.
+    #[default]
+    Raw,
+    /// QEMU's copy-on-write format, version 2 or 3.
+    Qcow2,
+}
 
 /// `PATCH /drives/{id}`.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -28,6 +86,34 @@ pub struct DriveUpdate {
     /// Buckets that replace those that are there; one of size 0 or time 0 removes a limit.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rate_limiter: Option<RateLimiter>,
+}
+
+impl Drive {
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        if self.drive_id.is_empty() || self.drive_id.len() > 20 || !self.drive_id.is_ascii() {
+            return Err(Error::Config(format!(
+                "drives: drive_id {:?} is not 1–20 ASCII characters",
+                self.drive_id
+            )));
+        }
+        if self.num_queues == 0 || usize::from(self.num_queues) > MAX_QUEUES {
+            return Err(Error::Config(format!(
+                "drives: {:?}: num_queues {} is outside 1–{MAX_QUEUES}",
+                self.drive_id, self.num_queues
+            )));
+        }
+        if self.backing.is_some() && self.format == DriveFormat::Raw {
+            return Err(Error::Config(format!(
+                "drives: {:?} has a backing image, which only format qcow2 can have",
+                self.drive_id
+            )));
+        }
+        Ok(())
+    }
 }
 
 impl DriveUpdate {

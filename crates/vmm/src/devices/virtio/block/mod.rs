@@ -1,4 +1,7 @@
-//! virtio-block: one disk, one queue.
+//! virtio-block: one disk, with one or several queues.
+//!
+//! The device thread serves all queues of a disk, and they share its ring or thread, its limits, and the room for requests that are
+//! under way. What several queues save is the guest's: its CPUs do not wait for each other to hand a request in.
 
 pub mod backend;
 pub mod config;
@@ -20,8 +23,8 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use virtio_bindings::virtio_blk::{
-    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_RO, VIRTIO_BLK_F_SEG_MAX,
-    VIRTIO_BLK_F_WRITE_ZEROES,
+    VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
+    VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
 };
 use virtio_queue::QueueT;
 use vmm_sys_util::eventfd::EventFd;
@@ -29,7 +32,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::pace::Pace;
 use super::queue::Broken;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
-use crate::config::{IoEngine, RateLimiter};
+use crate::config::{Drive, IoEngine, RateLimiter};
 use crate::error::{Error, Result};
 use backend::Backend;
 use config::Opened;
@@ -43,6 +46,9 @@ use worker::Worker;
 /// virtio device id of a disk.
 pub const KIND: u32 = 2;
 const QUEUE_SIZE: u16 = 256;
+/// Queues that a disk can have.
+pub const MAX_QUEUES: usize = 16;
+const QUEUES: [u16; MAX_QUEUES] = [QUEUE_SIZE; MAX_QUEUES];
 /// Sectors: holes are made of whole blocks of the host's file system.
 const DISCARD_ALIGNMENT: u32 = 8;
 /// Data segments per request: the queue less header and status.
@@ -61,7 +67,7 @@ enum Worked {
     /// Somebody whose bell this is, once the device thread is about to be locked down.
     Soon(EventFd),
     /// A ring. It may rest, when the image is one that it cannot read.
-    Ring(Ring, EventFd),
+    Ring(Box<Ring>, EventFd),
     /// A thread.
     Thread(Worker, EventFd),
 }
@@ -73,6 +79,7 @@ pub struct Block {
     flying: InFlight,
     id: String,
     read_only: bool,
+    queues: u8,
     size: u64,
     image: SharedImage,
     /// The image's file, if it is a raw one.
@@ -83,18 +90,12 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk of this image, within these limits.
+    /// A disk as configured, of this image, within these limits.
     ///
     /// # Errors
     /// The host gives no eventfd.
-    pub fn new(
-        id: String,
-        read_only: bool,
-        opened: Opened,
-        engine: IoEngine,
-        pace: Pace,
-    ) -> std::io::Result<Self> {
-        let worked = match engine {
+    pub fn new(drive: &Drive, opened: Opened, pace: Pace) -> std::io::Result<Self> {
+        let worked = match drive.io_engine {
             IoEngine::Sync => Worked::Here,
             IoEngine::Async => Worked::Soon(EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?),
         };
@@ -102,8 +103,9 @@ impl Block {
         Ok(Self {
             worked,
             flying: InFlight::default(),
-            id,
-            read_only,
+            id: drive.drive_id.clone(),
+            read_only: drive.is_read_only,
+            queues: drive.num_queues,
             size: image.size(),
             image: Arc::new(Mutex::new(image)),
             raw,
@@ -147,7 +149,7 @@ impl Block {
     /// The engine, if it has the work.
     fn engine<'a>(worked: &'a mut Worked, raw: Option<&File>) -> Option<&'a mut (dyn Engine + 'static)> {
         match worked {
-            Worked::Ring(ring, _) if raw.is_some() => Some(ring),
+            Worked::Ring(ring, _) if raw.is_some() => Some(ring.as_mut()),
             Worked::Thread(worker, _) => Some(worker),
             Worked::Here | Worked::Soon(_) | Worked::Ring(..) => None,
         }
@@ -289,7 +291,9 @@ impl VirtioDevice for Block {
         } else {
             1 << VIRTIO_BLK_F_DISCARD | 1 << VIRTIO_BLK_F_WRITE_ZEROES
         };
+        let several = if self.queues > 1 { 1 << VIRTIO_BLK_F_MQ } else { 0 };
         writing
+            | several
             | 1 << VIRTIO_BLK_F_FLUSH
             | 1 << VIRTIO_BLK_F_SEG_MAX
             | 1 << VIRTIO_BLK_F_BLK_SIZE
@@ -298,7 +302,7 @@ impl VirtioDevice for Block {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE]
+        &QUEUES[..usize::from(self.queues).min(MAX_QUEUES)]
     }
 
     /// virtio 1.2, 5.2.4.
@@ -309,7 +313,8 @@ impl VirtioDevice for Block {
         // Geometry (none), block size, topology (none), writeback, queues.
         config.extend([0; 4]);
         config.extend(512_u32.to_le_bytes());
-        config.extend([0; 12]);
+        config.extend([0; 10]);
+        config.extend(u16::from(self.queues).to_le_bytes());
         let limits = [
             ranges::MAX_DISCARD_SECTORS,
             ranges::MAX_DISCARD_RANGES,
@@ -336,7 +341,7 @@ impl VirtioDevice for Block {
             .ok()
         });
         self.worked = match ring {
-            Some(ring) => Worked::Ring(ring, bell),
+            Some(ring) => Worked::Ring(Box::new(ring), bell),
             None => Worked::Thread(Worker::new(Arc::clone(&self.image), theirs)?, bell),
         };
         // A machine from a snapshot is at work already.

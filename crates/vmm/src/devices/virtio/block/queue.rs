@@ -207,12 +207,11 @@ fn request<'m>(
     }
 }
 
+/// What a request asks of the host: what it is, where on the disk it begins, how many bytes it is about, and the work.
+type Asked<'m> = (What, u64, u64, Work<Vec<Slice<'m>>>);
+
 /// The ranges that a request lists, to be discarded or zeroed.
-fn clear<'m>(
-    disk: &Disk<'_>,
-    kind: Kind,
-    source: &[Slice<'_>],
-) -> Result<(What, u64, u64, Work<Vec<Slice<'m>>>), u32> {
+fn clear<'m>(disk: &Disk<'_>, kind: Kind, source: &[Slice<'_>]) -> Result<Asked<'m>, u32> {
     let mut bytes = vec![0; ranges::BYTES * (ranges::MAX_DISCARD_RANGES as usize + 1)];
     // A longer list is one that is too long, too.
     let count = copy_out(source, &mut bytes);
