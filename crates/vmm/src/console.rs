@@ -31,6 +31,11 @@ pub const HEADER_SIZE: u64 = 4096;
 /// Bytes of the whole file.
 pub const FILE_SIZE: u64 = HEADER_SIZE + CAPACITY as u64;
 
+/// Largest ring of another version of this program that is read.
+const MAX_CAPACITY: u64 = 1 << 20;
+/// No stream is longer: counters above are no counters, and sums of them would overflow.
+const MAX_STREAM: u64 = 1 << 62;
+
 const RESERVED_OFFSET: usize = 16;
 const WRITTEN_OFFSET: usize = 24;
 
@@ -79,10 +84,19 @@ impl Header {
             return Err(invalid(&format!("version {} is not {VERSION}", word32(0))));
         }
         let capacity = u64::from(word32(4));
-        if capacity == 0 || capacity > 1 << 30 {
+        if capacity == 0 || capacity > MAX_CAPACITY {
             return Err(invalid(&format!("capacity {capacity}")));
         }
-        Ok(Self { capacity, reserved: word64(8), written: word64(16) })
+        let (reserved, written) = (word64(8), word64(16));
+        if reserved > MAX_STREAM || written > MAX_STREAM {
+            return Err(invalid(&format!("a stream of {} bytes", reserved.max(written))));
+        }
+        Ok(Self { capacity, reserved, written })
+    }
+
+    /// First byte of the stream that may still be in the ring, however wrong `reserved` is.
+    fn oldest(&self) -> u64 {
+        self.reserved.max(self.written).saturating_sub(self.capacity)
     }
 }
 
@@ -232,7 +246,7 @@ impl ConsoleReader {
         if offset >= header.written {
             return Ok(Chunk { lost: 0, bytes: Vec::new(), next_offset: offset });
         }
-        let start = offset.max(header.reserved.saturating_sub(header.capacity)).min(header.written);
+        let start = offset.max(header.oldest()).min(header.written);
         let length = usize::try_from(header.written - start).map_err(io::Error::other)?;
         let mut bytes = vec![0; length];
         let at = start % header.capacity;
@@ -240,7 +254,7 @@ impl ConsoleReader {
         let (head, tail) = bytes.split_at_mut(first);
         self.file.read_exact_at(head, HEADER_SIZE + at)?;
         self.file.read_exact_at(tail, HEADER_SIZE)?;
-        let oldest = Header::read(&self.file)?.reserved.saturating_sub(header.capacity);
+        let oldest = Header::read(&self.file)?.oldest();
         let good = start.max(oldest).min(header.written);
         bytes.drain(..usize::try_from(good - start).map_err(io::Error::other)?);
         Ok(Chunk { lost: good - offset, bytes, next_offset: header.written })
@@ -299,6 +313,31 @@ mod tests {
         let file = tempfile::NamedTempFile::new().unwrap();
         file.as_file().write_all_at(&[7; 8192], 0).unwrap();
         assert!(ConsoleReader::new(file.reopen().unwrap()).is_err());
+    }
+
+    /// The agent reads what a monitor wrote, and a monitor goes on with what it finds.
+    #[test]
+    fn counters_that_no_writer_leaves_are_survived() {
+        for (reserved, written, taken) in
+            [(0, 1 << 50, true), (1 << 61, 1 << 61, true), (u64::MAX, 0, false), (0, u64::MAX, false)]
+        {
+            let (file, _, reader) = ring();
+            let counters = [u64::to_le_bytes(reserved), u64::to_le_bytes(written)].concat();
+            file.as_file().write_all_at(&counters, 16).unwrap();
+            let chunk = reader.read_from(0);
+            assert_eq!(chunk.is_ok(), taken, "{reserved} {written}");
+            assert!(chunk.is_ok_and(|chunk| chunk.bytes.len() <= CAPACITY as usize) == taken);
+            let mut writer = ConsoleWriter::new(file.as_file()).unwrap();
+            writer.write(b"more");
+            assert_eq!(reader.read_from(writer.written() - 4).unwrap().bytes, b"more");
+        }
+    }
+
+    #[test]
+    fn rings_of_a_gigabyte_are_none() {
+        let (file, _, reader) = ring();
+        file.as_file().write_all_at(&(1_u32 << 30).to_le_bytes(), 12).unwrap();
+        assert!(reader.read_from(0).is_err());
     }
 
     #[test]

@@ -69,6 +69,9 @@ impl RangeSet {
 }
 
 #[cfg(test)]
+mod exhaustive;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

@@ -2,6 +2,8 @@
 //!
 //! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
 
+#[cfg(test)]
+mod exhaustive;
 pub mod linux;
 pub mod mapped;
 pub mod pvh;
@@ -210,7 +212,8 @@ fn load_bzimage(memory: &Memory, image: &mut File, pages: &FilePages) -> Result<
     } else {
         u64::from(header.code32_start)
     };
-    let end = address + u64::from(header.init_size);
+    // The image may say anything.
+    let end = address.saturating_add(header.init_size.into());
     if end > low_end(memory) {
         return Err(Error::Kernel(format!(
             "needs memory up to {} MiB to start, the guest's ends at {} MiB",
@@ -296,6 +299,23 @@ mod tests {
             let error = load(&memory, &mut payload(image), &description()).unwrap_err();
             assert!(matches!(error, Error::Kernel(_)), "{image:?} gave {error}");
         }
+    }
+
+    /// The preferred address is the image's to say: with the room that it needs, it may reach beyond any address.
+    #[test]
+    fn a_bzimage_beyond_all_addresses_is_refused() {
+        let mut image = vec![0; 2048];
+        image[0x1f1] = 1; // setup sectors
+        image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
+        image[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
+        image[0x211] = 1; // loaded high
+        image[0x234] = 1; // relocatable
+        image[0x236] = 1; // 64-bit entry
+        image[0x258..0x260].copy_from_slice(&(u64::MAX - 4096).to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        let memory = crate::memory::create(16).unwrap();
+        let error = load(&memory, &mut payload(&image), &description()).unwrap_err();
+        assert!(error.to_string().contains("needs memory up to"), "{error}");
     }
 
     #[test]

@@ -123,6 +123,9 @@ impl Bucket {
 }
 
 #[cfg(test)]
+mod exhaustive;
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use proptest::prelude::*;

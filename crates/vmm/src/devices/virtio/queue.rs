@@ -259,4 +259,6 @@ pub fn copy_in(list: &[Slice<'_>], source: &[u8]) -> usize {
 }
 
 #[cfg(test)]
+mod exhaustive;
+#[cfg(test)]
 mod tests;

@@ -12,6 +12,7 @@ use imago::qcow2::Qcow2;
 use imago::raw::Raw;
 use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpenOptions};
 
+use super::qcow2;
 use crate::config::DriveFormat;
 use crate::memory::Slice;
 
@@ -47,7 +48,11 @@ pub trait Backend: Send {
 }
 
 /// An image.
-pub struct Image(FormatAccess<imago::file::File>);
+pub struct Image {
+    access: FormatAccess<imago::file::File>,
+    /// Bytes of a cluster; 0 where there are none.
+    cluster: u64,
+}
 
 impl Image {
     /// Opens an image from its descriptors.
@@ -55,9 +60,12 @@ impl Image {
     /// # Errors
     /// The image is broken, or needs files that were not handed over.
     pub fn open(file: File, format: DriveFormat, backing: Option<File>, writable: bool) -> io::Result<Self> {
+        let cluster = if format == DriveFormat::Qcow2 { qcow2::check(&file)? } else { 0 };
         let storage = storage(file, writable)?;
         match format {
-            DriveFormat::Raw => Ok(Self(FormatAccess::new(Raw::open_image(storage, writable)?))),
+            DriveFormat::Raw => {
+                Ok(Self { access: FormatAccess::new(Raw::open_image(storage, writable)?), cluster })
+            }
             DriveFormat::Qcow2 => {
                 let backing = match backing {
                     Some(base) => {
@@ -73,7 +81,7 @@ impl Image {
                 if qcow2.requires_external_data_file() {
                     return Err(io::Error::other("qcow2 images with an external data file are not taken"));
                 }
-                Ok(Self(FormatAccess::new(qcow2)))
+                Ok(Self { access: FormatAccess::new(qcow2), cluster })
             }
         }
     }
@@ -85,33 +93,39 @@ fn storage(file: File, writable: bool) -> io::Result<imago::file::File> {
 
 impl Backend for Image {
     fn size(&self) -> u64 {
-        self.0.size()
+        self.access.size()
     }
 
     fn read(&self, offset: u64, target: &[Slice<'_>]) -> io::Result<()> {
         let (vector, _guard) = IoVectorMut::from_volatile_slice(target);
-        self.0.readv(vector, offset)
+        self.access.readv(vector, offset)
     }
 
     fn write(&self, offset: u64, source: &[Slice<'_>]) -> io::Result<()> {
         let (vector, _guard) = IoVector::from_volatile_slice(source);
-        self.0.writev(vector, offset)
+        self.access.writev(vector, offset)
     }
 
     fn discard(&mut self, offset: u64, length: u64) -> io::Result<()> {
-        supported(self.0.discard_to_any(offset, length)).map(drop)
+        supported(self.access.discard_to_any(offset, length)).map(drop)
     }
 
     fn write_zeroes(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
-        if unmap && supported(self.0.discard_to_zero(offset, length))? {
+        // On a disk that is smaller than one cluster, imago 0.2.6 zeroes more than it is asked to: it subtracts a cluster from
+        // the disk's size to find where whole ones end.
+        if self.access.size() < self.cluster && length > 0 {
+            let mut zeroes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
+            return self.write(offset, &[VolatileSlice::from(&mut zeroes[..])]);
+        }
+        if unmap && supported(self.access.discard_to_zero(offset, length))? {
             return Ok(());
         }
-        self.0.write_zeroes(offset, length)
+        self.access.write_zeroes(offset, length)
     }
 
     fn flush(&self) -> io::Result<()> {
-        self.0.flush()?;
-        self.0.sync()
+        self.access.flush()?;
+        self.access.sync()
     }
 }
 
@@ -126,6 +140,6 @@ fn supported(result: io::Result<()>) -> io::Result<bool> {
 
 impl std::fmt::Debug for Image {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(formatter, "Image({} bytes)", self.0.size())
+        write!(formatter, "Image({} bytes)", self.access.size())
     }
 }

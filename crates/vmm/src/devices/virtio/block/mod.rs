@@ -8,6 +8,7 @@ pub mod config;
 pub mod engine;
 pub mod flying;
 pub mod metrics;
+mod qcow2;
 pub mod queue;
 pub mod ranges;
 pub mod uring;
