@@ -27,6 +27,8 @@
 //!
 //! Success is 200 with a body or 204; what fails is 400 with `{"fault_message": …}`.
 
+#[cfg(feature = "fuzzing")]
+mod fuzzing;
 pub mod http;
 pub mod routes;
 pub mod terminal;
