@@ -26,6 +26,13 @@ pub type Memory = GuestMemoryMmap<Dirty>;
 /// A piece of it.
 pub type Slice<'m> = VolatileSlice<'m, BS<'m, Dirty>>;
 
+/// Bytes that are no guest's as a piece of memory, for what takes such pieces.
+#[must_use]
+pub fn slice_of(bytes: &mut [u8]) -> Slice<'_> {
+    // SAFETY: the bytes live as long as the slice, and are borrowed for it alone.
+    unsafe { VolatileSlice::with_bitmap(bytes.as_mut_ptr(), bytes.len(), None, None) }
+}
+
 /// Whether it is noted which pages are written.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tracking {

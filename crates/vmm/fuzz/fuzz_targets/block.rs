@@ -2,8 +2,9 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use roost_vmm::devices::virtio::block::backend::Backend;
 use roost_vmm::devices::virtio::block::metrics::Metrics;
-use roost_vmm::devices::virtio::block::queue::{Disk, process};
+use roost_vmm::devices::virtio::block::queue::{Disk, Host, process};
 use roost_vmm_fuzz::guest::{self, Batch, Ring, Setup};
 use roost_vmm_fuzz::host;
 
@@ -12,7 +13,9 @@ fuzz_target!(|input: (Setup, u8, bool, bool, Vec<Batch>)| {
     let memory = guest::memory();
     let mut ring = Ring::new(&memory, setup, 0);
     let mut backend = host::Disk::new(sectors);
-    let mut disk = Disk { backend: &mut backend, read_only, write_through, pace: None, id: "fuzz" };
+    let size = backend.size();
+    let host = Host::Here(&mut backend);
+    let mut disk = Disk { host, size, read_only, write_through, pace: None, id: "fuzz" };
     let mut metrics = Metrics::default();
     for batch in batches.iter().take(8) {
         ring.write(&memory, batch);

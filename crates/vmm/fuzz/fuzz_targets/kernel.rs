@@ -2,6 +2,7 @@
 #![no_main]
 
 use libfuzzer_sys::fuzz_target;
+use roost_vmm::acpi::Processors;
 use roost_vmm::boot::{Description, Payload, load};
 use roost_vmm::config::{BootProtocol, SmbiosConfig};
 use roost_vmm::cpu::registers::Entry;
@@ -23,7 +24,7 @@ fuzz_target!(|bytes: &[u8]| {
         pages: FilePages::default(),
     };
     let description = Description {
-        vcpus: 1,
+        processors: Processors { count: 1, max: None },
         windows: Vec::new(),
         acpi: how & 8 != 0,
         smbios: SmbiosConfig::default(),
@@ -38,6 +39,6 @@ fuzz_target!(|bytes: &[u8]| {
             Ok(Entry::Protected { .. }) => {}
             Err(_) => return,
         }
-        memory::clear(&memory).unwrap();
+        memory::clear(&memory, &payload.pages).unwrap();
     }
 });

@@ -6,12 +6,14 @@ use std::sync::{Arc, Mutex};
 use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use roost_vmm::bus::BusDevice;
-use roost_vmm::config::BalloonConfig;
+use roost_vmm::config::{BalloonConfig, Drive, IoEngine};
 use roost_vmm::devices::virtio::Interrupt;
 use roost_vmm::devices::virtio::balloon::Balloon;
 use roost_vmm::devices::virtio::block::Block;
+use roost_vmm::devices::virtio::block::config::Opened;
 use roost_vmm::devices::virtio::entropy::Entropy;
 use roost_vmm::devices::virtio::mmio::{Shared, Transport, lock};
+use roost_vmm::devices::virtio::pace::Pace;
 use roost_vmm::memory::FilePages;
 use roost_vmm_fuzz::guest::{self, Batch, Ring, Setup};
 use roost_vmm_fuzz::host::Disk;
@@ -46,7 +48,10 @@ fuzz_target!(|input: (Kind, Vec<Step>)| {
     let memory = guest::memory();
     let device: Shared = match kind {
         Kind::Block { read_only } => {
-            Arc::new(Mutex::new(Block::new("disk".into(), read_only, Box::new(Disk::new(8)), None)))
+            let drive: Drive = serde_json::from_str(r#"{"drive_id":"disk","path_on_host":"disk"}"#).unwrap();
+            let drive = Drive { is_read_only: read_only, io_engine: IoEngine::Sync, ..drive };
+            let opened = Opened { image: Box::new(Disk::new(8)), raw: None };
+            Arc::new(Mutex::new(Block::new(&drive, opened, Pace::new(None).unwrap()).unwrap()))
         }
         Kind::Entropy => Arc::new(Mutex::new(Entropy::default())),
         Kind::Balloon { statistics } => {

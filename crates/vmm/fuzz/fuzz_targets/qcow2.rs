@@ -13,8 +13,8 @@ use libfuzzer_sys::arbitrary::{self, Arbitrary};
 use libfuzzer_sys::fuzz_target;
 use roost_vmm::config::DriveFormat;
 use roost_vmm::devices::virtio::block::backend::{Backend, Image};
+use roost_vmm::memory::{Slice, slice_of};
 use roost_vmm_fuzz::host::file;
-use vm_memory::VolatileSlice;
 
 /// What lies below an overlay.
 const BASE: [u8; 8192] = [9; 8192];
@@ -49,8 +49,8 @@ fn range(size: u64, sector: u32, count: u8) -> (u64, usize) {
 }
 
 /// As the queue logic lists them: no part is empty.
-fn list(buffer: &mut [u8]) -> Vec<VolatileSlice<'_>> {
-    buffer.chunks_mut(700).map(VolatileSlice::from).collect()
+fn list(buffer: &mut [u8]) -> Vec<Slice<'_>> {
+    buffer.chunks_mut(700).map(slice_of).collect()
 }
 
 fn read(image: &Image, offset: u64, length: usize) -> std::io::Result<Vec<u8>> {

@@ -13,7 +13,7 @@ use std::sync::Mutex;
 use roost_vmm::devices::virtio::block::backend::Backend;
 use roost_vmm::devices::virtio::net::queue::{HEADER, MAX_PACKET, Tap};
 use roost_vmm::devices::virtio::vsock::switch::{Host, Socket};
-use vm_memory::VolatileSlice;
+use roost_vmm::memory::Slice;
 
 /// A disk that a request must never leave.
 pub struct Disk(Mutex<Vec<u8>>);
@@ -24,12 +24,7 @@ impl Disk {
     }
 
     /// Each piece of a request, with its part of the disk.
-    fn each(
-        &self,
-        offset: u64,
-        list: &[VolatileSlice<'_>],
-        mut act: impl FnMut(&VolatileSlice<'_>, &mut [u8]),
-    ) {
+    fn each(&self, offset: u64, list: &[Slice<'_>], mut act: impl FnMut(&Slice<'_>, &mut [u8])) {
         let mut disk = self.0.lock().unwrap();
         let mut at = usize::try_from(offset).unwrap();
         for slice in list {
@@ -50,12 +45,12 @@ impl Backend for Disk {
         self.0.lock().unwrap().len() as u64
     }
 
-    fn read(&self, offset: u64, target: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn read(&self, offset: u64, target: &[Slice<'_>]) -> io::Result<()> {
         self.each(offset, target, |slice, disk| slice.copy_from(disk));
         Ok(())
     }
 
-    fn write(&self, offset: u64, source: &[VolatileSlice<'_>]) -> io::Result<()> {
+    fn write(&self, offset: u64, source: &[Slice<'_>]) -> io::Result<()> {
         self.each(offset, source, |slice, disk| assert_eq!(slice.copy_to(disk), disk.len()));
         Ok(())
     }

@@ -32,6 +32,6 @@ impl Server {
 
     /// Answers one request.
     pub fn ask(&mut self, request: &Request<'_>) -> Response {
-        self.handle(request, &mut StatusWriter::default()).0
+        self.handle(request, None, &mut StatusWriter::default()).0
     }
 }

@@ -20,6 +20,6 @@ mod memory_file;
 pub mod requests;
 mod state;
 
-pub use format::VERSION;
+pub use format::{VERSION, frame};
 pub use memory_file::{MemoryFile, Pages, rebase};
 pub use state::{SavedMachine, read, write};

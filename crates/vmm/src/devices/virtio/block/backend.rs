@@ -14,7 +14,7 @@ use imago::{DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder, StorageOpen
 
 use super::qcow2;
 use crate::config::DriveFormat;
-use crate::memory::Slice;
+use crate::memory::{Slice, slice_of};
 
 /// What request processing needs of a disk.
 pub trait Backend: Send {
@@ -115,7 +115,7 @@ impl Backend for Image {
         // the disk's size to find where whole ones end.
         if self.access.size() < self.cluster && length > 0 {
             let mut zeroes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
-            return self.write(offset, &[VolatileSlice::from(&mut zeroes[..])]);
+            return self.write(offset, &[slice_of(&mut zeroes[..])]);
         }
         if unmap && supported(self.access.discard_to_zero(offset, length))? {
             return Ok(());

@@ -65,9 +65,9 @@ mod tests {
     use super::*;
     use crate::config::DriveFormat;
     use crate::devices::virtio::block::backend::{Backend, Image};
+    use crate::memory::slice_of;
     use imago::FormatCreateBuilder;
     use imago::qcow2::Qcow2;
-    use vm_memory::VolatileSlice;
 
     /// An image of 1 MiB; where its table of counts is, and its first block of them.
     fn image() -> (tempfile::NamedTempFile, u64, u64) {
@@ -93,9 +93,9 @@ mod tests {
         let (file, ..) = image();
         let image = open(&file).unwrap();
         let mut bytes = [7; 512];
-        image.write(0, &[VolatileSlice::from(&mut bytes[..])]).unwrap();
+        image.write(0, &[slice_of(&mut bytes[..])]).unwrap();
         let mut read = [0; 512];
-        image.read(0, &[VolatileSlice::from(&mut read[..])]).unwrap();
+        image.read(0, &[slice_of(&mut read[..])]).unwrap();
         assert_eq!(read, bytes);
     }
 
@@ -107,10 +107,10 @@ mod tests {
         Qcow2::<imago::file::File>::create_builder(storage).size(32 << 10).create().unwrap();
         let mut image = open(&file).unwrap();
         for unmap in [false, true] {
-            image.write(0, &[VolatileSlice::from(&mut [7; 32 << 10][..])]).unwrap();
+            image.write(0, &[slice_of(&mut [7; 32 << 10][..])]).unwrap();
             image.write_zeroes(8 << 10, 8 << 10, unmap).unwrap();
             let mut read = vec![1; 32 << 10];
-            image.read(0, &[VolatileSlice::from(&mut read[..])]).unwrap();
+            image.read(0, &[slice_of(&mut read[..])]).unwrap();
             let expected = [vec![7; 8 << 10], vec![0; 8 << 10], vec![7; 16 << 10]].concat();
             assert!(read == expected, "unmap {unmap}");
         }
