@@ -32,12 +32,18 @@ impl<'a> ByHand<'a> {
             "boot-source": {
                 "kernel_image_path": format!("{dir}/kernel"),
                 "initrd_path": format!("{dir}/{}", initrd.0.file_name().unwrap().to_str().unwrap()),
-                "boot_args": "console=ttyS0 quiet panic=1",
+                "boot_args": "console=ttyS0 quiet panic=1 memhp_default_state=online_movable",
             },
             "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
             "vsock": { "guest_cid": 3, "uds_path": format!("{dir}/v.sock") },
         });
-        config.as_object_mut().unwrap().extend(devices.as_object().unwrap().clone());
+        for (name, value) in devices.as_object().unwrap() {
+            match (&mut config[name], value) {
+                // Fields of what is there already.
+                (Value::Object(there), Value::Object(more)) => there.extend(more.clone()),
+                (place, value) => *place = value.clone(),
+            }
+        }
         rig.copy_to_host(&[&rig.images["tiny-fast"].join("kernel"), &initrd.0], dir);
         let took = monitor.run(&config);
         (monitor, took)
@@ -298,5 +304,69 @@ fn a_linux_guest_goes_on_from_a_snapshot() {
     );
     for monitor in [&original, &clone, &late] {
         assert_eq!(monitor.ask("off"), "");
+    }
+}
+
+/// How long a guest may take for CPUs and memory that it is given.
+const RESIZED: Duration = Duration::from_secs(2);
+
+/// Resizes the machine and returns how long it took the guest to be so: from before the call, which takes its way to the host, to the
+/// answer that says so, which takes it back.
+#[track_caller]
+fn resized(monitor: &ByHand<'_>, what: &Value, question: &str, is: impl Fn(&str) -> bool) -> Duration {
+    let start = std::time::Instant::now();
+    monitor.patch("/machine-config", what);
+    wait_for(&format!("{what}"), SOON, || {
+        let said = monitor.ask(question);
+        if is(&said) { Ok(()) } else { Err(said) }
+    });
+    start.elapsed()
+}
+
+#[test]
+fn a_linux_guest_is_resized_while_it_runs() {
+    let rig = Rig::get();
+    let monitor = ByHand::start(
+        &rig,
+        "resize",
+        &json!({
+            "machine-config": { "max_vcpu_count": 4 },
+            "memory-hotplug": { "total_size_mib": 512 },
+        }),
+    );
+    assert_eq!(monitor.ask("cpus"), "0");
+    let memory = || monitor.ask("memory").parse::<u64>().unwrap();
+    let before = memory();
+
+    let cpus = resized(&monitor, &json!({ "vcpu_count": 4 }), "cpus", |said| said == "0-3");
+    assert_eq!(monitor.get("/metrics")["vcpus"], json!({ "wanted": 4, "plugged": 4, "taken": 4 }));
+    let more = json!({ "mem_size_mib": MEMORY_MIB + 256 });
+    let added = resized(&monitor, &more, "memory", |said| said == (before + 256).to_string());
+    println!("from 1 to 4 CPUs in {cpus:?}; 256 MiB more in {added:?}");
+    assert!(cpus <= RESIZED && added <= RESIZED, "{cpus:?}, {added:?}");
+    assert_eq!(monitor.get("/hotplug/memory")["plugged_size_mib"], json!(256));
+    // They are good for something.
+    assert_eq!(monitor.ask("hold 300"), "held 300");
+    assert_eq!(monitor.ask("drop"), "dropped");
+
+    let used = monitor.resident_mib();
+    let cpus = resized(&monitor, &json!({ "vcpu_count": 2 }), "cpus", |said| said == "0-1");
+    let less = json!({ "mem_size_mib": MEMORY_MIB });
+    let taken = resized(&monitor, &less, "memory", |said| said == before.to_string());
+    let given = wait_for("the guest to let go of all", SOON, || {
+        let (vcpus, memory) = (monitor.get("/metrics")["vcpus"].clone(), monitor.get("/hotplug/memory"));
+        let done = vcpus["plugged"] == json!(2) && memory["plugged_size_mib"] == json!(0);
+        if done { Ok(monitor.resident_mib()) } else { Err(format!("{vcpus} {memory}")) }
+    });
+    println!(
+        "from 4 to 2 CPUs in {cpus:?}; 256 MiB less in {taken:?}; resident: {used} MiB, then {given} MiB"
+    );
+    assert!(given + 200 <= used, "{used} MiB before, {given} MiB after");
+    // Once more, as CPUs that went are used again.
+    resized(&monitor, &json!({ "vcpu_count": 3 }), "cpus", |said| said == "0-2");
+    let metrics = monitor.get("/metrics");
+    assert_eq!(metrics["resets"], json!(0), "{metrics}");
+    for fault in ["errors", "refused", "failed"] {
+        assert_eq!(metrics["devices"]["mem"][fault], json!(0), "{metrics}");
     }
 }
