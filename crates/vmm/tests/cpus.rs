@@ -131,7 +131,7 @@ fn a_reset_keeps_the_cpus_that_are_wanted() {
     assert_eq!((ended.code, ended.console.as_str()), (0, "rs1a"), "{}", ended.stderr);
 }
 
-/// All registers, all values, all widths; a CPU that lets go of itself; CPUs that are not there.
+/// All registers, all values, all widths; CPUs that are not there.
 #[test]
 fn a_guest_that_writes_anything_hurts_only_itself() {
     let mut code = Code::default().other_cpus();
@@ -156,6 +156,28 @@ fn a_guest_that_writes_anything_hurts_only_itself() {
     want(&client, 4).unwrap();
     let ended = machine.wait();
     assert_eq!((ended.code, ended.console.as_str()), (0, "123s2u"), "{}", ended.stderr);
+}
+
+#[test]
+fn cpus_that_let_go_of_themselves_come_again() {
+    let code = Code::default().other_cpus_that_leave();
+    let code = code.started_cpu(1).wait_port(CPUS + 1, 0).started_cpu(2).wait_port(CPUS + 2, 0).print("s");
+    let code = (0..3).fold(code, |code, _| {
+        let code = code.see_cpu(2, PLUGGED | INSERTING).out(CPUS + 1, INSERTING);
+        code.started_cpu(1).wait_port(CPUS + 1, 0).started_cpu(2).wait_port(CPUS + 2, 0).print(".")
+    });
+    let mut machine = machine(&code.power_off(), 3, Some(3));
+    machine.start::<&str>(&[]);
+    let client = machine.client();
+    let mut said = "12s".to_owned();
+    for _ in 0..3 {
+        says(&machine, &said);
+        assert_eq!(vcpus(&client), json!({ "wanted": 3, "plugged": 1, "taken": 1 }));
+        want(&client, 3).unwrap();
+        said.push_str("12.");
+    }
+    let ended = machine.wait();
+    assert_eq!((ended.code, ended.console), (0, said), "{}", ended.stderr);
 }
 
 #[test]

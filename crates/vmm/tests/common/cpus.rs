@@ -34,6 +34,17 @@ impl Code {
     /// Puts the code of other CPUs in its place: it says which CPU it is by its APIC's id, `0` and up, and halts. Switches this
     /// CPU's APIC on, as every guest does: KVM looks anew then which CPUs there are to send to.
     pub fn other_cpus(self) -> Self {
+        self.other_cpus_then(&[])
+    }
+
+    /// The same, but each lets go of itself before it halts.
+    pub fn other_cpus_that_leave(self) -> Self {
+        let [low, high] = CPUS.to_le_bytes();
+        // mov dx, CPUS; add dl, bl; mov al, EJECT; out dx, al
+        self.other_cpus_then(&[0xba, low, high, 0x00, 0xda, 0xb0, EJECT, 0xee])
+    }
+
+    fn other_cpus_then(self, then: &[u8]) -> Self {
         let code = [
             &[0x66, 0xb8, 1, 0, 0, 0][..],         // mov eax, 1
             &[0x0f, 0xa2],                         // cpuid
@@ -41,7 +52,8 @@ impl Code {
             &[0x88, 0xd8, 0x04, b'0'],             // mov al, bl; add al, '0'
             &[0xba, 0xf8, 0x03, 0xee],             // mov dx, 0x3f8; out dx, al
             &[0x2e, 0xc6, 0x06, 0x00, 0x08, 0x01], // mov byte [cs:0x800], 1
-            &[0xfa, 0xf4, 0xeb, 0xfd],             // cli; hlt; jmp back to hlt
+            then,
+            &[0xfa, 0xf4, 0xeb, 0xfd], // cli; hlt; jmp back to hlt
         ]
         .concat();
         let mut words = code.clone();
