@@ -11,9 +11,9 @@
 KERNELS=$ROOST_ROOT/guest-images/kernels
 
 # What Debian's cloud kernel has as modules and a guest needs: disk, network, entropy, power button,
-# vsock, balloon; virtio-mmio for Roost's monitor, virtio-pci for others.
+# vsock, balloon, memory that comes later; virtio-mmio for Roost's monitor, virtio-pci for others.
 GUEST_MODULES=(virtio_mmio virtio_pci virtio_blk virtio_net virtio_rng evdev button crc32c_intel
-    virtio_balloon vmw_vsock_virtio_transport)
+    virtio_balloon virtio_mem vmw_vsock_virtio_transport)
 HOST_MODULES=(virtio_pci virtio_blk virtio_rng crc32c_intel overlay)
 
 kernel_key() {

@@ -12,7 +12,7 @@ MKE2FS=(-J size=16 -i 8192)
 DEFAULT_USER=debian
 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh'
 # A boot log that can be read, without colours: whoever reads the console may have no terminal.
-BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 net.ifnames=0 systemd.show_status=true TERM=dumb'
+BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 memhp_default_state=online_movable net.ifnames=0 systemd.show_status=true TERM=dumb'
 for extra in "${WITH[@]}"; do
     case $extra in
     cloud-init) PACKAGES+=(cloud-init) ROOT_SIZE=1200M MIN_VOLUME_GIB=2 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh and cloud-init' ;;
