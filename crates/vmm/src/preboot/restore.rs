@@ -1,0 +1,99 @@
+//! A machine from a snapshot.
+
+use std::time::Duration;
+
+use vm_memory::{Bytes, GuestAddress};
+
+use super::{Preboot, USERFAULTFD_NAME};
+use crate::descriptors::Access;
+use crate::error::{Error, Result};
+use crate::layout;
+use crate::memory::{self, FilePages};
+use crate::running::{Held, Parts};
+use crate::snapshot::lazy::Handler;
+use crate::snapshot::requests::{BackendType, LoadSnapshot};
+use crate::snapshot::{self, MemoryFile, SavedMachine};
+use crate::vm::CpuModel;
+
+impl Preboot {
+    /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. Its configuration is the
+    /// snapshot's, as the request changes it.
+    ///
+    /// # Errors
+    /// Any; nothing is left behind then.
+    pub fn restore(&self, request: &LoadSnapshot) -> Result<Held> {
+        let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
+        let saved = snapshot::read(&mut file)?;
+        let config = request.apply(saved.config.clone(), &self.config)?;
+        Self { config, descriptors: self.descriptors.clone() }.load(request, saved)
+    }
+
+    fn load(&self, request: &LoadSnapshot, saved: SavedMachine) -> Result<Held> {
+        let backend = request.memory()?;
+        let machine = &self.config.machine_config;
+
+        let memory = self.memory()?;
+        let pages = FilePages::default();
+        let (memory_file, handler) = match backend.backend_type {
+            BackendType::File => {
+                let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
+                let file = MemoryFile::open(file, saved.id, memory::bytes(&memory))?;
+                memory::map_all(&memory, &pages, &file)?;
+                (Some(file), None)
+            }
+            BackendType::Uffd => {
+                let stream = self.descriptors.stream(&backend.backend_path, "page-fault handler")?;
+                let device = self
+                    .descriptors
+                    .has(USERFAULTFD_NAME)
+                    .then(|| self.descriptors.file(USERFAULTFD_NAME, "userfaultfd", Access::Read));
+                (None, Some(Handler::connect(&memory, stream, device.transpose()?)?))
+            }
+        };
+        let assembly = self.assemble(&memory, &pages)?;
+        let description = self.description(&assembly);
+        let model = CpuModel::new(&assembly.kvm, machine.vcpus())?.of_snapshot(&saved.cpuid)?;
+
+        if saved.devices.len() != assembly.transports.len() {
+            return Err(Error::Snapshot(format!("the state holds {} devices", saved.devices.len())));
+        }
+        for (transport, state) in assembly.transports.iter().zip(&saved.devices) {
+            transport.restore(state)?;
+        }
+        let passed = if request.clock_realtime { saved.age() } else { Duration::ZERO };
+        assembly.serial.restore(saved.serial).map_err(Error::io("serial port"))?;
+        assembly.vm.restore(&saved.vm, passed)?;
+        if let (Some(cpus), Some(state)) = (&assembly.cpus, saved.cpus)
+            && !cpus.restore(state)
+        {
+            return Err(Error::Snapshot("the state of its CPUs cannot be".into()));
+        }
+        let vcpus = assembly.vcpus(&memory, &model)?;
+        for (vcpu, state) in vcpus.iter().zip(saved.vcpus) {
+            vcpu.load(state, passed)?;
+        }
+        // The guest learns that it is not the only one that comes from this snapshot.
+        memory
+            .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
+            .map_err(Error::memory("VM generation id"))?;
+        assembly
+            .power
+            .restore(saved.power_events)
+            .map_err(Error::io("raising the generation's interrupt"))?;
+        // Without its kernel the guest can do all but reset itself.
+        let payload = self.payload().ok().map(|mut payload| {
+            payload.cmdline = self.cmdline(&assembly.windows);
+            payload.pages = pages.clone();
+            payload
+        });
+        let parts = self.parts(assembly, vcpus, memory, pages, description)?;
+        Ok(Held::new(Parts {
+            payload,
+            memory_file,
+            handler,
+            tables: model.tables,
+            base: Some(saved.id),
+            ..parts
+        }))
+    }
+}
