@@ -116,6 +116,7 @@ fn dsdt(processors: Processors, windows: &[VirtioWindow]) -> Vec<u8> {
     dsdt.append_slice(&processors.devices());
     dsdt.append_slice(&events(processors));
     dsdt.append_slice(&generation_id());
+    dsdt.append_slice(&vmclock());
     // Sleep type 5 in both fields of the sleep control register.
     let sleep = power::SLEEP_TYPE_S5;
     dsdt.append_slice(&bytes(&Name::new("_S5_".into(), &Package::new(vec![&sleep, &sleep, &0_u8, &0_u8]))));
@@ -195,7 +196,9 @@ fn events(processors: Processors) -> Vec<u8> {
     let (mask, fork) = (power::EVENT_GENERATION, aml::Notify::new(&generation, &0x80_u8));
     let forked = aml::And::new(&aml::Local(1), &aml::Local(0), &mask);
     let equal = aml::Equal::new(&aml::Local(1), &mask);
-    let fork_event = aml::If::new(&equal, vec![&fork]);
+    let clock = aml::Path::new("\\_SB_.VCLK");
+    let disruption = aml::Notify::new(&clock, &0x80_u8);
+    let fork_event = aml::If::new(&equal, vec![&fork, &disruption]);
     let mut body: Vec<&dyn Aml> = vec![&events, &pressed, &button_event, &forked, &fork_event];
     let scan = processors.event();
     let changed = aml::And::new(&aml::ZERO, &aml::Local(0), &power::EVENT_CPUS);
@@ -228,6 +231,24 @@ fn generation_id() -> Vec<u8> {
             &Name::new("_CID".into(), &"VM_Gen_Counter"),
             &Name::new("_DDN".into(), &"VM_Gen_Counter"),
             &Name::new("ADDR".into(), &Package::new(vec![&address, &0_u32])),
+        ],
+    ))
+}
+
+/// VMClock: tells when clocks are not to be believed any more.
+fn vmclock() -> Vec<u8> {
+    let address = u32::try_from(layout::VMCLOCK_START).unwrap_or(u32::MAX);
+    in_sb(&Device::new(
+        "VCLK".into(),
+        vec![
+            &Name::new("_HID".into(), &"ROOS0002"),
+            &Name::new("_CID".into(), &"VMCLOCK"),
+            &Name::new("_DDN".into(), &"VMCLOCK"),
+            &Name::new("_STA".into(), &0xf_u8),
+            &Name::new(
+                "_CRS".into(),
+                &ResourceTemplate::new(vec![&Memory32Fixed::new(false, address, 0x1000)]),
+            ),
         ],
     ))
 }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! 0x0000_0000 ┬ RAM: boot structures below 640 KiB, the kernel from 1 MiB up, the initrd at the top
-//! 0x000e_0000 │ ACPI tables (RSDP first), VM generation id
+//! 0x000e_0000 │ ACPI tables (RSDP first), VMClock, VM generation id
 //! 0x000f_0000 │ SMBIOS tables
 //! 0xc000_0000 ┼ hole: virtio-mmio windows, IOAPIC, local APIC, KVM's TSS pages
 //! 0x1_0000_0000 ┴ the rest of RAM
@@ -34,7 +34,9 @@ pub const EBDA_START: u64 = 0x9_fc00;
 /// Where the RSDP and the other ACPI tables are (a place that kernels scan by themselves).
 pub const ACPI_START: u64 = 0xe_0000;
 /// Room for ACPI tables.
-pub const ACPI_SIZE: u64 = 0xf000;
+pub const ACPI_SIZE: u64 = 0xe000;
+/// The page with VMClock.
+pub const VMCLOCK_START: u64 = 0xe_e000;
 /// The page with the VM generation id.
 pub const VMGENID_START: u64 = 0xe_f000;
 /// The SMBIOS entry point and tables (the DMI scan range).

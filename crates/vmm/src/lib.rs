@@ -9,7 +9,7 @@
 //! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
-//! | [`boot`], [`acpi`], [`smbios`] | what the guest finds in its memory when it starts |
+//! | [`boot`], [`acpi`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
 //! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
 //! | [`seccomp`], [`threads`], [`heap`] | the lock-down, and what a process has |
@@ -48,5 +48,6 @@ pub mod status;
 pub mod threads;
 pub mod vcpu;
 pub mod vm;
+pub mod vmclock;
 
 pub use error::{Error, Result};

@@ -224,17 +224,17 @@ fn devices_go_on_in_the_middle_of_their_rings() {
     assert_eq!(words(&machine.path("disk")), [1, 2, 3, 4, 5, 0, 0, 0, 0, 0]);
 }
 
-/// A clone finds another generation id, and the event device's line raised for it.
+/// A clone finds another generation id and another mark in VMClock, and the event device's line raised for it.
 #[test]
 fn a_clone_knows_that_it_is_one() {
     let mut code = Code::default().print("1");
     // again: mov edx, 0x603; in al, dx; test al, 0x80; jz again
     code = code.bytes(&[0xba, 0x03, 0x06, 0, 0, 0xec, 0xa8, 0x80, 0x74, 0xf6]);
-    for n in 0..16_u32 {
+    // The generation id; VMClock's disruption marker and generation counter.
+    for address in (0xe_f000..0xe_f010).chain(0xe_e010..0xe_e018).chain(0xe_e068..0xe_e070) {
         // mov al, [rdi]; and al, 15; add al, 'a'; mov edx, 0x3f8; out dx, al
-        code = code
-            .address(0xe_f000 + n)
-            .bytes(&[0x8a, 0x07, 0x24, 0x0f, 0x04, b'a', 0xba, 0xf8, 0x03, 0, 0, 0xee]);
+        code =
+            code.address(address).bytes(&[0x8a, 0x07, 0x24, 0x0f, 0x04, b'a', 0xba, 0xf8, 0x03, 0, 0, 0xee]);
     }
     let mut machine = Machine::new(&code.print(".").stop());
     let (_files, arguments) = hand(&machine, &["state", "memory"]);
@@ -249,10 +249,16 @@ fn a_clone_knows_that_it_is_one() {
         wait_for("the id", || clone.console().ends_with('.').then_some(()));
         clone.console()
     });
-    let mut own = [0; 16];
-    File::open(machine.path("memory")).unwrap().read_exact_at(&mut own, 0xe_f000).unwrap();
-    let own: String = own.iter().map(|byte| char::from(b'a' + (byte & 15))).chain(['.']).collect();
-    assert!(ids[0] != ids[1] && ids[0] != own && ids[1] != own, "{ids:?} {own}");
+    let mut own = String::new();
+    for (address, count) in [(0xe_f000, 16), (0xe_e010, 8), (0xe_e068, 8)] {
+        let mut bytes = vec![0; count];
+        File::open(machine.path("memory")).unwrap().read_exact_at(&mut bytes, address).unwrap();
+        own.extend(bytes.iter().map(|byte| char::from(b'a' + (byte & 15))));
+    }
+    for part in [0..16, 16..24, 24..32] {
+        let (one, other, own) = (&ids[0][part.clone()], &ids[1][part.clone()], &own[part]);
+        assert!(one != other && one != own && other != own, "{one} {other} {own}");
+    }
 }
 
 /// What a reset finds is what power-on leaves, not what the memory file holds.

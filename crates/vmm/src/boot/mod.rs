@@ -25,6 +25,7 @@ use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::{FilePages, Memory, high_ram, low_end};
 use crate::smbios;
+use crate::vmclock;
 use mapped::MappedFile;
 
 /// What is loaded.
@@ -83,6 +84,7 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     memory
         .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
         .map_err(Error::memory("VM generation id"))?;
+    vmclock::write(memory)?;
     smbios::write(memory, &description.smbios)?;
     memory
         .write_slice(&reset_stub(), GuestAddress(layout::RESET_VECTOR))

@@ -14,6 +14,7 @@ use crate::snapshot::lazy::Handler;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
 use crate::snapshot::{self, MemoryFile, SavedMachine};
 use crate::vm::CpuModel;
+use crate::vmclock;
 
 impl Preboot {
     /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. Its configuration is the
@@ -76,6 +77,7 @@ impl Preboot {
         memory
             .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
             .map_err(Error::memory("VM generation id"))?;
+        vmclock::disrupt(&memory)?;
         assembly
             .power
             .restore(saved.power_events)
