@@ -5,6 +5,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::devices::virtio::net::MAX_PAIRS;
 use crate::error::{Error, Result};
 use crate::layout;
 
@@ -205,6 +206,10 @@ pub struct TokenBucket {
     pub refill_time: u64,
 }
 
+pub(crate) const fn one() -> u8 {
+    1
+}
+
 /// A network interface.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -216,6 +221,10 @@ pub struct NetworkInterface {
     pub guest_mac: Option<String>,
     /// A handed tap descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached), or a tap's name.
     pub host_dev_name: String,
+    /// Pairs of queues, 1–8, each with a tap of its own: a tap opened so often with `IFF_MULTI_QUEUE`. Beside `host_dev_name` the
+    /// descriptors are called `host_dev_name.1`, `.2` and so on.
+    #[serde(default = "one")]
+    pub num_queue_pairs: u8,
     /// The largest packet that the guest should send, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
@@ -431,6 +440,12 @@ impl NetworkInterface {
         if let Some(mac) = &self.guest_mac {
             parse_mac(mac)?;
         }
+        if self.num_queue_pairs == 0 || usize::from(self.num_queue_pairs) > MAX_PAIRS {
+            return Err(Error::Config(format!(
+                "network-interfaces: {:?}: num_queue_pairs {} is outside 1–{MAX_PAIRS}",
+                self.iface_id, self.num_queue_pairs
+            )));
+        }
         if self.mtu.is_some_and(|mtu| mtu < 68) {
             return Err(Error::Config(format!("network-interfaces: {:?}: mtu is below 68", self.iface_id)));
         }
@@ -545,6 +560,10 @@ mod tests {
             (
                 r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","guest_mac":"6:0:0:0:0:0"}]}"#,
                 "guest_mac",
+            ),
+            (
+                r#"{"network-interfaces":[{"iface_id":"e","host_dev_name":"t","num_queue_pairs":9}]}"#,
+                "num_queue_pairs 9 is outside 1–8",
             ),
             (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
             (r#"{"balloon":{"amount_mib":129}}"#, "amount_mib 129 is outside 0–128"),

@@ -112,14 +112,16 @@ impl EventLoop {
             let Source::Bell { bell, .. } = &source else { continue };
             self.add(bell.as_raw_fd(), EventSet::IN, source)?;
         }
-        let backend = lock(device).backend_fd();
-        if let Some(descriptor) = backend {
+        let backend = lock(device).backend_fds();
+        if !backend.is_empty() {
             let again = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
-            let ours = again.try_clone().map_err(Error::io("duplicating an eventfd"))?;
+            for descriptor in backend {
+                let again = again.try_clone().map_err(Error::io("duplicating an eventfd"))?;
+                // Edge-triggered: a packet that finds no buffers must not keep the thread spinning.
+                let source = Source::Backend { device: Arc::clone(device), again };
+                self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
+            }
             self.add(again.as_raw_fd(), EventSet::IN, Source::Again { device: Arc::clone(device), again })?;
-            // Edge-triggered: a packet that finds no buffers must not keep the thread spinning.
-            let source = Source::Backend { device: Arc::clone(device), again: ours };
-            self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
         }
         let timers = lock(device).timers();
         for (queue, descriptor) in timers {

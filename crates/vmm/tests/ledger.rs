@@ -16,7 +16,7 @@ use common::balloon::give;
 use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
 use common::vsock::{connect, ping};
 use common::watch::{self, Call};
-use common::{Code, Ended, Machine, disk, hand, machines, tap, wait_for};
+use common::{Code, Ended, Machine, disk, hand, hand_over, machines, tap, wait_for};
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use roost_vmm::exit::ExitCode;
@@ -153,6 +153,20 @@ fn power_off_with_a_disk(ledger: &mut Ledger) {
     assert_eq!(ended.code, 0, "{}", ended.stderr);
 }
 
+/// An interface of two taps, of which the guest uses both.
+fn several_pairs(ledger: &mut Ledger) {
+    let Some((taps, _wire)) = tap::create_several(2) else { return };
+    let (net, control) = (Device(0), Ring { queue: 4, size: 8, base: 0x20_0000 });
+    let code = net.go(net.queue(net.negotiate(Code::default(), machines::SEVERAL_PAIRS), control));
+    let code = machines::use_pairs(code, net, control, 0, 2, 0).power_off();
+    let mut machine = Machine::new(&code);
+    machine.config["network-interfaces"] =
+        json!([{ "iface_id": "eth0", "host_dev_name": "tap", "num_queue_pairs": 2 }]);
+    let arguments = [hand_over("tap", &taps[0]), hand_over("tap.1", &taps[1])].concat();
+    let ended = ledger.run(&mut machine, &arguments, |_| ());
+    assert_eq!((ended.code, ended.console.as_str()), (0, ""), "{}", ended.stderr);
+}
+
 /// An overlay, which has a thread of its own.
 fn overlay(ledger: &mut Ledger) {
     let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
@@ -224,6 +238,7 @@ fn every_allowed_call_is_made() {
     input_and_entropy(&mut ledger);
     power_off_with_a_disk(&mut ledger);
     overlay(&mut ledger);
+    several_pairs(&mut ledger);
     balloon(&mut ledger);
     vsock(&mut ledger);
 

@@ -22,7 +22,6 @@ use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
-use crate::devices::virtio::net::tap::TapDevice;
 use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::vsock::Vsock;
@@ -262,13 +261,7 @@ impl Preboot {
     }
 
     fn net(&self, interface: &NetworkInterface, index: usize) -> Result<Net> {
-        let name = &interface.host_dev_name;
-        let tap = if self.descriptors.has(name) {
-            TapDevice::from_fd(self.descriptors.handed(name, "tap")?)
-        } else {
-            TapDevice::open(name)
-        };
-        let tap = tap.map_err(Error::io(format!("tap {name:?}")))?;
+        let taps = interface.open(&self.descriptors)?;
         let mac = match &interface.guest_mac {
             Some(mac) => parse_mac(mac)?,
             None => [0x06, 0, 0, 0, 0, u8::try_from(index + 1).unwrap_or(u8::MAX)],
@@ -277,7 +270,7 @@ impl Preboot {
             rx: pace(interface.rx_rate_limiter, &interface.iface_id)?,
             tx: pace(interface.tx_rate_limiter, &interface.iface_id)?,
         };
-        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, tap, limits))
+        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, taps, limits))
     }
 }
 

@@ -124,6 +124,7 @@ const KVM_GET_XCRS: u64 = 0x8188_aea6;
 const KVM_SET_TSC_KHZ: u64 = 0xaea2;
 const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const TUNSETOFFLOAD: u64 = bits_of(tap::TUNSETOFFLOAD);
+const TUNSETQUEUE: u64 = bits_of(tap::TUNSETQUEUE);
 // On a machine.
 const KVM_SET_IRQCHIP: u64 = 0x8208_ae63;
 const KVM_SET_PIT2: u64 = 0x4070_aea0;
@@ -260,6 +261,7 @@ const DEVICES: &[Allowed] = &[
         ..any(libc::SYS_mmap, "fresh pages in place of a kernel's that go back to the host")
     },
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "those pages stay out of dumps"),
+    with(libc::SYS_ioctl, 1, TUNSETQUEUE, "a driver says how many of an interface's queues it uses"),
     any(libc::SYS_io_uring_enter, "the disks' work is given to the kernel"),
     any(libc::SYS_preadv, "a disk is read"),
     any(libc::SYS_pwritev, "a disk is written"),
@@ -325,6 +327,12 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_SET_TSC_KHZ, "a snapshot from a host with another TSC")
         .unseen("there is one host"),
     with(libc::SYS_ioctl, 1, TUNSETOFFLOAD, "a driver activates its interface"),
+    with(
+        libc::SYS_ioctl,
+        1,
+        TUNSETQUEUE,
+        "a driver activates an interface of several taps, and uses one at first",
+    ),
     any(libc::SYS_io_uring_enter, "a disk is reset, and what is under way is waited for")
         .unseen(unseen::UNDER_WAY),
     any(libc::SYS_rt_sigreturn, "the end of a kick"),

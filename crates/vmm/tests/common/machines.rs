@@ -86,3 +86,16 @@ pub fn with_disk_and_interface() -> Machine {
 pub fn tap_argument(tap: &File) -> Vec<String> {
     hand_over("tap", tap).to_vec()
 }
+
+/// Features of an interface with several pairs of queues: `VIRTIO_NET_F_CTRL_VQ` and `VIRTIO_NET_F_MQ`.
+pub const SEVERAL_PAIRS: u32 = 1 << 17 | 1 << 22;
+
+/// Tells an interface by its control queue, as command number `index`, how many pairs of queues are used; complains about another answer.
+pub fn use_pairs(code: Code, net: Device, control: Ring, index: u16, pairs: u32, answer: u32) -> Code {
+    let command = control.base + 0xc000;
+    let code = code.store(command, 4 | pairs << 16).store(command + 8, 0xff);
+    let code = control.descriptor(code, 0, command.into(), 4, NEXT, 1);
+    let code = control.descriptor(code, 1, u64::from(command) + 8, 1, WRITE, 0);
+    let code = net.notify(control.offer(code, index, 0), control.queue);
+    code.wait16(control.used_index(), index + 1).expect32(command + 8, answer)
+}

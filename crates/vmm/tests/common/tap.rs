@@ -7,6 +7,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
 const FLAGS: libc::c_short = 2 | 0x1000 | 0x4000;
+const MULTI_QUEUE: libc::c_short = 0x0100;
 
 /// A tap whose interface is up. The namespace lives as long as the descriptor. `None` (said aloud) without root.
 pub fn create() -> Option<File> {
@@ -27,28 +28,38 @@ impl Wire {
 
 /// A tap as [`create`] makes it, and its other side.
 pub fn create_with_wire() -> Option<(File, Wire)> {
+    let (mut taps, wire) = create_several(1)?;
+    Some((taps.remove(0), wire))
+}
+
+/// So many taps of one interface, and their other side.
+pub fn create_several(count: usize) -> Option<(Vec<File>, Wire)> {
     // SAFETY: asks for a number.
     if unsafe { libc::geteuid() } != 0 {
         eprintln!("NOT RUN: a tap needs root");
         return None;
     }
     // The namespace is that of one thread, which ends.
-    Some(std::thread::spawn(make).join().unwrap().unwrap())
+    Some(std::thread::spawn(move || make(count)).join().unwrap().unwrap())
 }
 
-fn make() -> io::Result<(File, Wire)> {
+fn make(count: usize) -> io::Result<(Vec<File>, Wire)> {
     let check = |result: i32| if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) };
     // SAFETY: moves this thread alone into a fresh network namespace.
     check(unsafe { libc::unshare(libc::CLONE_NEWNET) })?;
-    let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
     // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
     let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
     for (target, byte) in request.ifr_name.iter_mut().zip(b"tap0") {
         *target = byte.cast_signed();
     }
-    request.ifr_ifru.ifru_flags = FLAGS;
-    // SAFETY: TUNSETIFF reads the ifreq that it is given.
-    check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
+    let mut taps = Vec::new();
+    for _ in 0..count {
+        let tap = File::options().read(true).write(true).open("/dev/net/tun")?;
+        request.ifr_ifru.ifru_flags = FLAGS | if count > 1 { MULTI_QUEUE } else { 0 };
+        // SAFETY: TUNSETIFF reads the ifreq that it is given.
+        check(unsafe { libc::ioctl(tap.as_raw_fd(), TUNSETIFF, &raw mut request) })?;
+        taps.push(tap);
+    }
     // SAFETY: makes a socket.
     let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
     check(socket)?;
@@ -72,5 +83,5 @@ fn make() -> io::Result<(File, Wire)> {
     let length = libc::socklen_t::try_from(size_of_val(&address)).unwrap();
     // SAFETY: bind reads the address that it is given.
     check(unsafe { libc::bind(wire.as_raw_fd(), (&raw const address).cast(), length) })?;
-    Ok((tap, Wire(wire)))
+    Ok((taps, Wire(wire)))
 }

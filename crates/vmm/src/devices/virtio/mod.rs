@@ -170,9 +170,9 @@ pub trait VirtioDevice: Send {
     fn reset(&mut self);
     /// The guest rang a queue's bell. Returns true if there is more to do that must wait its turn.
     fn queue_event(&mut self, queue: usize) -> bool;
-    /// A descriptor that wakes [`VirtioDevice::backend_event`] when it becomes readable (edge-triggered).
-    fn backend_fd(&self) -> Option<RawFd> {
-        None
+    /// Descriptors that wake [`VirtioDevice::backend_event`] when one of them becomes readable (edge-triggered).
+    fn backend_fds(&self) -> Vec<RawFd> {
+        Vec::new()
     }
     /// The backend became readable. Returns true if there is more to do that must wait its turn.
     fn backend_event(&mut self) -> bool {

@@ -38,12 +38,8 @@ pub struct Drive {
     #[serde(default)]
     pub io_engine: IoEngine,
     /// Queues, 1–16: guests with several CPUs spread their requests over them. One thread serves them all.
-    #[serde(default = "one")]
+    #[serde(default = "crate::config::one")]
     pub num_queues: u8,
-}
-
-const fn one() -> u8 {
-    1
 }
 
 /// Who does a disk's work.

@@ -370,8 +370,8 @@ impl VirtioDevice for Block {
         again >> index & 1 == 1
     }
 
-    fn backend_fd(&self) -> Option<RawFd> {
-        self.bell().map(AsRawFd::as_raw_fd)
+    fn backend_fds(&self) -> Vec<RawFd> {
+        self.bell().map(AsRawFd::as_raw_fd).into_iter().collect()
     }
 
     fn backend_event(&mut self) -> bool {

@@ -1,6 +1,11 @@
-//! virtio-net: one interface on one tap, one queue in each direction.
+//! virtio-net: one interface, one pair of queues (to the guest, from it) for each of its taps.
+//!
+//! With several pairs there is a control queue behind them, by which the driver says how many it uses (virtio 1.2, 5.1.6.5.5); until
+//! then it is one. The host spreads its packets over the taps in use by their flows. The device thread serves all queues, and the
+//! limits are the interface's.
 
 pub mod config;
+pub mod control;
 pub mod metrics;
 pub mod queue;
 pub mod tap;
@@ -10,10 +15,14 @@ mod tests;
 
 use std::os::fd::RawFd;
 
+use serde::{Deserialize, Serialize};
+use serde_json::{Value, json};
+use virtio_queue::QueueT;
+
 use virtio_bindings::virtio_net::{
-    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4, VIRTIO_NET_F_GUEST_TSO6,
-    VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC, VIRTIO_NET_F_MRG_RXBUF,
-    VIRTIO_NET_F_MTU,
+    VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
+    VIRTIO_NET_F_GUEST_TSO6, VIRTIO_NET_F_HOST_TSO4, VIRTIO_NET_F_HOST_TSO6, VIRTIO_NET_F_MAC,
+    VIRTIO_NET_F_MQ, VIRTIO_NET_F_MRG_RXBUF, VIRTIO_NET_F_MTU,
 };
 
 use super::pace::Pace;
@@ -27,6 +36,12 @@ use tap::TapDevice;
 /// virtio device id of a network interface.
 pub const KIND: u32 = 1;
 const QUEUE_SIZE: u16 = 256;
+/// Pairs of queues that an interface can have.
+pub const MAX_PAIRS: usize = 8;
+const CONTROL_SIZE: u16 = 64;
+/// All queues that an interface can have, but for the control queue.
+const QUEUES: [u16; 2 * MAX_PAIRS] = [QUEUE_SIZE; 2 * MAX_PAIRS];
+/// The first pair; the others follow in the same way. Timers have the same numbers.
 const RX: usize = 0;
 const TX: usize = 1;
 
@@ -42,33 +57,53 @@ pub struct Limits {
     pub tx: Pace,
 }
 
+/// A tap, and what was taken from it.
+struct Pair {
+    tap: TapDevice,
+    waiting: Waiting,
+}
+
+/// What a snapshot holds of an interface with several pairs of queues.
+#[derive(Serialize, Deserialize)]
+struct SavedNet {
+    used_pairs: usize,
+}
+
 /// An interface.
 pub struct Net {
     id: String,
     mac: [u8; 6],
     mtu: Option<u16>,
-    tap: TapDevice,
+    pairs: Vec<Pair>,
+    /// How many the driver uses.
+    used_pairs: usize,
+    queue_sizes: Vec<u16>,
     limits: Limits,
     active: Option<Active>,
-    waiting: Waiting,
     scratch: Box<[u8]>,
     metrics: Metrics,
 }
 
 impl Net {
-    /// An interface on this tap, within these limits.
+    /// An interface on these taps, within these limits.
     #[must_use]
-    pub fn new(id: String, mac: [u8; 6], mtu: Option<u16>, tap: TapDevice, limits: Limits) -> Self {
-        let scratch = vec![0; MAX_PACKET].into_boxed_slice();
+    pub fn new(id: String, mac: [u8; 6], mtu: Option<u16>, taps: Vec<TapDevice>, limits: Limits) -> Self {
+        let pairs: Vec<Pair> =
+            taps.into_iter().take(MAX_PAIRS).map(|tap| Pair { tap, waiting: Waiting::default() }).collect();
+        let mut queue_sizes = QUEUES[..2 * pairs.len()].to_vec();
+        if pairs.len() > 1 {
+            queue_sizes.push(CONTROL_SIZE);
+        }
         Self {
             id,
             mac,
             mtu,
-            tap,
+            pairs,
+            used_pairs: 1,
+            queue_sizes,
             limits,
             active: None,
-            waiting: Waiting::default(),
-            scratch,
+            scratch: vec![0; MAX_PACKET].into_boxed_slice(),
             metrics: Metrics::default(),
         }
     }
@@ -90,32 +125,58 @@ impl Net {
         }
     }
 
-    fn transmit(&mut self) -> bool {
-        let Some(active) = &mut self.active else { return false };
-        let Active { memory, queues, .. } = active;
-        let Some(queue) = queues.get_mut(TX) else { return false };
+    /// The control queue's number, if the driver has one: behind all pairs, or behind the first for a driver that knows of no other
+    /// (virtio 1.2, 5.1.2).
+    fn control_queue(&self) -> Option<usize> {
+        let features = self.active.as_ref()?.features;
+        let pairs = if features & 1 << VIRTIO_NET_F_MQ == 0 { 1 } else { self.pairs.len() };
+        (features & 1 << VIRTIO_NET_F_CTRL_VQ != 0).then_some(2 * pairs)
+    }
+
+    fn transmit(&mut self, pair: usize) -> bool {
+        let Some(Active { memory, queues, .. }) = &mut self.active else { return false };
+        let Some(queue) = queues.get_mut(2 * pair + TX).filter(|queue| queue.ready()) else { return false };
+        let Some(Pair { tap, .. }) = self.pairs.get_mut(pair) else { return false };
         let pace = Some(&mut self.limits.tx);
-        let result =
-            queue::transmit(queue, memory, &mut self.tap, &mut self.scratch, pace, &mut self.metrics);
+        let result = queue::transmit(queue, memory, tap, &mut self.scratch, pace, &mut self.metrics);
         self.finish(result)
     }
 
-    fn receive(&mut self) -> bool {
-        let Some(active) = &mut self.active else { return false };
-        let mergeable = active.features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
-        let Active { memory, queues, .. } = active;
-        let Some(queue) = queues.get_mut(RX) else { return false };
+    fn receive(&mut self, pair: usize) -> bool {
+        let Some(Active { memory, queues, features, .. }) = &mut self.active else { return false };
+        let mergeable = *features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
+        let Some(queue) = queues.get_mut(2 * pair + RX).filter(|queue| queue.ready()) else { return false };
+        let Some(Pair { tap, waiting }) = self.pairs.get_mut(pair) else { return false };
         let pace = Some(&mut self.limits.rx);
-        let result = queue::receive(
-            queue,
-            memory,
-            &mut self.tap,
-            &mut self.waiting,
-            pace,
-            mergeable,
-            &mut self.metrics,
-        );
+        let result = queue::receive(queue, memory, tap, waiting, pace, mergeable, &mut self.metrics);
         self.finish(result)
+    }
+
+    fn control(&mut self, index: usize) -> bool {
+        let Some(Active { memory, queues, features, .. }) = &mut self.active else { return false };
+        let Some(queue) = queues.get_mut(index).filter(|queue| queue.ready()) else { return false };
+        let (pairs, used, id) = (&mut self.pairs, &mut self.used_pairs, &self.id);
+        let most = if *features & 1 << VIRTIO_NET_F_MQ == 0 { 1 } else { pairs.len() };
+        let result = control::process(queue, memory, most, |count| match attach(pairs, count) {
+            Ok(()) => {
+                *used = count;
+                true
+            }
+            Err(error) => {
+                crate::log::line(&format!("interface {id:?}: {count} pairs of queues: {error}"));
+                false
+            }
+        });
+        self.finish(result)
+    }
+
+    /// Every pair that the driver uses takes a turn in one direction; says whether one has more to do.
+    fn all(&mut self, direction: usize) -> bool {
+        let mut more = false;
+        for pair in 0..self.used_pairs {
+            more |= if direction == RX { self.receive(pair) } else { self.transmit(pair) };
+        }
+        more
     }
 
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
@@ -137,6 +198,11 @@ impl Net {
     }
 }
 
+/// Lets packets from the host come by the first so many taps, and by no other.
+fn attach(pairs: &mut [Pair], count: usize) -> std::io::Result<()> {
+    pairs.iter_mut().enumerate().try_for_each(|(index, pair)| pair.tap.attach(index < count))
+}
+
 impl VirtioDevice for Net {
     fn kind(&self) -> u32 {
         KIND
@@ -148,7 +214,9 @@ impl VirtioDevice for Net {
 
     fn features(&self) -> u64 {
         let mtu = if self.mtu.is_some() { 1 << VIRTIO_NET_F_MTU } else { 0 };
-        mtu | 1 << VIRTIO_NET_F_MAC
+        let several = if self.pairs.len() > 1 { 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ } else { 0 };
+        mtu | several
+            | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_CSUM
             | 1 << VIRTIO_NET_F_GUEST_CSUM
             | 1 << VIRTIO_NET_F_HOST_TSO4
@@ -161,14 +229,14 @@ impl VirtioDevice for Net {
     }
 
     fn queue_sizes(&self) -> &[u16] {
-        &[QUEUE_SIZE, QUEUE_SIZE]
+        &self.queue_sizes
     }
 
     /// virtio 1.2, 5.1.4: mac, status, max_virtqueue_pairs, mtu.
     fn config(&self) -> Vec<u8> {
         let mut config = self.mac.to_vec();
         config.extend(1_u16.to_le_bytes());
-        config.extend(1_u16.to_le_bytes());
+        config.extend(u16::try_from(self.pairs.len()).unwrap_or(1).to_le_bytes());
         config.extend(self.mtu.unwrap_or(1500).to_le_bytes());
         config
     }
@@ -181,53 +249,74 @@ impl VirtioDevice for Net {
         ];
         let flags =
             offload.iter().filter(|(feature, _)| active.features & 1 << feature != 0).fold(0, |f, o| f | o.1);
-        self.tap
+        let Some(first) = self.pairs.first() else { return Err("it has no tap".into()) };
+        // They are one interface's.
+        first
+            .tap
             .set_offload(flags)
             .map_err(|error| format!("the tap refuses offload {flags:#x}: {error}"))?;
+        let count = self.used_pairs;
+        attach(&mut self.pairs, count).map_err(|error| format!("{count} pairs of queues: {error}"))?;
         self.active = Some(active);
         Ok(())
     }
 
     fn reset(&mut self) {
         self.active = None;
-        self.waiting.clear();
+        self.used_pairs = 1;
+        self.pairs.iter_mut().for_each(|pair| pair.waiting.clear());
     }
 
     fn queue_event(&mut self, index: usize) -> bool {
-        match index {
-            RX => self.receive(),
-            TX => self.transmit(),
-            _ => false,
+        if self.control_queue() == Some(index) {
+            return self.control(index);
         }
+        if index % 2 == RX { self.receive(index / 2) } else { self.transmit(index / 2) }
     }
 
-    fn backend_fd(&self) -> Option<RawFd> {
-        Some(self.tap.raw_fd())
+    fn backend_fds(&self) -> Vec<RawFd> {
+        self.pairs.iter().map(|pair| pair.tap.raw_fd()).collect()
     }
 
     fn backend_event(&mut self) -> bool {
-        self.receive()
+        self.all(RX)
     }
 
     fn timers(&self) -> Vec<(usize, RawFd)> {
         vec![(RX, self.limits.rx.alarm()), (TX, self.limits.tx.alarm())]
     }
 
-    fn timer_event(&mut self, queue: usize) {
-        if let Some(pace) = self.pace(queue) {
+    /// The limits are the interface's, so any pair may have waited.
+    fn timer_event(&mut self, direction: usize) {
+        if let Some(pace) = self.pace(direction) {
             pace.silence();
         }
-        let more = self.queue_event(queue);
-        if let Some(pace) = self.pace(queue).filter(|_| more) {
+        let more = self.all(direction);
+        if let Some(pace) = self.pace(direction).filter(|_| more) {
             pace.soon();
         }
+    }
+
+    fn save(&self) -> Value {
+        if self.pairs.len() > 1 { json!(SavedNet { used_pairs: self.used_pairs }) } else { Value::Null }
+    }
+
+    fn restore(&mut self, state: &Value) -> Result<(), String> {
+        if self.pairs.len() > 1 {
+            let saved = SavedNet::deserialize(state).map_err(|error| error.to_string())?;
+            if !(1..=self.pairs.len()).contains(&saved.used_pairs) {
+                return Err(format!("{} pairs of queues, there are {}", saved.used_pairs, self.pairs.len()));
+            }
+            self.used_pairs = saved.used_pairs;
+        }
+        Ok(())
     }
 
     fn active(&self) -> Option<&Active> {
         self.active.as_ref()
     }
 
-    fn metrics(&self) -> serde_json::Value {
-        serde_json::json!(self.metrics)
+    fn metrics(&self) -> Value {
+        json!(self.metrics)
     }
 }

@@ -11,24 +11,36 @@ const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 pub const TUNSETVNETHDRSZ: libc::Ioctl = 0x4004_54d8;
 /// What the tap may hand over unfinished.
 pub const TUNSETOFFLOAD: libc::Ioctl = 0x4004_54d0;
+/// Whether packets from the host may come by this one of an interface's queues.
+pub const TUNSETQUEUE: libc::Ioctl = 0x4004_54d9;
 const TUNGETIFF: libc::Ioctl = 0x8004_54d2;
 
 const IFF_TAP: libc::c_short = 2;
 const IFF_NO_PI: libc::c_short = 0x1000;
 const IFF_VNET_HDR: libc::c_short = 0x4000;
+const IFF_MULTI_QUEUE: libc::c_short = 0x0100;
+const IFF_ATTACH_QUEUE: libc::c_short = 0x0200;
+const IFF_DETACH_QUEUE: libc::c_short = 0x0400;
 
 /// A tap that is attached to its interface.
 #[derive(Debug)]
 pub struct TapDevice {
     file: File,
+    /// Packets from the host may come by it.
+    attached: bool,
+}
+
+/// The flags that a tap must have.
+const fn wanted(several: bool) -> libc::c_short {
+    IFF_TAP | IFF_NO_PI | IFF_VNET_HDR | if several { IFF_MULTI_QUEUE } else { 0 }
 }
 
 impl TapDevice {
-    /// Takes a tap that is attached already; its flags are checked.
+    /// Takes a tap that is attached already, one of several of its interface or the only one; its flags are checked.
     ///
     /// # Errors
-    /// It is no tap, or lacks `IFF_NO_PI` or `IFF_VNET_HDR`.
-    pub fn from_fd(descriptor: OwnedFd) -> io::Result<Self> {
+    /// It is no tap, or lacks `IFF_NO_PI`, `IFF_VNET_HDR`, or as one of several `IFF_MULTI_QUEUE`.
+    pub fn from_fd(descriptor: OwnedFd, several: bool) -> io::Result<Self> {
         let file = File::from(descriptor);
         // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -39,10 +51,11 @@ impl TapDevice {
         }
         // SAFETY: TUNGETIFF filled the flags of the union.
         let flags = unsafe { request.ifr_ifru.ifru_flags };
-        let needed = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        let needed = wanted(several);
         if flags & needed != needed {
+            let (more, needed) = (if several { " | IFF_MULTI_QUEUE" } else { "" }, needed.cast_unsigned());
             return Err(io::Error::other(format!(
-                "flags {flags:#x} lack some of IFF_TAP | IFF_NO_PI | IFF_VNET_HDR ({needed:#x})"
+                "flags {flags:#x} lack some of IFF_TAP | IFF_NO_PI | IFF_VNET_HDR{more} ({needed:#x})"
             )));
         }
         Self::prepare(file)
@@ -52,7 +65,7 @@ impl TapDevice {
     ///
     /// # Errors
     /// The name is too long, the tap is missing or forbidden.
-    pub fn open(name: &str) -> io::Result<Self> {
+    pub fn open(name: &str, several: bool) -> io::Result<Self> {
         let file = File::options().read(true).write(true).open("/dev/net/tun")?;
         // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
         let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
@@ -62,7 +75,7 @@ impl TapDevice {
         for (target, byte) in request.ifr_name.iter_mut().zip(name.bytes()) {
             *target = byte.cast_signed();
         }
-        request.ifr_ifru.ifru_flags = IFF_TAP | IFF_NO_PI | IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = wanted(several);
         // SAFETY: TUNSETIFF reads the ifreq that it is given.
         let result = unsafe { libc::ioctl(file.as_raw_fd(), TUNSETIFF, &raw mut request) };
         if result < 0 {
@@ -85,7 +98,7 @@ impl TapDevice {
         {
             return Err(io::Error::last_os_error());
         }
-        Ok(Self { file })
+        Ok(Self { file, attached: true })
     }
 
     /// Says which unfinished packets the guest takes (`TUN_F_*`).
@@ -96,6 +109,25 @@ impl TapDevice {
         // SAFETY: TUNSETOFFLOAD takes its argument by value.
         let result = unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETOFFLOAD, libc::c_ulong::from(flags)) };
         if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+    }
+
+    /// Says whether packets from the host may come by this one of an interface's taps.
+    ///
+    /// # Errors
+    /// The host's error.
+    pub fn attach(&mut self, attached: bool) -> io::Result<()> {
+        if attached == self.attached {
+            return Ok(());
+        }
+        // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        request.ifr_ifru.ifru_flags = if attached { IFF_ATTACH_QUEUE } else { IFF_DETACH_QUEUE };
+        // SAFETY: TUNSETQUEUE reads the ifreq that it is given.
+        if unsafe { libc::ioctl(self.file.as_raw_fd(), TUNSETQUEUE, &raw const request) } < 0 {
+            return Err(io::Error::last_os_error());
+        }
+        self.attached = attached;
+        Ok(())
     }
 
     /// The descriptor.

@@ -181,8 +181,8 @@ impl VirtioDevice for Vsock {
         self.finish(result)
     }
 
-    fn backend_fd(&self) -> Option<RawFd> {
-        Some(self.sockets.descriptor())
+    fn backend_fds(&self) -> Vec<RawFd> {
+        vec![self.sockets.descriptor()]
     }
 
     fn backend_event(&mut self) -> bool {
