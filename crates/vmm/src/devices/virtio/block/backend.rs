@@ -111,9 +111,12 @@ impl Backend for Image {
     }
 
     fn write_zeroes(&mut self, offset: u64, length: u64, unmap: bool) -> io::Result<()> {
+        if length == 0 {
+            return Ok(());
+        }
         // On a disk that is smaller than one cluster, imago 0.2.6 zeroes more than it is asked to: it subtracts a cluster from
         // the disk's size to find where whole ones end.
-        if self.access.size() < self.cluster && length > 0 {
+        if self.access.size() < self.cluster {
             let mut zeroes = vec![0; usize::try_from(length).map_err(io::Error::other)?];
             return self.write(offset, &[slice_of(&mut zeroes[..])]);
         }

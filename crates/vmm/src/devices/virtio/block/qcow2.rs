@@ -114,7 +114,9 @@ mod tests {
             let expected = [vec![7; 8 << 10], vec![0; 8 << 10], vec![7; 16 << 10]].concat();
             assert!(read == expected, "unmap {unmap}");
         }
-        image.write_zeroes(0, 0, true).unwrap();
+        for offset in [0, 512, 32 << 10] {
+            image.write_zeroes(offset, 0, true).unwrap();
+        }
     }
 
     /// Found by the fuzz target `qcow2`: the first write went round until the stack was full.
