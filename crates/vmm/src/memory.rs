@@ -1,6 +1,8 @@
 //! Guest memory: private pages with a hole below 4 GiB, anonymous but for what a kernel was loaded to (see
 //! [`crate::boot::mapped`]).
 
+mod place;
+
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
@@ -109,11 +111,13 @@ pub fn create_with(mem_size_mib: u64, hotplug: Option<Range>, tracking: Tracking
     for range in ranges(mem_size_mib << 20).into_iter().chain(hotplug) {
         let size = usize::try_from(range.size).map_err(|error| failed(&error))?;
         let dirty = (tracking == Tracking::On).then(|| AtomicBitmap::with_len(size));
-        let mapping = MmapRegionBuilder::new_with_bitmap(size, dirty)
-            .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
-            .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
-            .build()
-            .map_err(|error| failed(&error))?;
+        let map = || {
+            MmapRegionBuilder::new_with_bitmap(size, dirty)
+                .with_mmap_prot(libc::PROT_READ | libc::PROT_WRITE)
+                .with_mmap_flags(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE)
+                .build()
+        };
+        let mapping = place::aligned(size, map).map_err(|error| failed(&error))?;
         let region = GuestRegionMmap::new(mapping, GuestAddress(range.start));
         regions.push(region.ok_or_else(|| failed(&"it ends behind the last address"))?);
     }
