@@ -7,6 +7,7 @@
 //! | [`density`] | VMs started and held, and what each costs |
 //! | [`devices`] | memory after a guest has used a disk and an interface |
 //! | [`calls`] | how long API calls take |
+//! | [`snapshots`] | how long it takes to make one, and to go on from it |
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -18,6 +19,7 @@ mod density;
 mod devices;
 mod monitors;
 mod report;
+mod snapshots;
 mod start;
 
 use std::path::PathBuf;
@@ -66,6 +68,7 @@ fn main() {
     devices::measure(&bench, options.runs, &mut report);
     density::measure(&bench, options.held, &mut report);
     calls::measure(&bench, options.runs, &mut report);
+    snapshots::measure(&bench, options.runs, &mut report);
     report.size(&options.monitor);
     report.finish();
     match options.output {
