@@ -25,8 +25,8 @@ mod start;
 use std::path::PathBuf;
 
 use clap::{Parser, ValueEnum};
-use monitors::Bench;
-use report::Report;
+use monitors::{Bench, Who};
+use report::{Goal, Report, Sample};
 
 #[derive(Parser)]
 #[command(about = "Measures the monitor natively, beside QEMU's microvm.")]
@@ -63,16 +63,37 @@ enum Output {
 fn main() {
     let options = Options::parse();
     let bench = Bench::new(&options.monitor, &options.qemu, options.kernel.as_deref()).unwrap();
-    let mut report = Report::new(&bench, options.runs);
+    let mut report = Report::new(about(&bench, options.runs));
     start::measure(&bench, options.runs, &mut report);
     devices::measure(&bench, options.runs, &mut report);
     density::measure(&bench, options.held, &mut report);
     calls::measure(&bench, options.runs, &mut report);
     snapshots::measure(&bench, options.runs, &mut report);
-    report.size(&options.monitor);
+    let mut size = Sample::default();
+    size.add(Who::Roost, std::fs::metadata(&options.monitor).unwrap().len() as f64 / 1e6);
+    report.compare("binary as it is installed", "MB", &size, Goal::below(3.0));
     report.finish();
     match options.output {
         Output::Table => print!("{report}"),
         Output::Json => println!("{}", report.json()),
     }
+}
+
+/// What the figures depend on.
+fn about(bench: &Bench, runs: usize) -> Vec<(&'static str, String)> {
+    let kernel = if bench.real_kernel {
+        let size = bench.kernel().metadata().map_or(0, |about| about.len());
+        format!("{} ({:.1} MB)", bench.kernel().display(), size as f64 / 1e6)
+    } else {
+        "a stand-in of the `fast` kernel's size (none is cached)".to_owned()
+    };
+    let release = std::fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    let cpus = std::thread::available_parallelism().map_or(0, std::num::NonZero::get);
+    vec![
+        ("machine", format!("{cpus} CPUs, Linux {}", release.trim())),
+        ("QEMU", bench.qemu_version().unwrap_or_else(|| "not there".to_owned())),
+        ("kernel", kernel),
+        ("runs", format!("{runs}, minimum / median")),
+        ("load before", report::load()),
+    ]
 }

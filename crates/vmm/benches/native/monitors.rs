@@ -11,6 +11,7 @@ use tempfile::TempDir;
 
 use crate::common::elf::{Kernel, Segment};
 use crate::common::footprint;
+pub use crate::report::Who;
 
 /// Guest memory, MiB.
 pub const MEMORY_MIB: u64 = 128;
@@ -19,15 +20,6 @@ pub const LIMIT: Duration = Duration::from_secs(60);
 /// A static init with nothing else is about this large.
 const INITRD_BYTES: usize = 400 * 1024;
 const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet";
-
-/// Whose figure it is.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Who {
-    /// Ours.
-    Roost,
-    /// QEMU's `-M microvm`.
-    Qemu,
-}
 
 /// What all measurements share.
 pub struct Bench {

@@ -5,8 +5,8 @@ use std::time::Instant;
 use serde_json::json;
 
 use crate::common::{Code, Machine, disk, hand, wait_for};
-use crate::monitors::{Bench, Who};
-use crate::report::{Goal, Report, Sample};
+use crate::monitors::Bench;
+use crate::report::{Goal, Report, Sample, Who};
 
 /// Goal: milliseconds from the request to its answer, in a monitor that waits for it.
 const LOAD_MS: f64 = 4.0;

@@ -1,0 +1,59 @@
+# Sourced by scripts/bench: the benchmark of Linux guests, in a virtual host of its own that has nothing in it but what is
+# measured: a kernel, KVM, the monitors, the guest. All of it is one initial RAM disk.
+# shellcheck shell=bash
+
+# measure_guests MODE FORMAT WORD...: MODE is counted or idle; words go to the benchmark (runs=5, seconds=60).
+measure_guests() {
+    local mode=$1 format=$2 debian fast qemu root program libraries loader accelerator work
+    shift 2
+    # shellcheck source=guest-images/lib/initrd.sh
+    source "$ROOST_ROOT/guest-images/lib/initrd.sh"
+    debian=$(guest-images/build --kernel debian)
+    fast=${kernel:-$(guest-images/build --kernel fast)/kernel}
+    qemu=$(guest-images/build --qemu)
+    root=$qemu/root libraries=$qemu/root/usr/lib/x86_64-linux-gnu
+    loader=$libraries/ld-linux-x86-64.so.2
+    work=$(mktemp -d)
+    at_end rm -rf "$work"
+
+    step "Build the monitor as it is installed, and the benchmark"
+    cargo build --release --locked -p roost-vmm
+    program=$(cargo bench --locked -p roost-vmm --bench guest --no-run --message-format json 2> /dev/null |
+        jq -r 'select(.target.name? == "guest" and .executable).executable')
+    [[ -x $program ]] || die "the benchmark does not build: cargo bench -p roost-vmm --bench guest --no-run"
+
+    step "Put the virtual host together"
+    mkdir -p "$work"/{host/{bin,qemu/{lib,share},about},guest}
+    strip -o "$work/guest/init" "$program"
+    cp "$work/guest/init" "$work/host/init"
+    (cd "$work/guest" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/host/guest.cpio"
+    cp "$fast" "$work/host/kernel"
+    cp "$(programs_dir)/roost-vmm" "$work/host/bin/"
+    copy_modules "$debian/modules" "$work/host/modules" kvm-amd tun
+    cp "$loader" "$work/host/qemu/loader"
+    cp "$root/usr/bin/qemu-system-x86_64" "$work/host/qemu/"
+    cp "$root/usr/share/qemu/qboot.rom" "$root/usr/share/qemu/bios-microvm.bin" "$work/host/qemu/share/" 2> /dev/null || true
+    local library
+    for library in $("$loader" --library-path "$libraries" --list "$root/usr/bin/qemu-system-x86_64" | grep -o '=> /[^ ]*' | cut -c4-); do
+        cp -L "$library" "$work/host/qemu/lib/"
+    done
+    head -n 1 "$qemu/version" > "$work/host/about/qemu"
+    printf '%s (%d bytes)\n' "$(cat "$(dirname "$fast")/release" 2> /dev/null || basename "$fast")" "$(stat -c %s "$fast")" \
+        > "$work/host/about/kernel"
+    case $mode in
+    # One instruction is one nanosecond of the virtual host's time, whatever else this machine does.
+    counted) accelerator=(-accel "tcg,thread=single,tb-size=512" -smp 1 -icount "shift=0,sleep=on") ;;
+    idle) accelerator=(-accel "tcg,thread=multi,tb-size=512" -smp 2) ;;
+    esac
+    echo "$mode ($*), minimum / median; QEMU ${accelerator[*]}; load of this machine $(cut -d' ' -f1-3 /proc/loadavg)" > "$work/host/about/mode"
+    (cd "$work/host" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/initrd"
+
+    step "Measure"
+    timeout "${ROOST_BENCH_LIMIT:-1500}" "$qemu/qemu-system-x86_64" -M q35 "${accelerator[@]}" -cpu max,-la57 -m 3072 -nodefaults -no-user-config \
+        -display none -monitor none -no-reboot -serial "file:$work/console" -kernel "$debian/bzImage" -initrd "$work/initrd" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init bench=$mode $*" < /dev/null >&2 ||
+        warn "the virtual host was ended: it took longer than ${ROOST_BENCH_LIMIT:-1500} s"
+    [[ -z ${ROOST_BENCH_CONSOLE:-} ]] || cp "$work/console" "$ROOST_BENCH_CONSOLE"
+    grep -aq '^MEASURED' "$work/console" || { tail -n 30 "$work/console" >&2; die "the measurement did not come to its end"; }
+    "$program" "$work/console" "$format"
+}
