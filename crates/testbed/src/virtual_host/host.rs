@@ -452,6 +452,8 @@ fn spawn_qemu(qemu: &Path, seat: &Seat, arguments: Vec<String>, life: Life) -> R
         }
     };
     command.args(arguments).current_dir("/").stdin(Stdio::null()).stdout(Stdio::null()).stderr(log);
+    // The layer over the base (`snapshot=on`) has a name for a moment; a QEMU that is killed then leaves it where it is discarded.
+    command.env("TMPDIR", &seat.dir);
     let program = qemu.display().to_string();
     let (send, receive) = mpsc::channel();
     let keeper = move || match command.spawn() {
