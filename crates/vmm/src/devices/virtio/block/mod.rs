@@ -364,6 +364,9 @@ impl VirtioDevice for Block {
     }
 
     fn queue_event(&mut self, index: usize) -> bool {
+        if index >= self.queue_sizes().len() {
+            return false;
+        }
         let stalled = self.flying.take_stalled();
         let again = self.turn(1 << index | stalled);
         self.later(again & !(1 << index));
