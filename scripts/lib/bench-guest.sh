@@ -28,7 +28,7 @@ measure_guests() {
     cp "$work/guest/init" "$work/host/init"
     (cd "$work/guest" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/host/guest.cpio"
     cp "$fast" "$work/host/kernel"
-    cp "$(programs_dir)/roost-vmm" "$work/host/bin/"
+    cp "$(installed_monitor)" "$work/host/bin/roost-vmm"
     copy_modules "$debian/modules" "$work/host/modules" kvm-amd tun
     cp "$loader" "$work/host/qemu/loader"
     cp "$root/usr/bin/qemu-system-x86_64" "$work/host/qemu/"

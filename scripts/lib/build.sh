@@ -24,6 +24,9 @@ build_monitor() {
         cp --remove-destination "$(target_dir)/monitor/roost-vmm" "$(programs_dir)/roost-vmm"
 }
 
+# Where only build_monitor writes: cargo's own release builds put another one into the folder of programs.
+installed_monitor() { echo "$(target_dir)/monitor/roost-vmm"; }
+
 programs_dir() { echo "$(target_dir)/release"; }
 
 # A loopback port that nobody listens on now.
