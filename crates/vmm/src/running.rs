@@ -455,7 +455,7 @@ impl Running {
         memory::clear(&parts.memory, &parts.pages)?;
         let entry = boot::load(&parts.memory, payload, &parts.description)?;
         // Nothing of an older snapshot is in this memory.
-        parts.base = None;
+        (parts.base, parts.memory_file) = (None, None);
         parts.vm.reset_chips()?;
         reset_vcpus(&parts.vcpus, entry)?;
         // Whoever paused the machine in the moment of its reset resumes it.

@@ -7,8 +7,8 @@ mod common;
 
 use common::balloon::{ACTUAL, DEFLATE, INFLATE, REPORTING, STATISTICS, TARGET, give, send};
 use common::virtio::{Device, Ring, WRITE, register};
-use common::{Code, Machine, footprint, wait_for};
-use roost_vmm::client::{Client, ClientError};
+use common::{Code, Machine, footprint, refusal, says, wait_for};
+use roost_vmm::client::Client;
 use serde_json::{Value, json};
 
 const BALLOON: Device = Device(0);
@@ -42,19 +42,8 @@ fn resident(machine: &Machine) -> u64 {
     footprint::of(machine.pid(), MEMORY_MIB).unwrap().guest_rss_kib
 }
 
-fn says(machine: &Machine, word: &str) {
-    wait_for(word, || machine.console().contains(word).then_some(()));
-}
-
 fn get(client: &Client, path: &str) -> Value {
     serde_json::from_slice(&client.request("GET", path, b"").unwrap()).unwrap()
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
-    match result {
-        Err(ClientError::Refused(why)) => why,
-        other => panic!("not refused: {other:?}"),
-    }
 }
 
 #[test]

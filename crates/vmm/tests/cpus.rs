@@ -6,7 +6,7 @@
 mod common;
 
 use common::cpus::{CPUS, EJECT, EVENT, EVENT_CPUS, INSERTING, PLUGGED, REMOVING, STARTED};
-use common::{Code, Machine, wait_for};
+use common::{Code, Machine, refusal, says, wait_for};
 use roost_vmm::client::{Client, ClientError};
 use serde_json::{Value, json};
 
@@ -19,23 +19,12 @@ fn machine(code: &Code, count: u8, max: Option<u8>) -> Machine {
     machine
 }
 
-fn says(machine: &Machine, word: &str) {
-    wait_for(word, || machine.console().contains(word).then_some(()));
-}
-
 fn want(client: &Client, count: u8) -> Result<(), ClientError> {
     client.put("PATCH", "/machine-config", &json!({ "vcpu_count": count }))
 }
 
 fn vcpus(client: &Client) -> Value {
     client.metrics().unwrap()["vcpus"].clone()
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
-    match result {
-        Err(ClientError::Refused(why)) => why,
-        other => panic!("not refused: {other:?}"),
-    }
 }
 
 #[test]

@@ -9,7 +9,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 
 use common::virtio::{Device, NEXT, Ring, WRITE, block, block_clear, block_header, block_request, register};
-use common::{Code, Machine, disk, hand, hand_over, machines, tap, wait_for};
+use common::{Code, Machine, disk, hand, hand_over, machines, says, tap, wait_for};
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use roost_vmm::client::{Client, ClientError};
@@ -55,10 +55,6 @@ fn refusal(client: &Client, path: &str, body: &Value) -> String {
 
 fn patch(client: &Client, change: &Value) {
     client.put("PATCH", "/drives/d", change).unwrap();
-}
-
-fn says(machine: &Machine, word: &str) {
-    wait_for(word, || machine.console().contains(word).then_some(()));
 }
 
 fn metric(client: &Client, device: &str, name: &str) -> u64 {

@@ -10,7 +10,7 @@ use common::mem::{
     ask, send,
 };
 use common::virtio::{Device, Ring, register};
-use common::{Code, Machine, footprint, wait_for};
+use common::{Code, Machine, footprint, refusal, says, wait_for};
 use roost_vmm::client::{Client, ClientError};
 use serde_json::{Value, json};
 
@@ -40,10 +40,6 @@ fn machine(code: &Code) -> Machine {
     machine
 }
 
-fn says(machine: &Machine, word: &str) {
-    wait_for(word, || machine.console().contains(word).then_some(()));
-}
-
 fn request(client: &Client, mib: u64) -> Result<(), ClientError> {
     client.put("PATCH", "/hotplug/memory", &json!({ "requested_size_mib": mib }))
 }
@@ -61,13 +57,6 @@ fn sizes(client: &Client) -> (Value, Value) {
 fn resident(machine: &Machine) -> u64 {
     let alone = footprint::of(machine.pid(), TOTAL_MIB);
     alone.or_else(|_| footprint::of(machine.pid(), TOTAL_MIB + MEMORY_MIB)).unwrap().guest_rss_kib
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
-    match result {
-        Err(ClientError::Refused(why)) => why,
-        other => panic!("not refused: {other:?}"),
-    }
 }
 
 #[test]

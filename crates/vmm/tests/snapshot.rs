@@ -16,7 +16,7 @@ use common::balloon::give;
 use common::faults::Faults;
 use common::machines::{self, echo};
 use common::virtio::{Device, Ring, WRITE, block, block_request};
-use common::{Code, Machine, disk, hand, hand_over, tap, vsock, wait_for};
+use common::{Code, Machine, disk, hand, hand_over, refusal, tap, vsock, wait_for};
 use roost_vmm::client::{Client, ClientError};
 use roost_vmm::exit::ExitCode;
 use serde_json::{Value, json};
@@ -29,6 +29,17 @@ fn types(machine: &Machine, client: &Client, byte: &str, answer: &str) {
 fn snapshot(client: &Client, kind: &str, state: &str, memory: &str) -> Result<(), ClientError> {
     let body = json!({ "snapshot_type": kind, "snapshot_path": state, "mem_file_path": memory });
     client.put("PUT", "/snapshot/create", &body)
+}
+
+/// Starts a machine, and takes its snapshot into `state` and `memory` when its guest has printed a word; then it is gone.
+fn freeze(machine: &mut Machine, word: &str) {
+    let (_files, arguments) = hand(machine, &["state", "memory"]);
+    machine.start(&arguments);
+    wait_for(word, || machine.console().ends_with(word).then_some(()));
+    let client = machine.client();
+    client.pause().unwrap();
+    snapshot(&client, "Full", "state", "memory").unwrap();
+    client.force_stop().unwrap();
 }
 
 /// A monitor that has loaded files of this folder.
@@ -52,13 +63,6 @@ fn bare() -> (Machine, Client) {
     machine.start_with(&["run", "--api-sock", &socket]);
     let client = machine.client();
     (machine, client)
-}
-
-fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
-    match result {
-        Err(ClientError::Refused(why)) => why,
-        other => panic!("not refused: {other:?}"),
-    }
 }
 
 #[test]
@@ -237,13 +241,7 @@ fn a_clone_knows_that_it_is_one() {
             code.address(address).bytes(&[0x8a, 0x07, 0x24, 0x0f, 0x04, b'a', 0xba, 0xf8, 0x03, 0, 0, 0xee]);
     }
     let mut machine = Machine::new(&code.print(".").stop());
-    let (_files, arguments) = hand(&machine, &["state", "memory"]);
-    machine.start(&arguments);
-    wait_for("the guest", || (machine.console() == "1").then_some(()));
-    let client = machine.client();
-    client.pause().unwrap();
-    snapshot(&client, "Full", "state", "memory").unwrap();
-    client.force_stop().unwrap();
+    freeze(&mut machine, "1");
     let ids = [(), ()].map(|()| {
         let (clone, _client) = load(machine.dir.path(), "state", "memory", &json!({}));
         wait_for("the id", || clone.console().ends_with('.').then_some(()));
@@ -267,13 +265,7 @@ fn a_clone_that_resets_starts_from_its_kernel() {
     // cmp dword [0x300000], 0; a mark there is complained of
     let code = Code::default().address(0x30_0000).expect32(0x30_0000, 0).print("up").store(0x30_0000, 7);
     let mut machine = Machine::new(&wait_for_input(code).reset());
-    let (_files, arguments) = hand(&machine, &["state", "memory"]);
-    machine.start(&arguments);
-    wait_for("the guest", || machine.console().ends_with("up").then_some(()));
-    let client = machine.client();
-    client.pause().unwrap();
-    snapshot(&client, "Full", "state", "memory").unwrap();
-    client.force_stop().unwrap();
+    freeze(&mut machine, "up");
 
     let (clone, client) = load(machine.dir.path(), "state", "memory", &json!({}));
     for times in 1..3 {
@@ -381,13 +373,7 @@ fn a_clone_is_told_that_its_connections_are_gone_before_it_gets_new_ones() {
 
     let mut machine = Machine::new(&code);
     machine.config["vsock"] = json!({ "guest_cid": vsock::GUEST_CID, "uds_path": machine.text("v.sock") });
-    let (_files, arguments) = hand(&machine, &["state", "memory"]);
-    machine.start(&arguments);
-    wait_for("the guest", || (machine.console() == "1").then_some(()));
-    let client = machine.client();
-    client.pause().unwrap();
-    snapshot(&client, "Full", "state", "memory").unwrap();
-    client.force_stop().unwrap();
+    freeze(&mut machine, "1");
 
     let elsewhere = tempfile::tempdir().unwrap();
     let socket = elsewhere.path().join("v.sock");
@@ -453,13 +439,7 @@ fn a_program_brings_memory_page_by_page() {
     code = code.address(0x40_1000).expect32(0x40_1000, 7).print("3");
     let mut machine = Machine::new(&code.stop());
     machine.config["balloon"] = json!({ "amount_mib": 1 });
-    let (_files, arguments) = hand(&machine, &["state", "memory"]);
-    machine.start(&arguments);
-    wait_for("the guest", || (machine.console() == "1").then_some(()));
-    let client = machine.client();
-    client.pause().unwrap();
-    snapshot(&client, "Full", "state", "memory").unwrap();
-    client.force_stop().unwrap();
+    freeze(&mut machine, "1");
 
     let socket = machine.path("faults");
     let listener = UnixListener::bind(&socket).unwrap();

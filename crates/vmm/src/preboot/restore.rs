@@ -44,11 +44,13 @@ impl Preboot {
             }
             BackendType::Uffd => {
                 let stream = self.descriptors.stream(&backend.backend_path, "page-fault handler")?;
-                let device = self
-                    .descriptors
-                    .has(USERFAULTFD_NAME)
-                    .then(|| self.descriptors.file(USERFAULTFD_NAME, "userfaultfd", Access::Read));
-                (None, Some(Handler::connect(&memory, stream, device.transpose()?)?))
+                let name = if self.descriptors.has(USERFAULTFD_NAME) {
+                    USERFAULTFD_NAME
+                } else {
+                    "/dev/userfaultfd"
+                };
+                let device = self.descriptors.file(name, "userfaultfd", Access::Read).ok();
+                (None, Some(Handler::connect(&memory, stream, device)?))
             }
         };
         let assembly = self.assemble(&memory, &pages)?;

@@ -68,7 +68,8 @@ struct Register {
 }
 
 impl Handler {
-    /// Gives the faults of fresh memory to the program at the other end. `device` is `/dev/userfaultfd`, if it was handed over.
+    /// Gives the faults of fresh memory to the program at the other end. `device` is `/dev/userfaultfd`, if it is at hand; else the
+    /// system call is made, which few may make.
     ///
     /// # Errors
     /// [`Error::Io`]: the host has no userfaultfd or forbids it, or nobody listens.
@@ -127,22 +128,14 @@ fn check(result: libc::c_int) -> io::Result<()> {
 
 fn userfaultfd(device: Option<File>) -> io::Result<OwnedFd> {
     let flags = libc::O_CLOEXEC | libc::O_NONBLOCK;
-    let made = |descriptor: libc::c_long| {
-        let descriptor = RawFd::try_from(descriptor).map_err(io::Error::other)?;
-        check(descriptor)?;
-        // SAFETY: the call just made this descriptor, and nothing else owns it.
-        Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
-    };
-    let device = device.map(Ok).unwrap_or_else(|| {
-        // SAFETY: makes a descriptor.
-        match made(unsafe { libc::syscall(libc::SYS_userfaultfd, flags) }) {
-            Ok(descriptor) => Err(Ok(descriptor)),
-            Err(error) => File::open("/dev/userfaultfd").map_err(|_| Err(error)),
-        }
-    });
-    match device {
+    let descriptor = match device {
         // SAFETY: makes a descriptor; the flags are its argument.
-        Ok(device) => made(unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) }.into()),
-        Err(done) => done,
-    }
+        Some(device) => unsafe { libc::ioctl(device.as_raw_fd(), USERFAULTFD_IOC_NEW, flags) }.into(),
+        // SAFETY: makes a descriptor.
+        None => unsafe { libc::syscall(libc::SYS_userfaultfd, flags) },
+    };
+    let descriptor = RawFd::try_from(descriptor).map_err(io::Error::other)?;
+    check(descriptor)?;
+    // SAFETY: the call just made this descriptor, and nothing else owns it.
+    Ok(unsafe { OwnedFd::from_raw_fd(descriptor) })
 }

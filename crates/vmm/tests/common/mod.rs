@@ -26,7 +26,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use roost_vmm::client::Client;
+use roost_vmm::client::{Client, ClientError};
 use roost_vmm::console::ConsoleReader;
 use roost_vmm::status::{self, Event};
 use serde_json::{Value, json};
@@ -243,6 +243,20 @@ pub fn event_names(events: &[Event]) -> Vec<&'static str> {
             Event::Exited { .. } => "exited",
         })
         .collect()
+}
+
+/// Waits until the guest has printed a word.
+pub fn says(machine: &Machine, word: &str) {
+    wait_for(word, || machine.console().contains(word).then_some(()));
+}
+
+/// Why a request was refused.
+#[track_caller]
+pub fn refusal<T: std::fmt::Debug>(result: Result<T, ClientError>) -> String {
+    match result {
+        Err(ClientError::Refused(why)) => why,
+        other => panic!("not refused: {other:?}"),
+    }
 }
 
 /// The arguments that hand a descriptor over under a name.
