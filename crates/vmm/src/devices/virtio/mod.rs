@@ -72,6 +72,24 @@ impl Interrupt {
         self.raise(STATUS_CONFIG);
     }
 
+    /// Ends a turn of the device of this name: the guest is interrupted if it wants to be, or hears that it broke the device. Says
+    /// whether there is more to do; nothing: the device is to forget the guest's settings.
+    pub fn end_turn(&self, name: &str, turn: Result<queue::Turn, queue::Broken>) -> Option<bool> {
+        match turn {
+            Ok(turn) => {
+                if turn.interrupt {
+                    self.used();
+                }
+                Some(turn.more)
+            }
+            Err(broken) => {
+                crate::log::line(&format!("{name}: {broken}"));
+                self.needs_reset();
+                None
+            }
+        }
+    }
+
     /// Tells the guest that the configuration space has changed; whoever was reading it finds another generation.
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);

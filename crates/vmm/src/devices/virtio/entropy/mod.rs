@@ -49,20 +49,11 @@ impl VirtioDevice for Entropy {
     fn queue_event(&mut self, index: usize) -> bool {
         let Some(active) = &mut self.active else { return false };
         let Some(queue) = active.queues.get_mut(index) else { return false };
-        match queue::process(queue, &active.memory, host_random, &mut self.metrics) {
-            Ok(turn) => {
-                if turn.interrupt {
-                    active.interrupt.used();
-                }
-                turn.more
-            }
-            Err(broken) => {
-                crate::log::line(&format!("entropy: {broken}"));
-                active.interrupt.needs_reset();
-                self.active = None;
-                false
-            }
-        }
+        let turn = queue::process(queue, &active.memory, host_random, &mut self.metrics);
+        active.interrupt.end_turn("entropy", turn).unwrap_or_else(|| {
+            self.active = None;
+            false
+        })
     }
 
     fn active(&self) -> Option<&Active> {

@@ -122,20 +122,10 @@ impl VirtioDevice for Mem {
     fn queue_event(&mut self, _index: usize) -> bool {
         let result = self.serve();
         let Some(active) = &self.active else { return false };
-        match result {
-            Ok(turn) => {
-                if turn.interrupt {
-                    active.interrupt.used();
-                }
-                turn.more
-            }
-            Err(broken) => {
-                crate::log::line(&format!("mem: {broken}"));
-                active.interrupt.needs_reset();
-                self.reset();
-                false
-            }
-        }
+        active.interrupt.end_turn("mem", result).unwrap_or_else(|| {
+            self.reset();
+            false
+        })
     }
 
     fn active(&self) -> Option<&Active> {

@@ -181,20 +181,10 @@ impl Net {
 
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
         let Some(active) = &self.active else { return false };
-        match result {
-            Ok(turn) => {
-                if turn.interrupt {
-                    active.interrupt.used();
-                }
-                turn.more
-            }
-            Err(broken) => {
-                crate::log::line(&format!("interface {:?}: {broken}", self.id));
-                active.interrupt.needs_reset();
-                self.active = None;
-                false
-            }
-        }
+        active.interrupt.end_turn(&format!("interface {:?}", self.id), result).unwrap_or_else(|| {
+            self.active = None;
+            false
+        })
     }
 }
 

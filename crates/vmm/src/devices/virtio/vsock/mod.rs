@@ -118,20 +118,10 @@ impl Vsock {
 
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
         let Some(active) = &self.active else { return false };
-        match result {
-            Ok(turn) => {
-                if turn.interrupt {
-                    active.interrupt.used();
-                }
-                turn.more
-            }
-            Err(broken) => {
-                crate::log::line(&format!("vsock: {broken}"));
-                active.interrupt.needs_reset();
-                self.reset();
-                false
-            }
-        }
+        active.interrupt.end_turn("vsock", result).unwrap_or_else(|| {
+            self.reset();
+            false
+        })
     }
 }
 
