@@ -53,6 +53,9 @@ Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
        roost-vmm rebase --base FILE --diff FILE
                                    Puts the memory file of a diff snapshot on top of the memory file of the snapshot
                                    before it, which then is a full memory file of the diff's snapshot
+       roost-vmm [--api-sock PATH | --no-api] [--config-file PATH] [--id TEXT]
+                                   The same as run with --open-paths, by Firecracker's options, for programs that start
+                                   a program named firecracker [default of --api-sock: /run/firecracker.socket]
        roost-vmm --help | --version
 
 Options of run:
@@ -85,7 +88,7 @@ Exit codes of run:
 pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, String> {
     let mut arguments = arguments.into_iter();
     match arguments.next().as_deref() {
-        Some("run") => parse_run(arguments),
+        Some("run") => parse_run(arguments, Names::Ours),
         Some("probe") => match (arguments.next().as_deref(), arguments.next()) {
             (None, _) => Ok(Command::Probe { json: false }),
             (Some("--json"), None) => Ok(Command::Probe { json: true }),
@@ -96,6 +99,10 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
         Some("-h" | "--help" | "help") => Ok(Command::Say(HELP.to_owned())),
         Some("-V" | "--version") => {
             Ok(Command::Say(concat!("roost-vmm ", env!("CARGO_PKG_VERSION"), "\n").to_owned()))
+        }
+        Some(option) if option.starts_with("--") => {
+            let all = std::iter::once(option.to_owned()).chain(arguments);
+            parse_run(all, Names::Firecracker)
         }
         Some(other) => Err(format!("there is no command {other:?}; run, probe, rebase and --help are there")),
         None => Err("what should be done? run, probe, rebase and --help are there".to_owned()),
@@ -124,8 +131,18 @@ fn parse_rebase(mut arguments: impl Iterator<Item = String>) -> Result<Command, 
     }
 }
 
-fn parse_run(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
-    let mut run = Run::default();
+/// Whose options are taken beside those that both have.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Names {
+    Ours,
+    Firecracker,
+}
+
+/// Where Firecracker serves its API when nobody says where.
+const FIRECRACKER_SOCKET: &str = "/run/firecracker.socket";
+
+fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Result<Command, String> {
+    let (mut run, mut no_api) = (Run::default(), false);
     while let Some(argument) = arguments.next() {
         let (name, attached) = match argument.split_once('=') {
             Some((name, value)) => (name, Some(value.to_owned())),
@@ -141,12 +158,20 @@ fn parse_run(mut arguments: impl Iterator<Item = String>) -> Result<Command, Str
                 run.open_paths = true;
                 continue;
             }
+            "--no-api" if attached.is_none() && names == Names::Firecracker => {
+                no_api = true;
+                continue;
+            }
+            "--config-file" if names == Names::Firecracker => {}
+            "--no-seccomp" | "--seccomp-filter" => {
+                return Err(format!("{name} is not there: every thread has the filter that belongs to it"));
+            }
             "--config" | "--config-fd" | "--fd" | "--api-sock" | "--api-fd" | "--id" => {}
             _ => return Err(format!("run has no option {argument:?}; see roost-vmm --help")),
         }
         let value = attached.or_else(|| arguments.next()).ok_or_else(|| format!("{name} needs a value"))?;
         match name {
-            "--config" => once(name, &mut run.config, value.into())?,
+            "--config" | "--config-file" => once(name, &mut run.config, value.into())?,
             "--config-fd" => once(name, &mut run.config_fd, number(name, &value)?)?,
             "--api-sock" => once(name, &mut run.api_sock, value.into())?,
             "--api-fd" => once(name, &mut run.api_fd, number(name, &value)?)?,
@@ -159,6 +184,16 @@ fn parse_run(mut arguments: impl Iterator<Item = String>) -> Result<Command, Str
     }
     if run.api_sock.is_some() && run.api_fd.is_some() {
         return Err("--api-sock and --api-fd are both there".to_owned());
+    }
+    let served = run.api_sock.is_some() || run.api_fd.is_some();
+    if no_api && served {
+        return Err("--no-api and the API's socket are both there".to_owned());
+    }
+    if names == Names::Firecracker && !no_api {
+        run.open_paths = true;
+        if !served {
+            run.api_sock = Some(FIRECRACKER_SOCKET.into());
+        }
     }
     Ok(Command::Run(run))
 }
@@ -225,6 +260,25 @@ mod tests {
             for code in crate::exit::ExitCode::ALL {
                 assert!(text.contains(&format!("\n  {}  ", code.code())), "{code:?}");
             }
+        }
+    }
+
+    #[test]
+    fn what_starts_firecracker_can_start_this() {
+        let Ok(Command::Run(run)) = parsed("--api-sock /a --id=x --config-file c") else { panic!() };
+        assert_eq!((run.api_sock, run.config), (Some("/a".into()), Some("c".into())));
+        assert!(run.open_paths);
+        let Ok(Command::Run(run)) = parsed("--id x") else { panic!() };
+        assert_eq!(run.api_sock, Some(FIRECRACKER_SOCKET.into()));
+        let Ok(Command::Run(run)) = parsed("--no-api --config-file c") else { panic!() };
+        assert_eq!((run.api_sock, run.open_paths), (None, false));
+        for (line, word) in [
+            ("--no-api --api-sock a", "--no-api"),
+            ("--no-seccomp", "every thread"),
+            ("run --config-file c", "no option"),
+            ("--frobnicate", "no option"),
+        ] {
+            assert!(parsed(line).unwrap_err().contains(word), "{line}");
         }
     }
 }

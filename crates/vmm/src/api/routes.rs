@@ -335,7 +335,11 @@ impl Server {
                     "app_name": "roost-vmm",
                 }));
             }
-            Route::Version => return told(json!({ "roost_vmm_version": env!("CARGO_PKG_VERSION") })),
+            Route::Version => return told(json!({
+                "roost_vmm_version": env!("CARGO_PKG_VERSION"),
+                // Its SDKs look at this one. The version is the one whose paths and bodies are here.
+                "firecracker_version": "1.17.0",
+            })),
             Route::MachineConfig => return told(json!(self.machine_config())),
             Route::VmConfig => return told(json!(self.config())),
             Route::Balloon => {
