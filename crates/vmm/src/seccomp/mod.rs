@@ -4,12 +4,11 @@
 //! A forbidden call ends the process: SIGSYS arrives, and [`sigsys`] says which thread made which call.
 
 mod names;
+mod program;
 pub mod rules;
 pub mod sigsys;
 
 use std::sync::Arc;
-
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter, TargetArch};
 
 use crate::error::{Error, Result};
 
@@ -17,19 +16,15 @@ pub use names::name;
 pub use rules::Kind;
 
 /// A compiled filter.
-pub type Filter = Arc<BpfProgram>;
+pub type Filter = Arc<Vec<libc::sock_filter>>;
 
 /// Compiles the filter of a kind of thread.
 ///
 /// # Errors
 /// [`Error::Seccomp`].
 pub fn compile(kind: Kind) -> Result<Filter> {
-    let rules = rules::rules(kind).map_err(|error| Error::Seccomp(error.to_string()))?;
-    let filter = SeccompFilter::new(rules, SeccompAction::Trap, SeccompAction::Allow, TargetArch::x86_64)
-        .map_err(|error| Error::Seccomp(error.to_string()))?;
-    let program: BpfProgram =
-        filter.try_into().map_err(|error: seccompiler::BackendError| Error::Seccomp(error.to_string()))?;
-    Ok(Arc::new(program))
+    let program = program::compile(&rules::lines(kind), std::process::id());
+    program.map(Arc::new).ok_or_else(|| Error::Seccomp(format!("the table of {kind:?} is too long")))
 }
 
 /// Locks the calling thread down for good; threads that it starts later inherit the filter.
@@ -40,7 +35,19 @@ pub fn install(filter: &Filter) -> Result<()> {
     if filter.is_empty() {
         return Ok(());
     }
-    seccompiler::apply_filter(filter).map_err(|error| Error::Seccomp(error.to_string()))
+    let failed = |what: &str| Error::Seccomp(format!("{what}: {}", std::io::Error::last_os_error()));
+    // SAFETY: changes a flag of this thread.
+    if unsafe { libc::prctl(libc::PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) } < 0 {
+        return Err(failed("giving up new privileges"));
+    }
+    let program = libc::sock_fprog {
+        len: u16::try_from(filter.len()).map_err(|error| Error::Seccomp(error.to_string()))?,
+        filter: filter.as_ptr().cast_mut(),
+    };
+    // SAFETY: the kernel reads a program of this length, which lives until the call is over.
+    let result =
+        unsafe { libc::syscall(libc::SYS_seccomp, libc::SECCOMP_SET_MODE_FILTER, 0_u32, &raw const program) };
+    if result < 0 { Err(failed("installing a filter")) } else { Ok(()) }
 }
 
 /// The filters of one machine's threads.

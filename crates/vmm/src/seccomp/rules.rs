@@ -6,10 +6,6 @@
 //! `tests/ledger.rs` watches every call that machines make once they are locked down, and fails when a line here is of no
 //! use to any of them. A line that no test is sure to reach says why ([`Allowed::unseen`]).
 
-use std::collections::BTreeMap;
-
-use seccompiler::{BackendError, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompRule};
-
 use crate::devices::virtio::block::uring;
 use crate::devices::virtio::net::tap;
 
@@ -391,12 +387,8 @@ static VCPU_CALLS: [Bare; VCPU.len()] = without_texts(VCPU);
 static DISK_CALLS: [Bare; DISK.len()] = without_texts(DISK);
 static OPENER_CALLS: [Bare; OPENER.len()] = without_texts(OPENER);
 
-/// The rules of a kind, as the compiler takes them.
-///
-/// # Errors
-/// A condition that the compiler does not take.
-pub fn rules(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
-    let mut rules: BTreeMap<i64, Vec<SeccompRule>> = BTreeMap::new();
+/// The lines of a kind, as the compiler takes them.
+pub(super) fn lines(kind: Kind) -> Vec<(i64, Only)> {
     let (common, own): (&[Bare], &[Bare]) = match kind {
         Kind::Api => (&COMMON_CALLS, &API_CALLS),
         Kind::Devices => (&COMMON_CALLS, &DEVICES_CALLS),
@@ -404,18 +396,5 @@ pub fn rules(kind: Kind) -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError
         Kind::Disk => (&COMMON_CALLS, &DISK_CALLS),
         Kind::Opener => (&[], &OPENER_CALLS),
     };
-    for (call, only) in common.iter().chain(own) {
-        let rule = match *only {
-            Only::Any => None,
-            Only::Argument(argument, value) => Some(rule(argument, SeccompCmpOp::Eq, value)?),
-            Only::NotExecutable => Some(rule(2, SeccompCmpOp::MaskedEq(PROT_EXEC), 0)?),
-            Only::ThisProcess => Some(rule(0, SeccompCmpOp::Eq, u64::from(std::process::id()))?),
-        };
-        rules.entry(*call).or_default().extend(rule);
-    }
-    Ok(rules)
-}
-
-fn rule(argument: u8, operator: SeccompCmpOp, value: u64) -> Result<SeccompRule, BackendError> {
-    SeccompRule::new(vec![SeccompCondition::new(argument, SeccompCmpArgLen::Dword, operator, value)?])
+    common.iter().chain(own).copied().collect()
 }
