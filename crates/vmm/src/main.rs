@@ -74,7 +74,10 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
     *status = preboot.open_status()?;
     seccomp::sigsys::install(status.raw_fd())?;
     let machine = match (configured, run.hold) {
-        (false, _) => Machine::Preboot(preboot),
+        (false, _) => {
+            preboot.prepare();
+            Machine::Preboot(preboot)
+        }
         (true, true) => Machine::Held(server.build(&preboot, status)?),
         (true, false) => {
             let held = server.build(&preboot, status)?;

@@ -11,6 +11,8 @@
 mod assembly;
 mod restore;
 
+use std::cell::RefCell;
+
 use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
@@ -26,7 +28,7 @@ use crate::memory::{self, FilePages, Memory, Range, Tracking};
 use crate::running::{Held, Parts};
 use crate::status::StatusWriter;
 use crate::vcpu::VcpuHandle;
-use crate::vm::CpuModel;
+use crate::vm::{CpuModel, EmptyVm};
 use assembly::Assembly;
 
 /// Name of the handed `/dev/kvm`.
@@ -39,13 +41,26 @@ pub const USERFAULTFD_NAME: &str = "userfaultfd";
 pub struct Preboot {
     config: VmConfig,
     descriptors: Descriptors,
+    /// KVM's machine, made ahead: the first build takes it.
+    empty: RefCell<Option<EmptyVm>>,
 }
 
 impl Preboot {
     /// Starts from a configuration, which may be empty.
     #[must_use]
     pub const fn new(config: VmConfig, descriptors: Descriptors) -> Self {
-        Self { config, descriptors }
+        Self { config, descriptors, empty: RefCell::new(None) }
+    }
+
+    /// Makes KVM's machine now, while nobody waits for it. Where that fails, the build will say why.
+    pub fn prepare(&self) {
+        self.empty.replace(self.empty_vm().ok());
+    }
+
+    fn empty_vm(&self) -> Result<EmptyVm> {
+        let handed =
+            self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
+        EmptyVm::new(handed)
     }
 
     /// The configuration as it is.

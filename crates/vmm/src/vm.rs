@@ -54,6 +54,32 @@ pub fn open_kvm(handed: Option<std::os::fd::OwnedFd>) -> Result<Kvm> {
     Ok(kvm)
 }
 
+/// A machine of KVM's that has nothing yet. Making one can take many milliseconds that the host spends waiting (Linux 6.1 waits for all
+/// its CPUs to take notice when it starts a thread of its own for it).
+pub struct EmptyVm {
+    /// Where it was made.
+    pub kvm: Kvm,
+    fd: VmFd,
+}
+
+impl EmptyVm {
+    /// Makes one.
+    ///
+    /// # Errors
+    /// [`Error::Kvm`], [`Error::KvmLacks`].
+    pub fn new(handed: Option<std::os::fd::OwnedFd>) -> Result<Self> {
+        let kvm = open_kvm(handed)?;
+        let fd = retry_interrupted(|| kvm.create_vm()).map_err(Error::kvm("KVM_CREATE_VM"))?;
+        Ok(Self { kvm, fd })
+    }
+}
+
+impl std::fmt::Debug for EmptyVm {
+    fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        formatter.write_str("EmptyVm")
+    }
+}
+
 /// The machine.
 pub struct Vm {
     fd: VmFd,
@@ -68,12 +94,12 @@ pub struct ChipState {
 }
 
 impl Vm {
-    /// Makes a machine with this memory and its interrupt controllers.
+    /// Gives a machine this memory and its interrupt controllers.
     ///
     /// # Errors
     /// [`Error::Kvm`].
-    pub fn new(kvm: &Kvm, memory: &Memory) -> Result<Self> {
-        let fd = retry_interrupted(|| kvm.create_vm()).map_err(Error::kvm("KVM_CREATE_VM"))?;
+    pub fn new(empty: EmptyVm, memory: &Memory) -> Result<(Self, Kvm)> {
+        let EmptyVm { kvm, fd } = empty;
         // Memory comes before the interrupt controllers: a slot that is registered later costs milliseconds.
         for (slot, region) in memory.iter().enumerate() {
             let host = region
@@ -96,7 +122,7 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         fd.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
         let start = ChipState::capture(&fd)?;
-        Ok(Self { fd, start })
+        Ok((Self { fd, start }, kvm))
     }
 
     /// Resets what all vCPUs share.

@@ -71,6 +71,9 @@ pub struct Server {
     connections: HashMap<RawFd, Connection>,
     id: String,
     machine: Option<Machine>,
+    /// The machine runs as soon as the answer is on its way: a guest that wakes up would take the CPU before whoever waits is told. No
+    /// other request is looked at in between.
+    resume_due: bool,
 }
 
 struct Connection {
@@ -88,7 +91,15 @@ impl Server {
     pub fn new(listener: Option<UnixListener>, id: String) -> Result<Self> {
         let epoll = Epoll::new().map_err(Error::io("epoll"))?;
         let signals = block_signals().map_err(Error::io("signalfd"))?;
-        let server = Self { epoll, listener, signals, connections: HashMap::new(), id, machine: None };
+        let server = Self {
+            epoll,
+            listener,
+            signals,
+            connections: HashMap::new(),
+            id,
+            machine: None,
+            resume_due: false,
+        };
         if let Some(listener) = &server.listener {
             listener.set_nonblocking(true).map_err(Error::io("API socket"))?;
             server.watch(listener.as_raw_fd())?;
@@ -210,6 +221,7 @@ impl Server {
                 }
             };
             open = connection.stream.write_all(&response.to_bytes()).is_ok();
+            end = end.or_else(|| self.resume_if_due(status));
             match used {
                 Some(used) => drop(connection.buffer.drain(..used)),
                 None => open = false,
@@ -219,6 +231,16 @@ impl Server {
             self.connections.insert(descriptor, connection);
         }
         end
+    }
+}
+
+impl Server {
+    fn resume_if_due(&mut self, status: &mut StatusWriter) -> Option<End> {
+        if !std::mem::take(&mut self.resume_due) {
+            return None;
+        }
+        let Some(Machine::Running(running)) = &mut self.machine else { return None };
+        running.resume(status).err().map(|error| End::error(&error))
     }
 }
 

@@ -276,15 +276,11 @@ impl Server {
             ));
         };
         let held = preboot.restore(&request)?;
-        let running = self.take_over(held, status).and_then(|held| {
-            let mut running = held.paused();
-            if request.resume_vm {
-                running.resume(status)?;
+        match self.take_over(held, status) {
+            Ok(held) => {
+                self.machine = Some(Machine::Running(held.paused()));
+                self.resume_due = request.resume_vm;
             }
-            Ok(running)
-        });
-        match running {
-            Ok(running) => self.machine = Some(Machine::Running(running)),
             // The process may be locked down: nothing else can be tried.
             Err(error) => {
                 *end = Some(End::error(&error));
@@ -335,11 +331,13 @@ impl Server {
                     "app_name": "roost-vmm",
                 }));
             }
-            Route::Version => return told(json!({
-                "roost_vmm_version": env!("CARGO_PKG_VERSION"),
-                // Its SDKs look at this one. The version is the one whose paths and bodies are here.
-                "firecracker_version": "1.17.0",
-            })),
+            Route::Version => {
+                return told(json!({
+                    "roost_vmm_version": env!("CARGO_PKG_VERSION"),
+                    // Its SDKs look at this one. The version is the one whose paths and bodies are here.
+                    "firecracker_version": "1.17.0",
+                }));
+            }
             Route::MachineConfig => return told(json!(self.machine_config())),
             Route::VmConfig => return told(json!(self.config())),
             Route::Balloon => {

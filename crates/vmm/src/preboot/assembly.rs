@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex};
 use kvm_ioctls::Kvm;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{KVM_NAME, Preboot};
+use super::Preboot;
 use crate::acpi::VirtioWindow;
 use crate::boot::Description;
 use crate::config::{Drive, NetworkInterface, RateLimiter, SerialConfig, parse_mac};
@@ -33,7 +33,7 @@ use crate::running::Parts;
 use crate::running::devices::Steered;
 use crate::seccomp::Filters;
 use crate::vcpu::{Buses, Stop, VcpuHandle};
-use crate::vm::{CpuModel, Vm, msr_indices, open_kvm};
+use crate::vm::{CpuModel, Vm, msr_indices};
 
 /// A machine with its devices, before its vCPUs.
 pub(super) struct Assembly {
@@ -72,10 +72,8 @@ impl Preboot {
     /// Makes the machine and its devices around this memory, as after power-on.
     pub(super) fn assemble(&self, memory: &Memory, pages: &FilePages) -> Result<Assembly> {
         let filters = Filters::new()?;
-        let handed =
-            self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
-        let kvm = open_kvm(handed)?;
-        let vm = Vm::new(&kvm, memory)?;
+        let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
+        let (vm, kvm) = Vm::new(empty, memory)?;
 
         let mut buses = Buses::default();
         let mut event_loop = EventLoop::new()?;

@@ -1,5 +1,6 @@
 //! A machine from a snapshot.
 
+use std::cell::RefCell;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
@@ -26,7 +27,8 @@ impl Preboot {
         let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
         let saved = snapshot::read(&mut file)?;
         let config = request.apply(saved.config.clone(), &self.config)?;
-        Self { config, descriptors: self.descriptors.clone() }.load(request, saved)
+        let empty = RefCell::new(self.empty.take());
+        Self { config, descriptors: self.descriptors.clone(), empty }.load(request, saved)
     }
 
     fn load(&self, request: &LoadSnapshot, saved: SavedMachine) -> Result<Held> {
