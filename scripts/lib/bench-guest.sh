@@ -2,9 +2,9 @@
 # measured: a kernel, KVM, the monitors, the guest. All of it is one initial RAM disk.
 # shellcheck shell=bash
 
-# measure_guests MODE FORMAT WORD...: MODE is counted or idle; words go to the benchmark (runs=5, seconds=60).
+# measure_guests MODE FORMAT WORD...: MODE is counted, restore, idle or throughput; words go to the benchmark (runs=5, seconds=60, pairs=10).
 measure_guests() {
-    local mode=$1 format=$2 debian fast qemu root program libraries loader accelerator work
+    local mode=$1 format=$2 debian fast qemu root program libraries loader accelerator work disk=()
     shift 2
     # shellcheck source=guest-images/lib/initrd.sh
     source "$ROOST_ROOT/guest-images/lib/initrd.sh"
@@ -17,19 +17,24 @@ measure_guests() {
     at_end rm -rf "$work"
 
     step "Build the monitor as it is installed, and the benchmark"
-    cargo build --release --locked -p roost-vmm
-    program=$(cargo bench --locked -p roost-vmm --bench guest --no-run --message-format json 2> /dev/null |
+    build_monitor
+    program=$(cargo bench --locked -p roost-vmm --bench guest --no-run --message-format json |
         jq -r 'select(.target.name? == "guest" and .executable).executable')
     [[ -x $program ]] || die "the benchmark does not build: cargo bench -p roost-vmm --bench guest --no-run"
 
     step "Put the virtual host together"
-    mkdir -p "$work"/{host/{bin,qemu/{lib,share},about},guest}
-    strip -o "$work/guest/init" "$program"
-    cp "$work/guest/init" "$work/host/init"
-    (cd "$work/guest" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/host/guest.cpio"
+    mkdir -p "$work"/{host/{bin,qemu/{lib,share},about},guest,load}
+    strip -o "$work/load/init" "$program"
+    cp "$work/load/init" "$work/host/init"
+    "$program" init "$work/guest/init"
+    chmod 755 "$work/guest/init"
+    local guest
+    for guest in guest load; do
+        (cd "$work/$guest" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/host/$guest.cpio"
+    done
     cp "$fast" "$work/host/kernel"
     cp "$(installed_monitor)" "$work/host/bin/roost-vmm"
-    copy_modules "$debian/modules" "$work/host/modules" kvm-amd tun
+    copy_modules "$debian/modules/"* "$work/host/modules" kvm-amd tun vhost_net virtio_pci virtio_blk ext4
     cp "$loader" "$work/host/qemu/loader"
     cp "$root/usr/bin/qemu-system-x86_64" "$work/host/qemu/"
     cp "$root/usr/share/qemu/qboot.rom" "$root/usr/share/qemu/bios-microvm.bin" "$work/host/qemu/share/" 2> /dev/null || true
@@ -43,14 +48,20 @@ measure_guests() {
     case $mode in
     # One instruction is one nanosecond of the virtual host's time, whatever else this machine does.
     counted) accelerator=(-accel "tcg,thread=single,tb-size=512" -smp 1 -icount "shift=0,sleep=on") ;;
-    idle) accelerator=(-accel "tcg,thread=multi,tb-size=512" -smp 2) ;;
+    idle | restore | throughput) accelerator=(-accel "tcg,thread=multi,tb-size=512" -smp 2) ;;
     esac
+    # The guests' disks are files of a file system; the disk beneath it is in no measurement, as all of them stay in the page cache.
+    if [[ $mode == throughput ]]; then
+        truncate -s 1G "$work/disk"
+        mke2fs -q -t ext4 -E lazy_itable_init=0 "$work/disk"
+        disk=(-drive "if=virtio,format=raw,cache=unsafe,file=$work/disk")
+    fi
     echo "$mode ($*), minimum / median; QEMU ${accelerator[*]}; load of this machine $(cut -d' ' -f1-3 /proc/loadavg)" > "$work/host/about/mode"
     (cd "$work/host" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/initrd"
 
     step "Measure"
     timeout "${ROOST_BENCH_LIMIT:-1500}" "$qemu/qemu-system-x86_64" -M q35 "${accelerator[@]}" -cpu max,-la57 -m 3072 -nodefaults -no-user-config \
-        -display none -monitor none -no-reboot -serial "file:$work/console" -kernel "$debian/bzImage" -initrd "$work/initrd" \
+        "${disk[@]}" -display none -monitor none -no-reboot -serial "file:$work/console" -kernel "$debian/bzImage" -initrd "$work/initrd" \
         -append "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init bench=$mode $*" < /dev/null >&2 ||
         warn "the virtual host was ended: it took longer than ${ROOST_BENCH_LIMIT:-1500} s"
     [[ -z ${ROOST_BENCH_CONSOLE:-} ]] || cp "$work/console" "$ROOST_BENCH_CONSOLE"

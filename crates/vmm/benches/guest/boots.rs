@@ -6,7 +6,7 @@ use std::fs;
 
 use crate::common::hold::Held;
 use crate::host::{about, figure};
-use crate::monitors::{LIMIT, Up, command};
+use crate::monitors::{LIMIT, Machine, Up, command};
 use crate::report::Who;
 
 /// Names of rows.
@@ -39,10 +39,10 @@ pub fn measure(runs: u64) {
     }
     for _ in 0..runs {
         for who in EVERYONE {
-            let held = Held::start(&mut command(who, None), LIMIT).unwrap();
+            let held = Held::start(&mut command(who, Machine::PLAIN), LIMIT).unwrap();
             figure(FIRST_RUN, who, held.elapsed.as_secs_f64() * 1e3);
             drop(held);
-            let up = Up::start(command(who, None));
+            let up = Up::start(command(who, Machine::PLAIN));
             figure(LINE, who, up.elapsed.as_secs_f64() * 1e3);
             figure(EXITS, who, up.counter("exits") as f64);
         }
@@ -55,7 +55,7 @@ fn profile(who: Who) {
         ["buffer_size_kb"].iter().all(|file| fs::write(format!("{TRACING}/{file}"), "16384").is_ok())
             && fs::write(EXIT, "hist:keys=exit_reason").is_ok()
             && fs::write(FAULT, "1").is_ok();
-    let up = Up::start(command(who, None));
+    let up = Up::start(command(who, Machine::PLAIN));
     let mut text = ["exits", "irq_injections", "halt_exits", "mmio_exits"]
         .map(|name| format!("{name} {}", up.counter(name)))
         .join(", ");

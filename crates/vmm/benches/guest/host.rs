@@ -8,15 +8,24 @@ use std::os::fd::AsRawFd;
 use serde_json::json;
 
 use crate::report::Who;
-use crate::{boots, idle};
+use crate::{boots, idle, restore, snapshots, throughput};
 
 /// Measures what is asked for, prints figures on the console, and ends the machine whatever happens.
 pub fn run(what: &str) -> ! {
     let done = prepare().map(|()| {
         let measured = std::panic::catch_unwind(|| match what {
-            "counted" => boots::measure(number("runs", 5)),
+            "counted" => {
+                boots::measure(number("runs", 5));
+                snapshots::measure(number("runs", 5));
+            }
             "idle" => idle::measure(number("seconds", 60)),
-            other => println!("bench={other}: counted and idle are there"),
+            "restore" => restore::measure(number("runs", 5)),
+            "throughput" => throughput::measure(
+                &std::env::var("of").unwrap_or_default(),
+                number("pairs", 10),
+                number("milliseconds", 1000),
+            ),
+            other => println!("bench={other}: counted, restore, idle and throughput are there"),
         });
         println!("{}", if measured.is_ok() { "MEASURED" } else { "FAILED" });
     });
@@ -88,8 +97,13 @@ fn prepare() -> io::Result<()> {
 
 /// Mounts a file system of this kind that needs no device.
 pub fn mount(kind: &str, place: &str) -> io::Result<()> {
-    let (kind, place) = (CString::new(kind)?, CString::new(place)?);
+    mount_device(kind, kind, place)
+}
+
+/// Mounts the file system on a device.
+pub fn mount_device(device: &str, kind: &str, place: &str) -> io::Result<()> {
+    let (device, kind, place) = (CString::new(device)?, CString::new(kind)?, CString::new(place)?);
     // SAFETY: all texts end with a NUL.
-    let result = unsafe { libc::mount(kind.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
+    let result = unsafe { libc::mount(device.as_ptr(), place.as_ptr(), kind.as_ptr(), 0, std::ptr::null()) };
     if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
 }

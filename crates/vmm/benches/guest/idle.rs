@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::common::tap;
 use crate::host::{about, figure};
-use crate::monitors::{Devices, Up, command};
+use crate::monitors::{Devices, Machine, Up, command};
 use crate::report::Who;
 
 /// Names of rows.
@@ -27,7 +27,8 @@ pub fn measure(seconds: u64) {
         let disk = format!("/tmp/disk-{who:?}");
         File::create(&disk).unwrap().set_len(64 << 20).unwrap();
         let tap = tap::create().unwrap();
-        let up = Up::start(command(who, Some(Devices { disk: &disk, tap: &tap })));
+        let devices = Devices { disk: &disk, disk_queues: 1, tap: &tap, vhost: false };
+        let up = Up::start(command(who, Machine { devices: Some(devices), ..Machine::PLAIN }));
         (who, up, tap)
     });
     sleep(SETTLE);

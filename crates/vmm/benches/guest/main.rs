@@ -1,8 +1,10 @@
 //! What a Linux guest costs, measured in a virtual host, where there is one on any machine. QEMU's microvm runs beside ours.
 //! `scripts/bench --counted` and `--idle` put it together and run it.
 //!
-//! The same static program is three: the init of the guest ([`guest`]), the init of the virtual host, where it measures
-//! ([`host`], [`boots`], [`idle`]), and outside it makes a table of what the virtual host printed.
+//! The same static program is three: the init of the virtual host, where it measures ([`host`], [`boots`],
+//! [`snapshots`], [`restore`], [`idle`], [`throughput`]);
+//! the init of a guest that works ([`load`]); and outside it makes a table of what the virtual host printed, and the init of a
+//! guest that does nothing ([`guest`]).
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -16,7 +18,12 @@ mod boots;
 mod guest;
 mod host;
 mod idle;
+mod link;
+mod load;
 mod monitors;
+mod restore;
+mod snapshots;
+mod throughput;
 
 use report::{Goal, Report, Sample, Who};
 use serde_json::Value;
@@ -25,7 +32,7 @@ fn main() {
     if std::process::id() == 1 {
         // The kernel gives a word NAME=VALUE of its command line that it does not know to init's environment.
         match std::env::var("bench").as_deref() {
-            Ok("guest") => guest::run(),
+            Ok("load") => load::run(),
             Ok(what) => host::run(what),
             Err(_) => host::run(""),
         }
@@ -33,9 +40,12 @@ fn main() {
     let mut arguments = std::env::args().skip(1).filter(|word| word != "--bench");
     let (Some(log), Some(output)) = (arguments.next(), arguments.next()) else {
         // `cargo bench` without a filter comes here.
-        println!("this measures in a virtual host: scripts/bench --counted, scripts/bench --idle");
+        println!("this measures in a virtual host: scripts/bench --counted, --idle, --throughput");
         return;
     };
+    if log == "init" {
+        return std::fs::write(output, guest::program()).unwrap();
+    }
     let report = report_of(&std::fs::read_to_string(log).unwrap());
     match output.as_str() {
         "json" => println!("{}", report.json()),
@@ -56,25 +66,36 @@ fn report_of(console: &str) -> Report {
     let mut report = Report::new(about.collect());
     for (what, unit, goal) in rows() {
         let mut sample = Sample::default();
-        for figure in figures.iter().filter(|figure| figure["what"] == what) {
+        for figure in figures.iter().filter(|figure| figure["what"] == *what) {
             let who = if figure["who"] == "roost" { Who::Roost } else { Who::Qemu };
             sample.add(who, figure["value"].as_f64().unwrap_or(f64::NAN));
         }
         if sample.any() {
-            report.compare(what, unit, &sample, goal);
+            report.compare(&what, unit, &sample, goal);
         }
     }
     report
 }
 
 /// Every row that there can be, and what it should be.
-fn rows() -> Vec<(&'static str, &'static str, Goal)> {
+fn rows() -> Vec<(String, &'static str, Goal)> {
     let ratio = |most| Goal::default().and_ratio(most);
-    vec![
+    let fixed = [
         (boots::LINE, "ms", ratio(0.5)),
         (boots::FIRST_RUN, "ms", ratio(0.25)),
         (boots::EXITS, "", Goal::default()),
+        (snapshots::CREATE, "ms", Goal::below(300.0)),
+        (snapshots::LOAD, "ms", Goal::below(8.0)),
+        (restore::COLD, "ms", Goal::default()),
+        (restore::MAPPED, "ms", Goal::default()),
+        (restore::HANDLED, "ms", Goal::default()),
+        (restore::MAPPED_RATIO, "", Goal::below(0.1)),
+        (restore::HANDLED_RATIO, "", Goal::below(0.1)),
         (idle::CPU, "ms per s", ratio(1.0)),
         (idle::EXITS, "per s", Goal::default()),
-    ]
+    ];
+    let through = throughput::rows();
+    let through =
+        through.into_iter().map(|(what, unit)| (what, unit, Goal::default().and_ratio_at_least(1.0)));
+    fixed.into_iter().map(|(what, unit, goal)| (what.to_owned(), unit, goal)).chain(through).collect()
 }

@@ -2,37 +2,80 @@
 
 use std::fs::{self, File};
 use std::io::{self, Read};
+use std::net::Ipv4Addr;
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 use std::os::unix::process::CommandExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::guest;
 use crate::report::Who;
 
-/// Guest memory, MiB.
-pub const MEMORY_MIB: u64 = 128;
 /// Any one start ends within this.
 pub const LIMIT: Duration = Duration::from_secs(60);
-const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet bench=guest";
+const BOOT_ARGS: &str = "console=ttyS0 reboot=k panic=-1 quiet";
 
-/// A disk and a tap; without them the guest has a serial port only.
+/// What a guest is given.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    pub cpus: u32,
+    pub memory_mib: u64,
+    pub does: Does,
+    /// Without them there is a serial port only.
+    pub devices: Option<Devices<'a>>,
+}
+
+/// What a guest's init does.
+#[derive(Clone, Copy)]
+pub enum Does {
+    /// Says its line ([`crate::guest`]).
+    Nothing,
+    /// Serves at this address ([`crate::load`]).
+    Load(Ipv4Addr),
+    /// Replies over vsock (the same).
+    Reply,
+}
+
+/// A disk and a tap.
 #[derive(Clone, Copy)]
 pub struct Devices<'a> {
     pub disk: &'a str,
+    pub disk_queues: u32,
     pub tap: &'a File,
+    /// Whether the host's kernel moves the packets.
+    pub vhost: bool,
 }
 
-/// The command of a machine with one vCPU whose console is its stdout.
-pub fn command(who: Who, devices: Option<Devices<'_>>) -> Command {
+impl Machine<'_> {
+    /// One CPU, 128 MiB, nothing else.
+    pub const PLAIN: Self = Self { cpus: 1, memory_mib: 128, does: Does::Nothing, devices: None };
+
+    fn boot_args(&self) -> String {
+        match self.does {
+            Does::Nothing => BOOT_ARGS.to_owned(),
+            Does::Load(address) => format!("{BOOT_ARGS} bench=load address={address}"),
+            Does::Reply => format!("{BOOT_ARGS} bench=load"),
+        }
+    }
+
+    const fn initrd(&self) -> &'static str {
+        match self.does {
+            Does::Nothing => "/guest.cpio",
+            Does::Load(_) | Does::Reply => "/load.cpio",
+        }
+    }
+}
+
+/// The command of such a machine, whose console is its stdout.
+pub fn command(who: Who, machine: Machine<'_>) -> Command {
     let mut command = match who {
-        Who::Roost => roost(devices),
-        Who::Qemu => qemu(devices),
+        Who::Roost => roost(machine),
+        Who::Qemu => qemu(machine),
     };
     command.stdin(Stdio::null()).stderr(File::create("/tmp/stderr").unwrap());
-    if let Some(Devices { tap, .. }) = devices {
+    if let Some(Devices { tap, .. }) = machine.devices {
         let tap = tap.as_raw_fd();
         let hand_over = move || {
             // SAFETY: the descriptor is open; the copy is not closed by the exec.
@@ -44,39 +87,53 @@ pub fn command(who: Who, devices: Option<Devices<'_>>) -> Command {
     command
 }
 
-fn roost(devices: Option<Devices<'_>>) -> Command {
-    let mut config = json!({
-        "boot-source": { "kernel_image_path": "/kernel", "initrd_path": "/guest.cpio", "boot_args": BOOT_ARGS },
-        "machine-config": { "vcpu_count": 1, "mem_size_mib": MEMORY_MIB },
-    });
-    if let Some(Devices { disk, .. }) = devices {
-        config["drives"] = json!([{ "drive_id": "disk", "path_on_host": disk }]);
-        config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
-    }
-    fs::write("/tmp/config", config.to_string()).unwrap();
+fn roost(machine: Machine<'_>) -> Command {
+    fs::write("/tmp/config", config(machine).to_string()).unwrap();
     let mut command = Command::new("/bin/roost-vmm");
     command.args(["run", "--config", "/tmp/config"]);
-    if devices.is_some() {
+    if machine.devices.is_some() {
         command.args(["--fd", "tap=9"]);
     }
     command
 }
 
+/// The configuration of such a machine for our monitor.
+pub fn config(machine: Machine<'_>) -> Value {
+    let mut config = json!({
+        "boot-source":
+            { "kernel_image_path": "/kernel", "initrd_path": machine.initrd(), "boot_args": machine.boot_args() },
+        "machine-config": { "vcpu_count": machine.cpus, "mem_size_mib": machine.memory_mib },
+    });
+    if let Some(Devices { disk, disk_queues, vhost, .. }) = machine.devices {
+        config["drives"] = json!([{ "drive_id": "disk", "path_on_host": disk, "num_queues": disk_queues }]);
+        config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
+        if vhost {
+            config["network-interfaces"][0]["vhost"] = json!(true);
+        }
+    }
+    config
+}
+
 /// QEMU by its own loader, on its own libraries, as nothing else of it is in the virtual host.
-fn qemu(devices: Option<Devices<'_>>) -> Command {
-    let machine =
+fn qemu(machine: Machine<'_>) -> Command {
+    let board =
         "microvm,acpi=off,pit=off,pic=off,rtc=off,isa-serial=on,x-option-roms=off,auto-kernel-cmdline=on";
     let mut command = Command::new("/qemu/loader");
     command
         .args(["--library-path", "/qemu/lib", "/qemu/qemu-system-x86_64", "-L", "/qemu/share"])
-        .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m", &MEMORY_MIB.to_string()])
+        .args(["-M", board, "-accel", "kvm", "-cpu", "host", "-smp", &machine.cpus.to_string()])
+        .args(["-m", &machine.memory_mib.to_string()])
         .args(["-nodefaults", "-no-user-config", "-display", "none", "-serial", "stdio", "-no-reboot"])
-        .args(["-kernel", "/kernel", "-initrd", "/guest.cpio", "-append", BOOT_ARGS]);
-    if let Some(Devices { disk, .. }) = devices {
+        .args(["-kernel", "/kernel", "-initrd", machine.initrd(), "-append", &machine.boot_args()]);
+    if let Some(Devices { disk, disk_queues, vhost, .. }) = machine.devices {
+        let vhost = if vhost { ",vhost=on" } else { "" };
         command
-            .args(["-drive", &format!("if=none,id=disk,format=raw,file={disk}")])
-            .args(["-device", "virtio-blk-device,drive=disk"])
-            .args(["-netdev", "tap,id=eth0,fd=9", "-device", "virtio-net-device,netdev=eth0"]);
+            // A thread of its own for the disk is what its users give a busy one.
+            .args(["-object", "iothread,id=io"])
+            .args(["-drive", &format!("if=none,id=disk,format=raw,aio=io_uring,file={disk}")])
+            .args(["-device", &format!("virtio-blk-device,drive=disk,iothread=io,num-queues={disk_queues}")])
+            .args(["-netdev", &format!("tap,id=eth0,fd=9{vhost}")])
+            .args(["-device", "virtio-net-device,netdev=eth0"]);
     }
     command
 }
