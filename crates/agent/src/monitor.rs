@@ -13,7 +13,7 @@ use roost_types::agent::{InstanceSpec, TimedPart};
 use roost_types::ids::InstanceId;
 use roost_vmm::client::Client;
 use roost_vmm::config::{
-    BalloonConfig, BootSource, Drive, DriveFormat, Entropy, MachineConfig, NetworkInterface, SerialConfig,
+    BalloonConfig, BootSource, Drive, DriveFormat, EntropyConfig, MachineConfig, NetworkInterface, SerialConfig,
     SmbiosConfig, VmConfig,
 };
 use roost_vmm::console::{self, ConsoleReader};
@@ -89,7 +89,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             rx_rate_limiter: None,
             tx_rate_limiter: None,
         }],
-        entropy: Some(Entropy {}),
+        entropy: Some(EntropyConfig::default()),
         // Nothing is taken from the guest: what it happens not to use goes back to the host, until it is used again.
         balloon: Some(BalloonConfig {
             deflate_on_oom: true,

@@ -11,6 +11,7 @@ use crate::layout;
 
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
 pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate, IoEngine};
+pub use crate::devices::virtio::entropy::config::EntropyConfig;
 pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplugUpdate};
 pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
 pub use crate::devices::virtio::vsock::config::VsockConfig;
@@ -34,7 +35,7 @@ pub struct VmConfig {
     pub network_interfaces: Vec<NetworkInterface>,
     /// An entropy device, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub entropy: Option<Entropy>,
+    pub entropy: Option<EntropyConfig>,
     /// A balloon, if present.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub balloon: Option<BalloonConfig>,
@@ -173,7 +174,8 @@ pub struct RateLimiter {
     /// Bytes; of a packet without its virtio header.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub bandwidth: Option<TokenBucket>,
-    /// Operations: a disk's requests, an interface's packets (as guest and host hand them over: up to 64 KiB each).
+    /// Operations: a disk's requests, an interface's packets (as guest and host hand them over: up to 64 KiB each), requests for
+    /// random bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ops: Option<TokenBucket>,
 }
@@ -235,11 +237,6 @@ pub struct NetworkInterface {
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub tx_rate_limiter: Option<RateLimiter>,
 }
-
-/// The entropy device has no settings yet.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Entropy {}
 
 /// COM1.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]

@@ -16,7 +16,7 @@ use std::cell::RefCell;
 use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
-    self, BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, MachineConfig, MachineConfigUpdate,
+    BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
     MemoryHotplugConfig, NetworkInterface, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
 };
 use crate::cpu::registers::Entry;
@@ -128,11 +128,11 @@ impl Preboot {
         self.change(|config| put(&mut config.network_interfaces, interface, |i| i.iface_id.clone()))
     }
 
-    /// Adds the entropy device.
+    /// Adds the entropy device, or replaces it.
     ///
     /// # Errors
     /// [`Error::Config`].
-    pub fn set_entropy(&mut self, entropy: config::Entropy) -> Result<()> {
+    pub fn set_entropy(&mut self, entropy: EntropyConfig) -> Result<()> {
         self.change(|config| config.entropy = Some(entropy))
     }
 

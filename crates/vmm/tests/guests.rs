@@ -4,8 +4,8 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::virtio::{Device, Ring, block, block_clear, block_request};
-use common::{Code, Machine, disk, event_names, machines, tap, wait_for};
+use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
+use common::{Code, Ended, Machine, disk, event_names, machines, tap, wait_for};
 use roost_vmm::exit::ExitCode;
 use roost_vmm::status::{Event, ExitReason};
 use serde_json::json;
@@ -209,6 +209,17 @@ fn a_guest_gives_disk_space_back() {
     assert!(content[1024 * 512..1025 * 512].iter().chain(&content[1028 * 512..]).all(|byte| *byte == 7));
 }
 
+/// How long vCPUs ran.
+fn ran(ended: &Ended) -> Duration {
+    let time = |event: &Event| match event {
+        Event::Built { boottime_ns, .. }
+        | Event::VcpusRunning { boottime_ns }
+        | Event::GuestReset { boottime_ns }
+        | Event::Exited { boottime_ns, .. } => *boottime_ns,
+    };
+    Duration::from_nanos(time(&ended.events[ended.events.len() - 1]) - time(&ended.events[1]))
+}
+
 /// A guest that writes 256 KiB to a disk of 64 KiB at once and 64 KiB per 100 ms needs 200 ms at least; nothing is lost.
 #[test]
 fn a_disk_keeps_its_limits() {
@@ -227,17 +238,33 @@ fn a_disk_keeps_its_limits() {
     }]);
     let ended = machine.run();
     assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
-    let time = |event: &Event| match event {
-        Event::Built { boottime_ns, .. }
-        | Event::VcpusRunning { boottime_ns }
-        | Event::GuestReset { boottime_ns }
-        | Event::Exited { boottime_ns, .. } => *boottime_ns,
-    };
-    let took = time(ended.events.last().unwrap()) - time(&ended.events[1]);
-    assert!(took >= 200_000_000, "{took} ns");
+    assert!(ran(&ended) >= Duration::from_millis(200), "{:?}", ran(&ended));
     let content = std::fs::read(machine.path("disk")).unwrap();
     for index in 0..8 {
         assert_eq!(usize::from(content[index * 32 * 1024]), index + 1);
+    }
+}
+
+/// Six requests of 64 bytes: two at once and one per 100 ms after them need 400 ms. With 64 bytes per 200 ms, and as many on top, the first
+/// two are paid at once, the third leaves a debt, and three wait for theirs to be paid.
+#[test]
+fn random_bytes_keep_their_limits() {
+    let (device, ring) = (Device(0), Ring { queue: 0, size: 8, base: 0x20_0000 });
+    let code = device.go(device.queue(device.negotiate(Code::default(), 0), ring));
+    let code = ring.descriptor(code, 0, 0x50_0000, 64, WRITE, 0);
+    let code = (0..6).fold(code, |code, index| {
+        device.notify(ring.offer(code, index, 0), 0).wait16(ring.used_index(), index + 1)
+    });
+    let code = code.print("done").power_off();
+    for (limits, least) in [
+        (json!({ "ops": { "size": 2, "refill_time": 200 } }), 400),
+        (json!({ "bandwidth": { "size": 64, "one_time_burst": 64, "refill_time": 200 } }), 600),
+    ] {
+        let mut machine = Machine::new(&code);
+        machine.config["entropy"] = json!({ "rate_limiter": limits });
+        let ended = machine.run();
+        assert_eq!((ended.code, ended.console.as_str()), (0, "done"), "{}", ended.stderr);
+        assert!(ran(&ended) >= Duration::from_millis(least), "{limits}: {:?}", ran(&ended));
     }
 }
 

@@ -16,7 +16,7 @@ fuzz_target!(|input: (Setup, Vec<Batch>)| {
     };
     for batch in batches.iter().take(8) {
         ring.write(&memory, batch);
-        if ring.turn(&memory, |queue| process(queue, &memory, random, &mut metrics)).is_err() {
+        if ring.turn(&memory, |queue| process(queue, &memory, random, None, &mut metrics)).is_err() {
             return;
         }
     }

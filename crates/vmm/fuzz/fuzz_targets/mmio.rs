@@ -53,7 +53,7 @@ fuzz_target!(|input: (Kind, Vec<Step>)| {
             let opened = Opened { image: Box::new(Disk::new(8)), raw: None };
             Arc::new(Mutex::new(Block::new(&drive, opened, Pace::new(None).unwrap()).unwrap()))
         }
-        Kind::Entropy => Arc::new(Mutex::new(Entropy::default())),
+        Kind::Entropy => Arc::new(Mutex::new(Entropy::new(Pace::new(None).unwrap()))),
         Kind::Balloon { statistics } => {
             let config = BalloonConfig {
                 stats_polling_interval_s: statistics.into(),

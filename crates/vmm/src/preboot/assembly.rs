@@ -232,8 +232,9 @@ impl Preboot {
             devices.push(Arc::clone(&net) as _);
             steered.interfaces.push(net);
         }
-        if self.config.entropy.is_some() {
-            devices.push(Arc::new(Mutex::new(Entropy::default())));
+        if let Some(config) = &self.config.entropy {
+            let pace = pace(config.rate_limiter, "entropy")?;
+            devices.push(Arc::new(Mutex::new(Entropy::new(pace))));
         }
         if let Some(balloon) = balloon {
             devices.push(Arc::clone(balloon) as _);

@@ -1,7 +1,11 @@
 //! virtio-entropy: random bytes of the host (virtio 1.2, 5.4).
 
+pub mod config;
 pub mod queue;
 
+use std::os::fd::RawFd;
+
+use super::pace::Pace;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use queue::Metrics;
 
@@ -10,10 +14,18 @@ pub const KIND: u32 = 4;
 const QUEUE_SIZE: u16 = 64;
 
 /// The entropy device.
-#[derive(Debug, Default)]
 pub struct Entropy {
+    pace: Pace,
     active: Option<Active>,
     metrics: Metrics,
+}
+
+impl Entropy {
+    /// The device, within these limits.
+    #[must_use]
+    pub fn new(pace: Pace) -> Self {
+        Self { pace, active: None, metrics: Metrics::default() }
+    }
 }
 
 impl VirtioDevice for Entropy {
@@ -49,11 +61,23 @@ impl VirtioDevice for Entropy {
     fn queue_event(&mut self, index: usize) -> bool {
         let Some(active) = &mut self.active else { return false };
         let Some(queue) = active.queues.get_mut(index) else { return false };
-        let turn = queue::process(queue, &active.memory, host_random, &mut self.metrics);
+        let turn =
+            queue::process(queue, &active.memory, host_random, Some(&mut self.pace), &mut self.metrics);
         active.interrupt.end_turn("entropy", turn).unwrap_or_else(|| {
             self.active = None;
             false
         })
+    }
+
+    fn timers(&self) -> Vec<(usize, RawFd)> {
+        vec![(0, self.pace.alarm())]
+    }
+
+    fn timer_event(&mut self, queue: usize) {
+        self.pace.silence();
+        if self.queue_event(queue) {
+            self.pace.soon();
+        }
     }
 
     fn active(&self) -> Option<&Active> {
