@@ -96,7 +96,11 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             free_page_reporting: true,
             ..BalloonConfig::default()
         }),
-        serial: Some(SerialConfig { output: Some("console".into()), input: Some("input".into()) }),
+        serial: Some(SerialConfig {
+            output: Some("console".into()),
+            input: Some("input".into()),
+            ..SerialConfig::default()
+        }),
         smbios: Some(SmbiosConfig {
             manufacturer: Some("Roost".into()),
             product: Some(spec.metadata.instance_type.clone()),

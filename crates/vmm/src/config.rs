@@ -9,6 +9,7 @@ use crate::devices::virtio::net::MAX_PAIRS;
 use crate::error::{Error, Result};
 use crate::layout;
 
+pub use crate::devices::serial::config::SerialConfig;
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
 pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate, IoEngine};
 pub use crate::devices::virtio::entropy::config::EntropyConfig;
@@ -238,18 +239,6 @@ pub struct NetworkInterface {
     pub tx_rate_limiter: Option<RateLimiter>,
 }
 
-/// COM1.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct SerialConfig {
-    /// A console ring file (see [`crate::console`]); `"stdout"` for the process's own. Nothing: output is dropped.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub output: Option<String>,
-    /// A pipe or socket that input is read from; `"stdin"` for the process's own.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub input: Option<String>,
-}
-
 /// The DMI strings that the guest sees, each at most 64 printable ASCII characters.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -312,6 +301,9 @@ impl VmConfig {
         }
         for interface in &self.network_interfaces {
             interface.check()?;
+        }
+        if let Some(serial) = &self.serial {
+            serial.check()?;
         }
         if let Some(smbios) = &self.smbios {
             smbios.check()?;
@@ -563,6 +555,7 @@ mod tests {
                 "num_queue_pairs 9 is outside 1–8",
             ),
             (r#"{"smbios":{"uuid":"ec2"}}"#, "uuid"),
+            (r#"{"serial":{"output":"ring","serial_out_path":"file"}}"#, "one of them"),
             (r#"{"balloon":{"amount_mib":129}}"#, "amount_mib 129 is outside 0–128"),
             (r#"{"balloon":{"deflate_on_oom":true}}"#, "amount_mib"),
             (r#"{"vsock":{"guest_cid":2,"uds_path":"v"}}"#, "guest_cid 2"),

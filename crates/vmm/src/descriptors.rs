@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{File, OpenOptions};
-use std::os::fd::{FromRawFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::fs::OpenOptionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -134,6 +134,27 @@ impl Descriptors {
         Ok(file)
     }
 
+    /// The file or pipe of this name, for output that never waits for who reads it. Of a handed descriptor that is so from here on for
+    /// all that share it (`O_NONBLOCK`).
+    ///
+    /// # Errors
+    /// As [`Descriptors::file`], [`Error::Config`] for a descriptor that cannot be written.
+    pub fn output(&self, name: &str, what: &'static str) -> Result<File> {
+        let file = self.file(name, what, Access::Output)?;
+        // SAFETY: F_GETFL only reads an open descriptor's flags.
+        let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
+        if flags < 0 || flags & libc::O_ACCMODE == libc::O_RDONLY {
+            return Err(Error::Config(format!("{what}: the descriptor {name:?} cannot be written")));
+        }
+        // SAFETY: sets flags of an open descriptor.
+        if flags & libc::O_NONBLOCK == 0
+            && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0
+        {
+            return Err(Error::io(format!("{what} {name:?}"))(std::io::Error::last_os_error()));
+        }
+        Ok(file)
+    }
+
     /// The unix socket of this name, connected: a handed descriptor that is, or the path of that name.
     ///
     /// # Errors
@@ -173,10 +194,12 @@ pub enum Access {
     CreateReadWrite,
     /// Append, made if missing.
     Append,
+    /// Append without waiting, made if missing; a named pipe needs no reader (it is opened for reading, too).
+    Output,
 }
 
 impl Access {
-    const ALL: [Self; 4] = [Self::Read, Self::ReadWrite, Self::CreateReadWrite, Self::Append];
+    const ALL: [Self; 5] = [Self::Read, Self::ReadWrite, Self::CreateReadWrite, Self::Append, Self::Output];
 
     /// The way of this number, as it goes between processes.
     #[must_use]
@@ -193,6 +216,7 @@ impl Access {
             Self::ReadWrite => options.read(true).write(true),
             Self::CreateReadWrite => options.read(true).write(true).create(true).truncate(false),
             Self::Append => options.append(true).create(true),
+            Self::Output => options.read(true).append(true).create(true).custom_flags(libc::O_NONBLOCK),
         };
         options
     }

@@ -187,6 +187,27 @@ impl Call<'_> {
         choices.into_iter().collect()
     }
 
+    /// Two fields that may not be there together: the example has one of them.
+    fn apart(
+        &self,
+        schema: &Value,
+        (body, place): (&Value, &str),
+        with: impl Fn(&str, Option<Value>) -> Value,
+    ) -> BTreeSet<String> {
+        let fields = strings(&schema["not"]["required"]);
+        let (has, lacks): (Vec<&String>, Vec<&String>) =
+            fields.iter().partition(|name| body.pointer(place).unwrap().get(name).is_some());
+        if let ([has], [lacks]) = (&has[..], &lacks[..]) {
+            let value = schema["properties"][lacks]["example"].clone();
+            self.refused(&with(lacks, Some(value.clone())));
+            let mut swapped = with(has, None);
+            self.taken(&swapped);
+            swapped.pointer_mut(place).unwrap()[lacks.as_str()] = value;
+            self.taken(&swapped);
+        }
+        fields
+    }
+
     /// The object at a place in the body.
     fn object(&self, body: &Value, place: &[&str]) {
         let schema = place.iter().fold(self.schema, |schema, name| {
@@ -208,7 +229,8 @@ impl Call<'_> {
         assert_eq!(expected(&why), names(fields(schema).keys().map(String::as_str)), "{}: {why}", self.path);
 
         let required = strings(&schema["required"]);
-        let either = self.either(schema, with);
+        let mut either = self.either(schema, with);
+        either.extend(self.apart(schema, (body, &pointer), with));
         for (name, field) in fields(schema).iter().filter(|(name, _)| !either.contains(*name)) {
             if let Some(now) = field["x-now"].as_str() {
                 let mut older = with(now, None);

@@ -184,23 +184,28 @@ impl Preboot {
         let stand_alone = SerialConfig {
             output: Some("stdout".into()),
             input: std::io::stdin().is_terminal().then(|| "stdin".into()),
+            ..SerialConfig::default()
         };
         let config = self.config.serial.as_ref().unwrap_or(&stand_alone);
         let stream = |number, what| {
             let borrowed = crate::descriptors::take_standard(number);
             borrowed.map(std::fs::File::from).map_err(Error::io(what))
         };
-        let sink = match config.output.as_deref() {
-            None => Sink::Null,
-            Some("stdout") if !self.descriptors.has("stdout") => Sink::File(stream(1, "duplicating stdout")?),
-            Some(name) => {
+        let sink = match (config.output.as_deref(), config.serial_out_path.as_deref()) {
+            (None, None) => Sink::Null,
+            (None, Some(name)) => Sink::File(self.descriptors.output(name, "console")?),
+            (Some("stdout"), _) if !self.descriptors.has("stdout") => {
+                Sink::Terminal(stream(1, "duplicating stdout")?)
+            }
+            (Some(name), _) => {
                 let file = self.descriptors.file(name, "console", Access::CreateReadWrite)?;
                 let ring = ConsoleWriter::new(&file).map_err(Error::io(format!("console {name:?}")))?;
                 Sink::Ring(ring)
             }
         };
         let line = vm.interrupt_line(layout::SERIAL_GSI)?;
-        let serial = Arc::new(SerialPort::new(line, sink).map_err(Error::io("serial port"))?);
+        let serial =
+            Arc::new(SerialPort::new(line, sink, config.rate_limiter).map_err(Error::io("serial port"))?);
         let input = match config.input.as_deref() {
             None => None,
             Some("stdin") if !self.descriptors.has("stdin") => Some(stream(0, "duplicating stdin")?),

@@ -1,8 +1,10 @@
-//! COM1: a 16550 whose output goes to a console ring (or stdout) and whose input comes from the API or a descriptor.
+//! COM1: a 16550 whose output goes to a console ring (or a file, or stdout) and whose input comes from the API or a descriptor.
+
+pub mod config;
+mod output;
 
 use std::collections::VecDeque;
-use std::fs::File;
-use std::io::{self, Write};
+use std::io;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vm_superio::serial::{NoEvents, SerialState};
@@ -10,36 +12,13 @@ use vm_superio::{Serial, Trigger};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BusDevice, Outcome};
-use crate::console::ConsoleWriter;
+use crate::config::TokenBucket;
+use output::Output;
+
+pub use output::Sink;
 
 /// Input that waits for the guest, at most; what exceeds it is refused.
 pub const MAX_PENDING_INPUT: usize = 64 * 1024;
-
-/// Where output goes.
-#[derive(Debug)]
-pub enum Sink {
-    /// A console ring.
-    Ring(ConsoleWriter),
-    /// A terminal or pipe, in stand-alone mode: a reader that stops reading stops the guest's output. What fails is lost.
-    File(File),
-    /// Nowhere.
-    Null,
-}
-
-impl Write for Sink {
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        match self {
-            Self::Ring(ring) => ConsoleWriter::write(ring, bytes),
-            Self::File(file) => drop(file.write_all(bytes)),
-            Self::Null => {}
-        }
-        Ok(bytes.len())
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
-    }
-}
 
 #[derive(Debug)]
 struct Line(EventFd);
@@ -52,9 +31,8 @@ impl Trigger for Line {
 }
 
 struct Port {
-    uart: Serial<Line, NoEvents, Sink>,
+    uart: Serial<Line, NoEvents, Output>,
     pending: VecDeque<u8>,
-    bytes_out: u64,
     bytes_in: u64,
 }
 
@@ -81,6 +59,10 @@ pub struct SerialPort {
 pub struct SerialMetrics {
     /// Bytes that the guest wrote.
     pub bytes_out: u64,
+    /// Bytes of them that were over the limit.
+    pub bytes_dropped: u64,
+    /// Bytes of them that could not be written.
+    pub bytes_lost: u64,
     /// Bytes that the guest was given.
     pub bytes_in: u64,
     /// Bytes of input that wait.
@@ -88,15 +70,14 @@ pub struct SerialMetrics {
 }
 
 impl SerialPort {
-    /// `line` raises COM1's interrupt.
+    /// `line` raises COM1's interrupt; no more output than `limit` goes to `sink`.
     ///
     /// # Errors
     /// The descriptor cannot be duplicated.
-    pub fn new(line: EventFd, sink: Sink) -> io::Result<Self> {
+    pub fn new(line: EventFd, sink: Sink, limit: Option<TokenBucket>) -> io::Result<Self> {
         let port = Port {
-            uart: Serial::new(Line(line.try_clone()?), sink),
+            uart: Serial::new(Line(line.try_clone()?), Output::new(sink, limit)),
             pending: VecDeque::new(),
-            bytes_out: 0,
             bytes_in: 0,
         };
         Ok(Self { port: Mutex::new(port), line })
@@ -131,8 +112,11 @@ impl SerialPort {
     #[must_use]
     pub fn metrics(&self) -> SerialMetrics {
         let port = self.lock();
+        let output = port.uart.writer().counts();
         SerialMetrics {
-            bytes_out: port.bytes_out,
+            bytes_out: output.written,
+            bytes_dropped: output.dropped,
+            bytes_lost: output.lost,
             bytes_in: port.bytes_in,
             bytes_pending: port.pending.len() as u64,
         }
@@ -145,8 +129,8 @@ impl SerialPort {
     pub fn reset(&self) -> io::Result<()> {
         let line = Line(self.line.try_clone()?);
         let mut port = self.lock();
-        let sink = std::mem::replace(port.uart.writer_mut(), Sink::Null);
-        port.uart = Serial::new(line, sink);
+        let output = std::mem::replace(port.uart.writer_mut(), Output::new(Sink::Null, None));
+        port.uart = Serial::new(line, output);
         Ok(())
     }
 }
@@ -205,8 +189,8 @@ impl SerialPort {
             scratch: saved.scratch,
             in_buffer: saved.input,
         };
-        let sink = std::mem::replace(port.uart.writer_mut(), Sink::Null);
-        port.uart = Serial::from_state(&state, line, NoEvents, sink).map_err(io::Error::other)?;
+        let output = std::mem::replace(port.uart.writer_mut(), Output::new(Sink::Null, None));
+        port.uart = Serial::from_state(&state, line, NoEvents, output).map_err(io::Error::other)?;
         port.pending = saved.pending.into_iter().take(MAX_PENDING_INPUT).collect();
         port.refill();
         Ok(())
@@ -232,9 +216,6 @@ impl BusDevice for SerialPort {
         for byte in data {
             let _ = port.uart.write(offset, *byte);
         }
-        if offset == 0 {
-            port.bytes_out += data.len() as u64;
-        }
         Outcome::Done
     }
 }
@@ -242,11 +223,13 @@ impl BusDevice for SerialPort {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::console::ConsoleWriter;
 
     fn port() -> (SerialPort, tempfile::NamedTempFile) {
         let file = tempfile::NamedTempFile::new().unwrap();
         let ring = ConsoleWriter::new(file.as_file()).unwrap();
-        let port = SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), Sink::Ring(ring)).unwrap();
+        let port =
+            SerialPort::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), Sink::Ring(ring), None).unwrap();
         (port, file)
     }
 
