@@ -147,9 +147,8 @@ impl Descriptors {
             return Err(Error::Config(format!("{what}: the descriptor {name:?} cannot be written")));
         }
         // SAFETY: sets flags of an open descriptor.
-        if flags & libc::O_NONBLOCK == 0
-            && unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) } < 0
-        {
+        let set = || unsafe { libc::fcntl(file.as_raw_fd(), libc::F_SETFL, flags | libc::O_NONBLOCK) };
+        if flags & libc::O_NONBLOCK == 0 && set() < 0 {
             return Err(Error::io(format!("{what} {name:?}"))(std::io::Error::last_os_error()));
         }
         Ok(file)

@@ -122,6 +122,10 @@ impl Bucket {
     }
 }
 
+mod saved;
+
+pub use saved::{Clock, SavedLimiter};
+
 #[cfg(test)]
 mod exhaustive;
 

@@ -5,7 +5,7 @@ use crate::error::{Error, Result};
 /// First bytes of a state file.
 const MAGIC: [u8; 8] = *b"ROOSTSNP";
 /// The version that is written, and the only one that is read.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Magic, version, kind of machine, length, checksum.
 const HEADER: usize = 8 + 4 + 4 + 8 + 4;
 /// `EM_X86_64` of ELF.
@@ -81,7 +81,7 @@ mod tests {
         let mut bytes = frame(b"{}");
         bytes[8] = 9;
         let error = unframe(&bytes).unwrap_err().to_string();
-        assert!(error.contains("version 9") && error.contains("reads version 1"), "{error}");
+        assert!(error.contains("version 9") && error.contains("reads version 2"), "{error}");
         bytes[0] = 0;
         assert!(unframe(&bytes).unwrap_err().to_string().contains("no state file"));
     }

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::{BusDevice, Outcome};
 use crate::config::TokenBucket;
-use output::Output;
+use output::{Output, SavedOutput};
 
 pub use output::Sink;
 
@@ -148,6 +148,7 @@ pub struct SavedSerial {
     scratch: u8,
     input: Vec<u8>,
     pending: Vec<u8>,
+    output: SavedOutput,
 }
 
 impl SerialPort {
@@ -167,6 +168,7 @@ impl SerialPort {
             scratch: state.scratch,
             input: state.in_buffer,
             pending: port.pending.iter().copied().collect(),
+            output: port.uart.writer().save(),
         }
     }
 
@@ -189,7 +191,8 @@ impl SerialPort {
             scratch: saved.scratch,
             in_buffer: saved.input,
         };
-        let output = std::mem::replace(port.uart.writer_mut(), Output::new(Sink::Null, None));
+        let mut output = std::mem::replace(port.uart.writer_mut(), Output::new(Sink::Null, None));
+        output.restore(&saved.output);
         port.uart = Serial::from_state(&state, line, NoEvents, output).map_err(io::Error::other)?;
         port.pending = saved.pending.into_iter().take(MAX_PENDING_INPUT).collect();
         port.refill();

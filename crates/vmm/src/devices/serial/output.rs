@@ -6,11 +6,12 @@
 
 use std::fs::File;
 use std::io::{self, Write};
-use std::time::Instant;
+
+use serde::{Deserialize, Serialize};
 
 use crate::config::{RateLimiter, TokenBucket};
 use crate::console::ConsoleWriter;
-use crate::devices::limiter::Limiter;
+use crate::devices::limiter::{Clock, Limiter, SavedLimiter};
 
 /// Where output goes.
 #[derive(Debug)]
@@ -36,19 +37,39 @@ pub(super) struct Counts {
     pub(super) lost: u64,
 }
 
+/// What a snapshot holds of the way out.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub(super) struct SavedOutput {
+    limit: Option<TokenBucket>,
+    level: SavedLimiter,
+}
+
 /// The way out of the port.
 #[derive(Debug)]
 pub(super) struct Output {
     sink: Sink,
+    limit: Option<TokenBucket>,
     limiter: Limiter,
-    start: Instant,
+    clock: Clock,
     counts: Counts,
 }
 
 impl Output {
     pub(super) fn new(sink: Sink, limit: Option<TokenBucket>) -> Self {
         let limiter = Limiter::new(RateLimiter { bandwidth: limit, ops: None });
-        Self { sink, limiter, start: Instant::now(), counts: Counts::default() }
+        Self { sink, limit, limiter, clock: Clock::start(), counts: Counts::default() }
+    }
+
+    /// The limit and its level, for a snapshot.
+    pub(super) fn save(&self) -> SavedOutput {
+        SavedOutput { limit: self.limit, level: self.limiter.save(self.clock.now()) }
+    }
+
+    /// Goes on with a snapshot's level, unless the limit is another here.
+    pub(super) fn restore(&mut self, saved: &SavedOutput) {
+        if saved.limit == self.limit {
+            self.limiter.restore(&saved.level, self.clock.now());
+        }
     }
 
     pub(super) const fn counts(&self) -> Counts {
@@ -60,7 +81,7 @@ impl Output {
         if self.limiter.is_unlimited() {
             return true;
         }
-        let passes = self.limiter.blocked(self.start.elapsed()).is_none();
+        let passes = self.limiter.blocked(self.clock.now()).is_none();
         if passes {
             self.limiter.charge(bytes);
         }

@@ -1,12 +1,12 @@
 //! A limiter with its clock and its alarm: what a device holds, limited or not, as limits may come while it works.
 
 use std::os::fd::{AsRawFd, RawFd};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use vmm_sys_util::timerfd::TimerFd;
 
 use crate::config::RateLimiter;
-use crate::devices::limiter::Limiter;
+use crate::devices::limiter::{Clock, Limiter, SavedLimiter};
 
 /// The host's timers are not worth more.
 const SHORTEST: Duration = Duration::from_micros(50);
@@ -27,7 +27,7 @@ pub fn timer() -> std::io::Result<TimerFd> {
 /// Limits of a device that waits for an alarm when it may do nothing. Without a limit the alarm is a descriptor that never rings.
 pub struct Pace {
     limiter: Limiter,
-    start: Instant,
+    clock: Clock,
     alarm: TimerFd,
 }
 
@@ -37,12 +37,12 @@ impl Pace {
     /// # Errors
     /// The host gives no timer.
     pub fn new(config: Option<RateLimiter>) -> std::io::Result<Self> {
-        Ok(Self { limiter: Limiter::new(config.unwrap_or_default()), start: Instant::now(), alarm: timer()? })
+        Ok(Self { limiter: Limiter::new(config.unwrap_or_default()), clock: Clock::start(), alarm: timer()? })
     }
 
     /// Changes limits, as [`Limiter::change`] does. Who waits looks again at once.
     pub fn change(&mut self, change: RateLimiter) {
-        self.limiter.change(change, self.start.elapsed());
+        self.limiter.change(change, self.clock.now());
         self.soon();
     }
 
@@ -52,7 +52,7 @@ impl Pace {
             return true;
         }
         // Without an alarm nothing would ever pass again.
-        match self.limiter.blocked(self.start.elapsed()) {
+        match self.limiter.blocked(self.clock.now()) {
             Some(wait) => !self.set(wait.max(SHORTEST)),
             None => true,
         }
@@ -75,6 +75,17 @@ impl Pace {
     /// Charges one operation of so many bytes.
     pub fn charge(&mut self, bytes: u64) {
         self.limiter.charge(bytes);
+    }
+
+    /// The levels, for a snapshot.
+    #[must_use]
+    pub fn save(&self) -> SavedLimiter {
+        self.limiter.save(self.clock.now())
+    }
+
+    /// Goes on with a snapshot's levels. Who waits looks again when his device is activated.
+    pub fn restore(&mut self, saved: &SavedLimiter) {
+        self.limiter.restore(saved, self.clock.now());
     }
 
     /// The alarm's descriptor.

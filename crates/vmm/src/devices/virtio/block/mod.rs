@@ -23,6 +23,7 @@ use std::fs::File;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use serde::Deserialize;
 use virtio_bindings::virtio_blk::{
     VIRTIO_BLK_F_BLK_SIZE, VIRTIO_BLK_F_DISCARD, VIRTIO_BLK_F_FLUSH, VIRTIO_BLK_F_MQ, VIRTIO_BLK_F_RO,
     VIRTIO_BLK_F_SEG_MAX, VIRTIO_BLK_F_WRITE_ZEROES,
@@ -34,6 +35,7 @@ use super::pace::Pace;
 use super::queue::Broken;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::config::{Drive, IoEngine, RateLimiter};
+use crate::devices::limiter::SavedLimiter;
 use crate::error::{Error, Result};
 use backend::Backend;
 use config::Opened;
@@ -411,6 +413,15 @@ impl VirtioDevice for Block {
 
     fn active(&self) -> Option<&Active> {
         self.active.as_ref()
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!(self.pace.save())
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> std::result::Result<(), String> {
+        self.pace.restore(&SavedLimiter::deserialize(state).map_err(|error| error.to_string())?);
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

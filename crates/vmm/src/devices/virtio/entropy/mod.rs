@@ -5,8 +5,11 @@ pub mod queue;
 
 use std::os::fd::RawFd;
 
+use serde::Deserialize;
+
 use super::pace::Pace;
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use crate::devices::limiter::SavedLimiter;
 use queue::Metrics;
 
 /// virtio device id of an entropy source.
@@ -82,6 +85,15 @@ impl VirtioDevice for Entropy {
 
     fn active(&self) -> Option<&Active> {
         self.active.as_ref()
+    }
+
+    fn save(&self) -> serde_json::Value {
+        serde_json::json!(self.pace.save())
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<(), String> {
+        self.pace.restore(&SavedLimiter::deserialize(state).map_err(|error| error.to_string())?);
+        Ok(())
     }
 
     fn metrics(&self) -> serde_json::Value {

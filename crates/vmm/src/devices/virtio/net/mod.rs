@@ -29,6 +29,7 @@ use super::pace::Pace;
 use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::config::RateLimiter;
+use crate::devices::limiter::SavedLimiter;
 use metrics::Metrics;
 use queue::{MAX_PACKET, Waiting};
 use tap::TapDevice;
@@ -63,10 +64,12 @@ struct Pair {
     waiting: Waiting,
 }
 
-/// What a snapshot holds of an interface with several pairs of queues.
+/// What a snapshot holds of an interface.
 #[derive(Serialize, Deserialize)]
 struct SavedNet {
     used_pairs: usize,
+    rx: SavedLimiter,
+    tx: SavedLimiter,
 }
 
 /// An interface.
@@ -288,17 +291,18 @@ impl VirtioDevice for Net {
     }
 
     fn save(&self) -> Value {
-        if self.pairs.len() > 1 { json!(SavedNet { used_pairs: self.used_pairs }) } else { Value::Null }
+        let Limits { rx, tx } = &self.limits;
+        json!(SavedNet { used_pairs: self.used_pairs, rx: rx.save(), tx: tx.save() })
     }
 
     fn restore(&mut self, state: &Value) -> Result<(), String> {
-        if self.pairs.len() > 1 {
-            let saved = SavedNet::deserialize(state).map_err(|error| error.to_string())?;
-            if !(1..=self.pairs.len()).contains(&saved.used_pairs) {
-                return Err(format!("{} pairs of queues, there are {}", saved.used_pairs, self.pairs.len()));
-            }
-            self.used_pairs = saved.used_pairs;
+        let saved = SavedNet::deserialize(state).map_err(|error| error.to_string())?;
+        if !(1..=self.pairs.len()).contains(&saved.used_pairs) {
+            return Err(format!("{} pairs of queues, there are {}", saved.used_pairs, self.pairs.len()));
         }
+        self.used_pairs = saved.used_pairs;
+        self.limits.rx.restore(&saved.rx);
+        self.limits.tx.restore(&saved.tx);
         Ok(())
     }
 
