@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
@@ -14,10 +14,12 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::SharedImage;
 use super::backend::Image;
+use super::clear::PUNCH;
 use super::engine::{Engine, ROOM, Work};
 use super::flying::InFlight;
 use super::metrics::Metrics;
 use super::queue::{Disk, Host, complete, process};
+use super::ranges::{Kind, Range};
 use super::uring::Ring;
 use super::worker::Worker;
 use crate::config::DriveFormat;
@@ -183,8 +185,8 @@ fn engines() -> Vec<(&'static str, Box<dyn Engine>, EventFd, File)> {
     let (own, (file, shared)) = (bell(), image(&content));
     let worker = Worker::new(shared, own.try_clone().unwrap()).unwrap();
     engines.push(("a thread", Box::new(worker), own, file));
-    let (own, (file, shared)) = (bell(), image(&content));
-    match Ring::new(&file, shared, own.try_clone().unwrap()) {
+    let (own, (file, _)) = (bell(), image(&content));
+    match Ring::new(&file, own.try_clone().unwrap()) {
         Ok(ring) => engines.push(("io_uring", Box::new(ring), own, file)),
         Err(error) => eprintln!("not tested, as this host has no io_uring for us: {error}"),
     }
@@ -255,6 +257,58 @@ fn real_engines_read_write_zero_and_flush() {
     }
 }
 
+/// Whoever submits a discard or zeroes does not wait for the host: nothing is done before it is begun, and the bell tells of the end.
+#[test]
+fn engines_clear_beside_who_asks() {
+    for (name, mut engine, bell, file) in engines() {
+        for (token, (kind, unmap)) in
+            (0..).zip([(Kind::Discard, false), (Kind::Zero, false), (Kind::Zero, true)])
+        {
+            let offset = 4096 + u64::from(token) * (256 << 10);
+            let ranges = vec![Range { offset, length: 128 << 10, unmap }; 2];
+            engine.submit(token, Work::Clear { kind, ranges, stable: true });
+            assert!(engine.finished().is_none(), "{name}: the submission did the work");
+        }
+        engine.start();
+        let mut done = Vec::new();
+        while done.len() < 3 {
+            wait(&bell);
+            while let Some((token, result)) = engine.finished() {
+                result.unwrap();
+                done.push(token);
+            }
+        }
+        let mut bytes = vec![1; DISK_BYTES as usize];
+        file.read_exact_at(&mut bytes, 0).unwrap();
+        for offset in [4096, 4096 + (256 << 10), 4096 + (512 << 10)] {
+            assert!(bytes[offset..][..128 << 10].iter().all(|byte| *byte == 0), "{name} at {offset}");
+        }
+        assert_eq!((bytes[4095], bytes[4096 + (128 << 10)]), (7, 8), "{name}");
+    }
+}
+
+/// A file in memory has holes, but no ranges that are zeroed in place: zeroes are written there.
+#[test]
+fn what_the_host_cannot_zero_is_written() {
+    // SAFETY: the name is a string that ends with a NUL; the result is checked.
+    let descriptor = unsafe { libc::memfd_create(c"disk".as_ptr(), libc::MFD_CLOEXEC) };
+    assert!(descriptor >= 0);
+    // SAFETY: memfd_create just made this descriptor, and nothing else owns it.
+    let file = File::from(unsafe { std::os::fd::OwnedFd::from_raw_fd(descriptor) });
+    file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
+    let bell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
+    let Ok(mut ring) = Ring::new(&file, bell) else { return };
+    let ranges = vec![Range { offset: 512, length: 300 << 10, unmap: false }];
+    ring.submit(0, Work::Clear { kind: Kind::Zero, ranges, stable: true });
+    ring.wait_all();
+    assert!(matches!(ring.finished(), Some((0, Ok(())))));
+    let mut bytes = vec![1; 1 << 20];
+    file.read_exact_at(&mut bytes, 0).unwrap();
+    let end = 512 + (300 << 10);
+    assert!(bytes[512..end].iter().all(|byte| *byte == 0));
+    assert!(bytes[..512].iter().chain(&bytes[end..]).all(|byte| *byte == 7));
+}
+
 /// A file that the host made shorter than its disk: the guest has an error, and the engine goes on.
 #[test]
 fn a_file_that_became_shorter_is_an_error_of_the_disk() {
@@ -306,9 +360,9 @@ fn an_engine_that_goes_waits_for_its_work() {
 #[test]
 fn a_ring_is_restricted_for_good() {
     use io_uring::{opcode, types};
-    let (file, shared) = image(&[0; 4096]);
+    let (file, _) = image(&[0; 4096]);
     let bell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let Ok(mut ring) = Ring::new(&file, shared, bell) else { return };
+    let Ok(mut ring) = Ring::new(&file, bell) else { return };
     let path = c"/dev/null";
     let mut byte = [0_u8; 1];
     let fd = types::Fd(file.as_raw_fd());
@@ -326,6 +380,7 @@ fn a_ring_is_restricted_for_good() {
         ),
         ("no operation", opcode::Nop::new().build(), -libc::EACCES),
         ("a socket", opcode::Socket::new(libc::AF_INET, libc::SOCK_STREAM, 0).build(), -libc::EACCES),
+        ("a hole is made", opcode::Fallocate::new(fixed, 512).mode(PUNCH).build(), 0),
         ("the file is read", opcode::Read::new(fixed, byte.as_mut_ptr(), 1).build(), 1),
     ] {
         assert_eq!(ring.try_entry(&entry), expected, "{name}");

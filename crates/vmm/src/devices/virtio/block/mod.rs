@@ -4,6 +4,7 @@
 //! under way. What several queues save is the guest's: its CPUs do not wait for each other to hand a request in.
 
 pub mod backend;
+pub mod clear;
 pub mod config;
 pub mod engine;
 pub mod flying;
@@ -336,7 +337,7 @@ impl VirtioDevice for Block {
         let Worked::Soon(bell) = &self.worked else { return Ok(()) };
         let (bell, theirs) = (bell.try_clone()?, bell.try_clone()?);
         let ring = self.raw.as_ref().and_then(|file| {
-            let ring = theirs.try_clone().and_then(|bell| Ring::new(file, Arc::clone(&self.image), bell));
+            let ring = theirs.try_clone().and_then(|bell| Ring::new(file, bell));
             ring.inspect_err(|error| {
                 let id = &self.id;
                 crate::log::line(&format!("disk {id:?}: no io_uring ({error}), so it has a thread instead"));

@@ -1,21 +1,20 @@
-//! Raw images by io_uring: reads, writes and flushes go on in the kernel while the device thread serves others.
+//! Raw images by io_uring: reads, writes, flushes, discards and zeroes go on in the kernel while the device thread serves others.
 //!
 //! The ring is made on the device thread before that is locked down, one for a disk, as all its queues are served by that thread.
-//! Before it is enabled it is restricted for good: it reads, writes and flushes the one file that is registered with it, and nothing
+//! Before it is enabled it is restricted for good: it reads, writes, flushes and clears the one file that is registered with it, and nothing
 //! else; of registrations only that of another file is left, for a disk's other image.
 
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::sync::PoisonError;
 
 use io_uring::register::Restriction;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode, squeue};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::SharedImage;
+use super::clear::{Call, Clear};
 use super::engine::{Engine, Pieces, ROOM, Work};
 use crate::memory::{Memory, Slice};
 
@@ -31,18 +30,17 @@ const FILE: Fixed = Fixed(0);
 enum Job {
     None,
     Move { write: bool, stable: bool, offset: u64, pieces: Pieces },
+    Clear(Clear),
     Flush,
 }
 
-/// The ring, with its memory and its image.
+/// The ring, with its memory.
 pub struct Ring {
     ring: IoUring,
     jobs: Vec<Job>,
     /// How many there are, without those that are `done`.
     flying: usize,
     done: VecDeque<(u16, io::Result<()>)>,
-    /// For what the ring does not do.
-    image: SharedImage,
     /// Rings for what is finished; the kernel has it.
     _bell: EventFd,
     memory: Option<Memory>,
@@ -53,7 +51,7 @@ impl Ring {
     ///
     /// # Errors
     /// The host has no io_uring, or not for us.
-    pub fn new(file: &File, image: SharedImage, bell: EventFd) -> io::Result<Self> {
+    pub fn new(file: &File, bell: EventFd) -> io::Result<Self> {
         let entries = u32::try_from(ROOM).unwrap_or(u32::MAX);
         let ring = IoUring::builder().setup_r_disabled().dontfork().build(entries)?;
         let submitter = ring.submitter();
@@ -66,20 +64,13 @@ impl Ring {
             Restriction::sqe_op(opcode::Write::CODE),
             Restriction::sqe_op(opcode::Writev::CODE),
             Restriction::sqe_op(opcode::Fsync::CODE),
+            Restriction::sqe_op(opcode::Fallocate::CODE),
             Restriction::sqe_flags_required(FIXED_FILE),
             Restriction::register_op(REGISTER_FILES_UPDATE),
         ];
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
-        Ok(Self {
-            ring,
-            jobs: Vec::new(),
-            flying: 0,
-            done: VecDeque::new(),
-            image,
-            _bell: bell,
-            memory: None,
-        })
+        Ok(Self { ring, jobs: Vec::new(), flying: 0, done: VecDeque::new(), _bell: bell, memory: None })
     }
 
     /// Works on another file from here on. Nothing is under way.
@@ -97,8 +88,8 @@ impl Ring {
         let entry = entry.user_data(u64::from(token));
         // Twice: when the queue is full, the kernel takes what is in it.
         for _ in 0..2 {
-            // SAFETY: the entry's memory is the guest's, which is kept until the job is done; its list of pieces stands in
-            // `jobs` until then, and the kernel reads that while it takes the entry.
+            // SAFETY: the entry's memory is the guest's, which is kept until the job is done, or a job's own zeroes; its list of pieces
+            // stands in `jobs` until then, and the kernel reads that while it takes the entry.
             if unsafe { self.ring.submission().push(&entry) }.is_ok() {
                 return;
             }
@@ -144,6 +135,10 @@ impl Ring {
         let outcome = match job {
             Job::None => return,
             _ if again => None,
+            Job::Clear(clear) => match clear.done(result) {
+                Ok(()) if clear.call().is_some() => None,
+                result => Some(result),
+            },
             _ if result < 0 => Some(Err(io::Error::from_raw_os_error(-result))),
             Job::Flush => Some(Ok(())),
             Job::Move { offset, pieces, .. } => {
@@ -180,6 +175,16 @@ fn entry(job: &Job) -> Option<squeue::Entry> {
     match job {
         Job::None => None,
         Job::Flush => Some(opcode::Fsync::new(FILE).build()),
+        Job::Clear(clear) => Some(match clear.call()? {
+            Call::Allocate { mode, offset, length } => {
+                opcode::Fallocate::new(FILE, length).offset(offset).mode(mode).build()
+            }
+            Call::Write { offset, zeroes } => {
+                let length = u32::try_from(zeroes.len()).unwrap_or(u32::MAX);
+                opcode::Write::new(FILE, zeroes.as_ptr(), length).offset(offset).build()
+            }
+            Call::Flush => opcode::Fsync::new(FILE).build(),
+        }),
         Job::Move { write, stable, offset, pieces } => {
             let flags = if *stable { libc::RWF_DSYNC } else { 0 };
             let ((list, count), single) = (pieces.vector(), pieces.single());
@@ -212,16 +217,13 @@ impl Engine for Ring {
                 Job::Move { write: true, stable, offset, pieces: Pieces::to_read(&data) }
             }
             Work::Flush => Job::Flush,
-            Work::Clear { .. } => {
-                // One call of the host's, whose fallbacks the image knows.
-                let mut image = self.image.lock().unwrap_or_else(PoisonError::into_inner);
-                let result = work.perform(image.as_mut());
-                drop(image);
-                self.done.push_back((token, result));
-                return;
-            }
+            Work::Clear { kind, ranges, stable } => Job::Clear(Clear::new(kind, ranges, stable)),
         };
-        let empty = matches!(&job, Job::Move { pieces, .. } if pieces.length() == 0);
+        let empty = match &job {
+            Job::Move { pieces, .. } => pieces.length() == 0,
+            Job::Clear(clear) => clear.call().is_none(),
+            Job::Flush | Job::None => false,
+        };
         let at = usize::from(token);
         while self.jobs.len() <= at {
             self.jobs.push(Job::None);
