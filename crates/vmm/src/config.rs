@@ -5,10 +5,12 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::cpu::template;
 use crate::devices::virtio::net::MAX_PAIRS;
 use crate::error::{Error, Result};
 use crate::layout;
 
+pub use crate::cpu::template::{CpuConfig, Level};
 pub use crate::devices::serial::config::SerialConfig;
 pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, StatisticsUpdate};
 pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate, IoEngine};
@@ -28,6 +30,9 @@ pub struct VmConfig {
     /// CPUs and memory.
     #[serde(default)]
     pub machine_config: MachineConfig,
+    /// What the guest's CPUs leave out of what the host has: a template, or the name of a file that holds one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub cpu_config: Option<CpuConfig>,
     /// Disks; the root device comes first on the bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
@@ -119,6 +124,9 @@ pub struct MachineConfig {
     /// Note which pages are written, for diff snapshots. Writing to a page for the first time costs the guest more then.
     #[serde(default, skip_serializing_if = "is_false")]
     pub track_dirty_pages: bool,
+    /// A built-in CPU template; none with `cpu-config`.
+    #[serde(default, skip_serializing_if = "Level::is_none")]
+    pub cpu_template: Level,
 }
 
 const fn yes() -> bool {
@@ -141,6 +149,7 @@ impl Default for MachineConfig {
             on_reset: OnReset::Restart,
             smt: false,
             track_dirty_pages: false,
+            cpu_template: Level::None,
         }
     }
 }
@@ -293,6 +302,7 @@ impl VmConfig {
             }
         }
         self.machine_config.check()?;
+        template::check(self)?;
         if let Some(boot) = &self.boot_source {
             boot.check()?;
         }

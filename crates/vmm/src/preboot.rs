@@ -12,6 +12,7 @@ mod assembly;
 mod restore;
 
 use std::cell::RefCell;
+use std::io::Read;
 
 use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
@@ -19,7 +20,9 @@ use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
     MemoryHotplugConfig, NetworkInterface, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
 };
+use crate::cpu::model::CpuModel;
 use crate::cpu::registers::Entry;
+use crate::cpu::template::{CpuConfig, CpuTemplate, Level};
 use crate::descriptors::{Access, Descriptors};
 use crate::devices::virtio::entropy::host_random;
 use crate::error::{Error, Result};
@@ -28,13 +31,16 @@ use crate::memory::{self, FilePages, Memory, Range, Tracking};
 use crate::running::{Held, Parts};
 use crate::status::StatusWriter;
 use crate::vcpu::VcpuHandle;
-use crate::vm::{CpuModel, EmptyVm};
+use crate::vm::EmptyVm;
 use assembly::Assembly;
 
 /// Name of the handed `/dev/kvm`.
 pub const KVM_NAME: &str = "kvm";
 /// Name of the handed `/dev/userfaultfd`.
 pub const USERFAULTFD_NAME: &str = "userfaultfd";
+
+/// Longest CPU template that is read; one with every leaf of a large server's CPU has 100 KB.
+const MAX_TEMPLATE: u64 = 1 << 20;
 
 /// The controller before the start.
 #[derive(Debug)]
@@ -55,6 +61,11 @@ impl Preboot {
     /// Makes KVM's machine now, while nobody waits for it. Where that fails, the build will say why.
     pub fn prepare(&self) {
         self.empty.replace(self.empty_vm().ok());
+    }
+
+    /// The same with another configuration. What was made ahead goes with it.
+    fn with(&self, config: VmConfig) -> Self {
+        Self { config, descriptors: self.descriptors.clone(), empty: RefCell::new(self.empty.take()) }
     }
 
     fn empty_vm(&self) -> Result<EmptyVm> {
@@ -97,7 +108,24 @@ impl Preboot {
     /// # Errors
     /// [`Error::Config`].
     pub fn set_machine_config(&mut self, machine: MachineConfig) -> Result<()> {
-        self.change(|config| config.machine_config = machine)
+        self.change(|config| {
+            // The template that was named last counts.
+            if !machine.cpu_template.is_none() {
+                config.cpu_config = None;
+            }
+            config.machine_config = machine;
+        })
+    }
+
+    /// Sets the CPU template, in place of any other.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_cpu_config(&mut self, template: CpuTemplate) -> Result<()> {
+        self.change(|config| {
+            config.cpu_config = Some(CpuConfig::Template(template));
+            config.machine_config.cpu_template = Level::None;
+        })
     }
 
     /// Changes some of it.
@@ -199,6 +227,11 @@ impl Preboot {
         if let Some(request) = &config.snapshot {
             return self.restore(request);
         }
+        if let Some(CpuConfig::Named(name)) = &config.cpu_config {
+            let template = self.read_template(name)?;
+            let config = VmConfig { cpu_config: Some(CpuConfig::Template(template)), ..config.clone() };
+            return self.with(config).build();
+        }
         let machine = &config.machine_config;
         let mut payload = self.payload()?;
         let memory = self.memory()?;
@@ -210,11 +243,20 @@ impl Preboot {
         if machine.huge_pages {
             memory::use_huge_pages(&memory);
         }
-        let model = CpuModel::new(&assembly.kvm, machine.vcpus())?;
+        let model = CpuModel::new(&assembly.kvm, config)?;
         let vcpus = assembly.vcpus(&memory, &model)?;
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), ..parts }))
+    }
+
+    fn read_template(&self, name: &str) -> Result<CpuTemplate> {
+        let file = self.descriptors.file(name, "CPU template", Access::Read)?;
+        let mut text = String::new();
+        file.take(MAX_TEMPLATE)
+            .read_to_string(&mut text)
+            .map_err(Error::io(format!("reading the CPU template {name:?}")))?;
+        CpuTemplate::from_json(&text)
     }
 
     /// Where memory that comes and goes is, if there is any.

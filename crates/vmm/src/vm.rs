@@ -3,16 +3,15 @@
 use std::time::Duration;
 
 use kvm_bindings::{
-    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES,
-    KVM_MEM_LOG_DIRTY_PAGES, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config,
-    kvm_pit_state2, kvm_userspace_memory_region,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
+    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::cpu::cpuid::{self, SavedCpuid, Topology};
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
@@ -30,6 +29,12 @@ const NEEDED: [(Cap, &str); 8] = [
     (Cap::MpState, "multiprocessor states"),
     (Cap::Pit2, "the PIT"),
 ];
+
+/// What the monitor calls a capability that it cannot do without.
+#[must_use]
+pub fn needed(capability: u32) -> Option<&'static str> {
+    NEEDED.iter().find(|(cap, _)| *cap as u32 == capability).map(|(_, name)| *name)
+}
 
 /// An open `/dev/kvm`, checked.
 ///
@@ -228,55 +233,6 @@ pub struct SavedVm {
 impl std::fmt::Debug for Vm {
     fn fmt(&self, formatter: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         formatter.write_str("Vm")
-    }
-}
-
-/// What KVM says that guests may see.
-#[derive(Debug)]
-pub struct CpuModel {
-    /// Its CPUID tables.
-    pub supported: CpuId,
-    /// The machine's topology.
-    pub topology: Topology,
-    /// The vCPUs' own tables, if they come from a snapshot.
-    pub tables: Vec<CpuId>,
-}
-
-impl CpuModel {
-    /// The same for the vCPUs of a snapshot.
-    ///
-    /// # Errors
-    /// [`Error::Snapshot`]: what this host lacks.
-    pub fn of_snapshot(self, vcpus: &[SavedCpuid]) -> Result<Self> {
-        let tables = vcpus.iter().map(|cpuid| cpuid.on(&self.supported, self.topology));
-        let tables = tables.collect::<std::result::Result<_, _>>().map_err(Error::Snapshot)?;
-        Ok(Self { tables, ..self })
-    }
-
-    /// What vCPU number `id` can do.
-    ///
-    /// # Errors
-    /// [`Error::KvmLacks`]: the table would be longer than KVM takes.
-    pub fn table(&self, id: u8) -> Result<CpuId> {
-        if let Some(table) = self.tables.get(usize::from(id)) {
-            return Ok(table.clone());
-        }
-        cpuid::for_vcpu(&self.supported, self.topology, id)
-            .map_err(|error| Error::KvmLacks(format!("room for the CPUID table: {error:?}")))
-    }
-
-    /// Asks KVM.
-    ///
-    /// # Errors
-    /// [`Error::Kvm`].
-    pub fn new(kvm: &Kvm, vcpus: u8) -> Result<Self> {
-        Ok(Self {
-            supported: kvm
-                .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
-                .map_err(Error::kvm("KVM_GET_SUPPORTED_CPUID"))?,
-            topology: Topology { vcpus, tsc_deadline: kvm.check_extension(Cap::TscDeadlineTimer) },
-            tables: Vec::new(),
-        })
     }
 }
 

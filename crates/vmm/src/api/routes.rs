@@ -71,6 +71,8 @@ pub enum Route {
     SetMachineConfig,
     /// Changes CPUs and memory, of a running machine too.
     ChangeMachineConfig,
+    /// Sets the CPU template.
+    SetCpuConfig,
     /// Adds or replaces a disk.
     SetDrive,
     /// Adds or replaces a network interface.
@@ -126,6 +128,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("GET", "/metrics", Route::Metrics),
     ("PUT", "/boot-source", Route::SetBootSource),
     ("PUT", "/machine-config", Route::SetMachineConfig),
+    ("PUT", "/cpu-config", Route::SetCpuConfig),
     ("PUT", "/drives/{id}", Route::SetDrive),
     ("PUT", "/network-interfaces/{id}", Route::SetNetworkInterface),
     ("PUT", "/entropy", Route::SetEntropy),
@@ -349,6 +352,7 @@ impl Server {
             Route::Metrics => return told(json!(self.metrics()?)),
             Route::SetBootSource => self.preboot()?.set_boot_source(json(body)?)?,
             Route::SetMachineConfig => self.preboot()?.set_machine_config(json(body)?)?,
+            Route::SetCpuConfig => self.preboot()?.set_cpu_config(json(body)?)?,
             Route::SetDrive => self.set_drive(id, body)?,
             Route::SetNetworkInterface => self.set_network_interface(id, body)?,
             Route::SetEntropy => self.preboot()?.set_entropy(json(body)?)?,

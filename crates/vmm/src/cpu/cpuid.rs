@@ -3,6 +3,9 @@
 use kvm_bindings::{CpuId, KVM_CPUID_FLAG_SIGNIFCANT_INDEX, kvm_cpuid_entry2};
 use serde::{Deserialize, Serialize};
 
+use super::features::{self, Register};
+use super::template;
+
 const LEAF1_ECX_VMX: u32 = 1 << 5;
 const LEAF1_ECX_X2APIC: u32 = 1 << 21;
 const LEAF1_ECX_TSC_DEADLINE: u32 = 1 << 24;
@@ -19,8 +22,6 @@ const LEVEL_CORE: u32 = 2;
 pub struct Topology {
     /// vCPUs of the machine, 1–32.
     pub vcpus: u8,
-    /// KVM has the TSC deadline timer (it is not always in KVM's own list).
-    pub tsc_deadline: bool,
 }
 
 impl Topology {
@@ -30,15 +31,42 @@ impl Topology {
     }
 }
 
-/// The table for vCPU number `id`.
-///
-/// # Errors
-/// The table would be longer than KVM takes.
-pub fn for_vcpu(supported: &CpuId, topology: Topology, id: u8) -> Result<CpuId, vmm_sys_util::fam::Error> {
+/// What a guest could have of what KVM supports: with the features that KVM makes and does not always list, without virtualization
+/// of its own and without a topology, which is the machine's.
+#[must_use]
+pub fn offer(supported: &CpuId, tsc_deadline: bool) -> Vec<kvm_cpuid_entry2> {
     let mut entries: Vec<kvm_cpuid_entry2> =
         supported.as_slice().iter().copied().filter(|entry| !matches!(entry.function, 0xb | 0x1f)).collect();
     for entry in &mut entries {
-        adapt(entry, topology, u32::from(id));
+        match entry.function {
+            1 => {
+                entry.ecx |= LEAF1_ECX_HYPERVISOR | LEAF1_ECX_X2APIC;
+                entry.ecx &= !LEAF1_ECX_VMX;
+                if tsc_deadline {
+                    entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
+                }
+            }
+            0x8000_0001 => entry.ecx &= !EXT1_ECX_SVM,
+            // AMD SVM's own leaf goes with its feature bit.
+            0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
+            _ => {}
+        }
+    }
+    entries
+}
+
+/// The table for vCPU number `id`: what its guest has, in the machine's topology.
+///
+/// # Errors
+/// The table would be longer than KVM takes.
+pub fn for_vcpu(
+    has: &[kvm_cpuid_entry2],
+    topology: Topology,
+    id: u8,
+) -> Result<CpuId, vmm_sys_util::fam::Error> {
+    let mut entries = has.to_vec();
+    for entry in &mut entries {
+        place(entry, topology, u32::from(id));
     }
     let max_leaf = entries.iter().find(|entry| entry.function == 0).map_or(0, |entry| entry.eax);
     if max_leaf >= 0xb {
@@ -47,17 +75,12 @@ pub fn for_vcpu(supported: &CpuId, topology: Topology, id: u8) -> Result<CpuId, 
     CpuId::from_entries(&entries)
 }
 
-fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
+fn place(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
     let vcpus = u32::from(topology.vcpus);
     match entry.function {
         1 => {
             // EBX: initial APIC id, number of addressable ids, CLFLUSH line (kept).
             entry.ebx = entry.ebx & 0xffff | id << 24 | vcpus.next_power_of_two() << 16;
-            entry.ecx |= LEAF1_ECX_HYPERVISOR | LEAF1_ECX_X2APIC;
-            entry.ecx &= !LEAF1_ECX_VMX;
-            if topology.tsc_deadline {
-                entry.ecx |= LEAF1_ECX_TSC_DEADLINE;
-            }
             set(&mut entry.edx, LEAF1_EDX_HTT, vcpus > 1);
         }
         // Intel caches: bits 25–14 say how many ids share one, bits 31–26 how many cores the socket has.
@@ -66,14 +89,9 @@ fn adapt(entry: &mut kvm_cpuid_entry2, topology: Topology, id: u32) {
             let sharing = if level >= 3 { vcpus.next_power_of_two() } else { 1 };
             entry.eax = entry.eax & 0x3fff | (sharing - 1) << 14 | (vcpus.next_power_of_two() - 1) << 26;
         }
-        0x8000_0001 => {
-            entry.ecx &= !EXT1_ECX_SVM;
-            set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, vcpus > 1);
-        }
+        0x8000_0001 => set(&mut entry.ecx, EXT1_ECX_CMP_LEGACY, vcpus > 1),
         // AMD: cores − 1 in bits 7–0, bits of the APIC id in bits 15–12.
         0x8000_0008 => entry.ecx = entry.ecx & !0xf0ff | (vcpus - 1) | topology.core_bits() << 12,
-        // AMD SVM's own leaf goes with its feature bit.
-        0x8000_000a => (entry.eax, entry.ebx, entry.ecx, entry.edx) = (0, 0, 0, 0),
         // AMD caches: bits 25–14 as in leaf 4.
         0x8000_001d if entry.eax & 0x1f != 0 => {
             let sharing = if entry.eax >> 5 & 7 >= 3 { vcpus } else { 1 };
@@ -103,46 +121,6 @@ fn leaf_b(topology: Topology, id: u32) -> [kvm_cpuid_entry2; 2] {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SavedCpuid(Vec<kvm_cpuid_entry2>);
 
-/// Registers of leaves whose bits are each a feature: leaf, subleaf, register, bits that only mirror the state of a CPU.
-const FEATURES: [(u32, u32, Register, u32); 14] = [
-    // OSXSAVE.
-    (1, 0, Register::Ecx, 1 << 27),
-    (1, 0, Register::Edx, 0),
-    (7, 0, Register::Ebx, 0),
-    // OSPKE.
-    (7, 0, Register::Ecx, 1 << 4),
-    (7, 0, Register::Edx, 0),
-    (7, 1, Register::Eax, 0),
-    (0xd, 0, Register::Eax, 0),
-    (0xd, 1, Register::Eax, 0),
-    (0x4000_0001, 0, Register::Eax, 0),
-    (0x8000_0001, 0, Register::Ecx, 0),
-    (0x8000_0001, 0, Register::Edx, 0),
-    (0x8000_0007, 0, Register::Edx, 0),
-    (0x8000_0008, 0, Register::Ebx, 0),
-    (0x8000_0021, 0, Register::Eax, 0),
-];
-
-#[derive(Clone, Copy, Debug)]
-enum Register {
-    Eax,
-    Ebx,
-    Ecx,
-    Edx,
-}
-
-impl Register {
-    fn of(self, entries: &[kvm_cpuid_entry2], leaf: u32, subleaf: u32) -> u32 {
-        let entry = entries.iter().find(|entry| (entry.function, entry.index) == (leaf, subleaf));
-        entry.map_or(0, |entry| match self {
-            Self::Eax => entry.eax,
-            Self::Ebx => entry.ebx,
-            Self::Ecx => entry.ecx,
-            Self::Edx => entry.edx,
-        })
-    }
-}
-
 impl SavedCpuid {
     /// A vCPU's table.
     #[must_use]
@@ -150,38 +128,32 @@ impl SavedCpuid {
         Self(table.as_slice().to_vec())
     }
 
-    /// The table, for a host that supports all that is in it.
+    /// The table, for a host that offers all that is in it.
     ///
     /// # Errors
-    /// Which features this host lacks.
-    pub fn on(&self, supported: &CpuId, topology: Topology) -> Result<CpuId, String> {
-        // What the monitor adds by itself is not always in KVM's list.
-        let added = |leaf: u32, register: Register| match (leaf, register) {
-            (1, Register::Ecx) => {
-                let deadline = if topology.tsc_deadline { LEAF1_ECX_TSC_DEADLINE } else { 0 };
-                LEAF1_ECX_HYPERVISOR | LEAF1_ECX_X2APIC | deadline
-            }
-            (1, Register::Edx) => LEAF1_EDX_HTT,
-            (0x8000_0001, Register::Ecx) => EXT1_ECX_CMP_LEGACY,
-            _ => 0,
-        };
-        let missing: Vec<String> = FEATURES
-            .iter()
-            .filter_map(|(leaf, subleaf, register, ignored)| {
-                let [had, have] =
-                    [&self.0, supported.as_slice()].map(|entries| register.of(entries, *leaf, *subleaf));
-                let bits = had & !(have | added(*leaf, *register) | ignored);
-                (bits != 0).then(|| format!("leaf {leaf:#x}.{subleaf} {register:?} bits {bits:#010x}"))
-            })
-            .collect();
-        if !missing.is_empty() {
+    /// What this host lacks, by name.
+    pub fn on(&self, offered: &[kvm_cpuid_entry2]) -> Result<CpuId, String> {
+        let (born, here) = (vendor(&self.0), vendor(offered));
+        if born != here {
             return Err(format!(
-                "this host's CPU or KVM lacks what the guest uses: CPUID {}",
-                missing.join(", ")
+                "the guest was started on a CPU of {born}, this host's is of {here}: a kernel chooses at its start what it must do \
+                 for its vendor's CPUs, so snapshots move between CPUs of one vendor"
             ));
+        }
+        let mut missing = features::lacking(&self.0, offered);
+        missing.extend(template::wider(&self.0, offered));
+        if !missing.is_empty() {
+            return Err(format!("this host's CPU or KVM lacks what the guest uses: {}", missing.join(", ")));
         }
         CpuId::from_entries(&self.0).map_err(|error| format!("its CPUID table: {error:?}"))
     }
+}
+
+/// Who made a CPU, as it says itself.
+#[must_use]
+pub fn vendor(table: &[kvm_cpuid_entry2]) -> String {
+    let words = [Register::Ebx, Register::Edx, Register::Ecx].map(|register| register.of(table, 0, 0));
+    String::from_utf8_lossy(&words.map(u32::to_le_bytes).concat()).into_owned()
 }
 
 const fn set(register: &mut u32, bit: u32, on: bool) {
@@ -195,6 +167,8 @@ const fn set(register: &mut u32, bit: u32, on: bool) {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cpu::template::tests::{cascade_lake, zen4};
+    use crate::cpu::template::{CpuTemplate, Level, Template};
 
     fn supported() -> CpuId {
         let entry = |function, index, eax| kvm_cpuid_entry2 {
@@ -227,9 +201,9 @@ mod tests {
     #[test]
     fn every_vcpu_of_every_size_has_a_consistent_topology() {
         for vcpus in 1..=32 {
-            let topology = Topology { vcpus, tsc_deadline: true };
+            let topology = Topology { vcpus };
             for id in 0..vcpus {
-                let cpuid = for_vcpu(&supported(), topology, id).unwrap();
+                let cpuid = for_vcpu(&offer(&supported(), true), topology, id).unwrap();
                 let one = leaf(&cpuid, 1, 0);
                 assert_eq!(one.ebx >> 24, u32::from(id));
                 assert_eq!(one.ebx & 0xffff, 0x0800);
@@ -248,5 +222,46 @@ mod tests {
                 assert!(cpuid.as_slice().iter().all(|e| e.function != 0x1f));
             }
         }
+    }
+
+    /// A host as another one sees it.
+    fn moved(has: &[kvm_cpuid_entry2], to: &[kvm_cpuid_entry2]) -> Result<CpuId, String> {
+        let table = for_vcpu(has, Topology { vcpus: 2 }, 1).unwrap();
+        let moved = SavedCpuid::new(&table).on(to)?;
+        assert_eq!(moved.as_slice(), table.as_slice(), "the guest's table changed on its way");
+        Ok(moved)
+    }
+
+    #[test]
+    fn a_guest_moves_to_a_host_that_has_all_it_was_told_of() {
+        let rich = cascade_lake();
+        let mut poor = rich.clone();
+        features::find_mut(&mut poor, 7, 0).unwrap().ebx &= !(1 << 16);
+        features::find_mut(&mut poor, 0xd, 0).unwrap().eax = 0x207;
+        moved(&poor, &rich).unwrap();
+        let why = moved(&rich, &poor).unwrap_err();
+        assert!(why.contains("avx512f (CPUID leaf 0x7.0 ebx bit 16), xcr0_opmask (CPUID"), "{why}");
+        // A template that leaves out what the other lacks, and a level below it.
+        let text = r#"{"cpuid_modifiers": [{"leaf": "0x7", "subleaf": "0x0", "flags": 1,
+            "modifiers": [{"register": "ebx", "bitmap": "0b0xxxxxxxxxxxxxxxx"}]}]}"#;
+        let own = CpuTemplate::from_json(text).unwrap();
+        for template in [Template::Own(&own), Template::Level(Level::V3), Template::Level(Level::V2)] {
+            moved(&template.apply(&rich).unwrap(), &poor).unwrap();
+        }
+        let why = moved(&Template::Level(Level::V4).apply(&rich).unwrap(), &poor).unwrap_err();
+        assert!(why.contains("avx512f"), "{why}");
+    }
+
+    #[test]
+    fn addresses_that_are_too_long_and_another_vendor_are_refused() {
+        let rich = cascade_lake();
+        let mut small = rich.clone();
+        features::find_mut(&mut small, 0x8000_0008, 0).unwrap().eax = 48 << 8 | 39;
+        let why = moved(&rich, &small).unwrap_err();
+        assert!(why.contains("physical addresses of 46 bits") && why.contains("has 39"), "{why}");
+        let level = Template::Level(Level::V3).apply(&rich).unwrap();
+        moved(&level, &small).unwrap();
+        let why = moved(&level, &zen4()).unwrap_err();
+        assert!(why.contains("of GenuineIntel, this host's is of AuthenticAMD"), "{why}");
     }
 }

@@ -60,11 +60,17 @@ impl SavedVcpu {
         Ok(Self { state, tsc, tsc_adjust: value(MSR_TSC_ADJUST), tsc_khz: vcpu.get_tsc_khz().ok() })
     }
 
-    /// Puts it into a vCPU that does not run, its TSC set forward by `passed`.
+    /// The value of an MSR.
+    #[must_use]
+    pub fn msr(&self, index: u32) -> Option<u64> {
+        self.state.msrs.iter().find(|entry| entry.index == index).map(|entry| entry.data)
+    }
+
+    /// Puts it into a vCPU that does not run, its TSC set forward by `passed`. The MSRs of `template` must be what they were.
     ///
     /// # Errors
-    /// [`Error::Kvm`], [`Error::Snapshot`] for a TSC frequency that this host cannot give.
-    pub fn restore(&self, vcpu: &VcpuFd, passed: Duration) -> Result<()> {
+    /// [`Error::Kvm`], [`Error::Snapshot`] for a TSC frequency and an MSR that this host cannot give.
+    pub fn restore(&self, vcpu: &VcpuFd, passed: Duration, template: &[u32]) -> Result<()> {
         if let Some(khz) = self.tsc_khz.filter(|khz| vcpu.get_tsc_khz().ok() != Some(*khz)) {
             vcpu.set_tsc_khz(khz).map_err(|source| {
                 Error::Snapshot(format!(
@@ -83,7 +89,17 @@ impl SavedVcpu {
             .chain([msr(MSR_TSC, tsc)])
             .collect();
         write_msrs(vcpu, &clock);
-        self.state.restore(vcpu)
+        self.state.restore(vcpu)?;
+        for entry in self.state.msrs.iter().filter(|entry| template.contains(&entry.index)) {
+            let has = read(vcpu, &[entry.index]).first().map(|entry| entry.data);
+            if has != Some(entry.data) {
+                return Err(Error::Snapshot(format!(
+                    "MSR {:#x} of the guest's CPU template was {:#x}, which this host's KVM does not take",
+                    entry.index, entry.data
+                )));
+            }
+        }
+        Ok(())
     }
 }
 
@@ -166,7 +182,8 @@ fn read_msrs(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
     read(vcpu, &wanted)
 }
 
-fn read(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
+/// Reads these; one that KVM does not know is left out.
+pub fn read(vcpu: &VcpuFd, indices: &[u32]) -> Vec<kvm_msr_entry> {
     let mut found = Vec::with_capacity(indices.len());
     let mut rest = indices;
     while !rest.is_empty() {

@@ -12,6 +12,7 @@ use crate::acpi::VirtioWindow;
 use crate::boot::Description;
 use crate::config::{Drive, NetworkInterface, RateLimiter, SerialConfig, parse_mac};
 use crate::console::ConsoleWriter;
+use crate::cpu::model::CpuModel;
 use crate::descriptors::Access;
 use crate::devices::cpus::{self, Cpus, registers::CpusState};
 use crate::devices::power::{self, KeyboardReset, Power};
@@ -33,7 +34,7 @@ use crate::running::Parts;
 use crate::running::devices::Steered;
 use crate::seccomp::Filters;
 use crate::vcpu::{Buses, Stop, VcpuHandle};
-use crate::vm::{CpuModel, Vm, msr_indices};
+use crate::vm::{Vm, msr_indices};
 
 /// A machine with its devices, before its vCPUs.
 pub(super) struct Assembly {
@@ -58,8 +59,12 @@ pub(super) struct Assembly {
 impl Assembly {
     /// Makes the vCPUs, parked.
     pub(super) fn vcpus(&self, memory: &Memory, model: &CpuModel) -> Result<Vec<VcpuHandle>> {
-        let msrs = msr_indices(&self.kvm)?;
-        (0..model.topology.vcpus)
+        // A snapshot holds the template's MSRs too, whether or not KVM counts them among a vCPU's state.
+        let mut msrs = msr_indices(&self.kvm)?;
+        msrs.extend(model.template_msrs());
+        msrs.sort_unstable();
+        msrs.dedup();
+        (0..model.vcpus())
             .map(|id| {
                 let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
                 VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, memory, notifier, filter)

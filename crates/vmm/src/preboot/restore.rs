@@ -1,11 +1,12 @@
 //! A machine from a snapshot.
 
-use std::cell::RefCell;
 use std::time::Duration;
 
 use vm_memory::{Bytes, GuestAddress};
 
 use super::{Preboot, USERFAULTFD_NAME};
+use crate::cpu::model::CpuModel;
+use crate::cpu::template::msrs::ARCH_CAPABILITIES;
 use crate::descriptors::Access;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -14,7 +15,6 @@ use crate::running::{Held, Parts};
 use crate::snapshot::lazy::Handler;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
 use crate::snapshot::{self, MemoryFile, SavedMachine};
-use crate::vm::CpuModel;
 use crate::vmclock;
 
 impl Preboot {
@@ -27,14 +27,11 @@ impl Preboot {
         let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
         let saved = snapshot::read(&mut file)?;
         let config = request.apply(saved.config.clone(), &self.config)?;
-        let empty = RefCell::new(self.empty.take());
-        Self { config, descriptors: self.descriptors.clone(), empty }.load(request, saved)
+        self.with(config).load(request, saved)
     }
 
     fn load(&self, request: &LoadSnapshot, saved: SavedMachine) -> Result<Held> {
         let backend = request.memory()?;
-        let machine = &self.config.machine_config;
-
         let memory = self.memory()?;
         let pages = FilePages::default();
         let (memory_file, handler) = match backend.backend_type {
@@ -57,7 +54,8 @@ impl Preboot {
         };
         let assembly = self.assemble(&memory, &pages)?;
         let description = self.description(&assembly);
-        let model = CpuModel::new(&assembly.kvm, machine.vcpus())?.of_snapshot(&saved.cpuid)?;
+        let told = saved.vcpus.iter().filter_map(|vcpu| vcpu.msr(ARCH_CAPABILITIES));
+        let model = CpuModel::of_snapshot(&assembly.kvm, &self.config, &saved.cpuid, told)?;
 
         if saved.devices.len() != assembly.transports.len() {
             return Err(Error::Snapshot(format!("the state holds {} devices", saved.devices.len())));
@@ -97,7 +95,7 @@ impl Preboot {
             payload,
             memory_file,
             handler,
-            tables: model.tables,
+            tables: model.into_tables(),
             base: Some(saved.id),
             ..parts
         }))

@@ -9,6 +9,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::Parts;
 use crate::cpu::cpuid::SavedCpuid;
+use crate::cpu::model::CpuModel;
 use crate::descriptors::Access;
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::entropy::host_random;
@@ -17,7 +18,6 @@ use crate::error::{Error, Result};
 use crate::memory::PAGE;
 use crate::snapshot::requests::{CreateSnapshot, SnapshotType};
 use crate::snapshot::{self, MemoryFile, Pages, SavedMachine};
-use crate::vm::CpuModel;
 
 /// Bits of a word of a dirty log.
 const BITS: u64 = 64;
@@ -122,9 +122,10 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
 
 /// The vCPUs' tables, as they were made: what KVM tells of a vCPU itself is not the same with every KVM.
 fn cpuid(parts: &Parts) -> Result<Vec<SavedCpuid>> {
-    let count = parts.config.machine_config.vcpus();
-    let model = CpuModel { tables: parts.tables.clone(), ..CpuModel::new(&parts.kvm, count)? };
-    (0..count).map(|id| Ok(SavedCpuid::new(&model.table(id)?))).collect()
+    if !parts.tables.is_empty() {
+        return Ok(parts.tables.iter().map(SavedCpuid::new).collect());
+    }
+    CpuModel::tables(&parts.kvm, &parts.config)
 }
 
 /// Memory first: a state file is whole only beside its memory.

@@ -23,12 +23,13 @@ use kvm_bindings::{
 use kvm_ioctls::{VcpuExit, VcpuFd};
 
 use crate::bus::{Bus, Outcome};
+use crate::cpu::model::CpuModel;
 use crate::cpu::registers::{self, Entry};
 use crate::cpu::state::{SavedVcpu, VcpuState, write_msrs};
 use crate::error::{Error, Result};
 use crate::event_loop::Notifier;
 use crate::memory::Memory;
-use crate::vm::{CpuModel, Vm};
+use crate::vm::Vm;
 use crate::{seccomp, threads};
 use kick::KickPage;
 
@@ -91,6 +92,7 @@ struct Vcpu {
     buses: Arc<Buses>,
     memory: Memory,
     start: VcpuState,
+    template_msrs: Vec<u32>,
     commands: Receiver<Command>,
     replies: Sender<Reply>,
     notifier: Notifier,
@@ -115,7 +117,7 @@ impl VcpuHandle {
     /// Makes vCPU number `id` and starts its thread, parked behind its filter. `cpu` is what it can do, and its MSRs.
     ///
     /// # Errors
-    /// [`Error::Kvm`], [`Error::Io`], [`Error::Seccomp`].
+    /// [`Error::Kvm`], [`Error::Io`], [`Error::Seccomp`], [`Error::Config`] for an MSR of the machine's CPU template.
     pub fn start(
         vm: &Vm,
         cpu: (&CpuModel, &[u32]),
@@ -133,6 +135,7 @@ impl VcpuHandle {
             &fd,
             &[msr(MSR_MISC_ENABLE, MSR_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)],
         );
+        model.change_msrs(&fd)?;
         let start = VcpuState::capture(&fd, msr_indices)?;
         let kick = KickPage::new(&fd)?;
         let (commands, command_receiver) = channel();
@@ -143,6 +146,7 @@ impl VcpuHandle {
             buses: Arc::clone(buses),
             memory: memory.clone(),
             start,
+            template_msrs: model.template_msrs(),
             commands: command_receiver,
             replies: reply_sender,
             notifier,
@@ -282,7 +286,8 @@ impl Vcpu {
                     self.save().map_or_else(Reply::Failed, |state| Reply::State(Box::new(state)))
                 }
                 Command::Load(state, passed) => {
-                    state.restore(&self.fd, passed).map_or_else(Reply::Failed, |()| Reply::Done)
+                    let restored = state.restore(&self.fd, passed, &self.template_msrs);
+                    restored.map_or_else(Reply::Failed, |()| Reply::Done)
                 }
                 Command::Run => {
                     if self.replies.send(Reply::Done).is_err() {
