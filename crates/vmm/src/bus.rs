@@ -47,6 +47,12 @@ impl Bus {
         (offset < *size).then_some((offset, device))
     }
 
+    /// Whether a device answers there.
+    #[must_use]
+    pub fn has(&self, address: u64) -> bool {
+        self.find(address).is_some()
+    }
+
     /// A guest's read.
     pub fn read(&self, address: u64, data: &mut [u8]) {
         match self.find(address) {
@@ -91,6 +97,7 @@ mod tests {
         for (address, value) in [(0xf, 0xff), (0x10, 0), (0x13, 3), (0x14, 0xff), (u64::MAX, 0xff)] {
             bus.read(address, &mut byte);
             assert_eq!(byte[0], value, "{address:#x}");
+            assert_eq!(bus.has(address), value != 0xff, "{address:#x}");
         }
         assert_eq!(bus.write(0x11, &[0]), Outcome::Reset);
         assert_eq!(bus.write(0x15, &[0]), Outcome::Done);

@@ -17,6 +17,7 @@ pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate,
 pub use crate::devices::virtio::entropy::config::EntropyConfig;
 pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplugUpdate};
 pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
+pub use crate::devices::virtio::pmem::config::{PmemConfig, PmemUpdate};
 pub use crate::devices::virtio::vsock::config::VsockConfig;
 pub use crate::snapshot::requests::LoadSnapshot;
 
@@ -36,6 +37,9 @@ pub struct VmConfig {
     /// Disks; the root device comes first on the bus.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drives: Vec<Drive>,
+    /// Files in the guest's memory, in order.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem: Vec<PmemConfig>,
     /// Network interfaces, in order.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub network_interfaces: Vec<NetworkInterface>,
@@ -327,6 +331,7 @@ impl VmConfig {
         if let Some(vsock) = &self.vsock {
             vsock.check()?;
         }
+        crate::devices::virtio::pmem::config::check(&self.pmem, &self.drives)?;
         unique("drives: drive_id", self.drives.iter().map(|d| &d.drive_id))?;
         unique("network-interfaces: iface_id", self.network_interfaces.iter().map(|n| &n.iface_id))?;
         if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
@@ -339,6 +344,7 @@ impl VmConfig {
             self.memory_hotplug.is_some(),
         ];
         let devices = self.drives.len()
+            + self.pmem.len()
             + self.network_interfaces.len()
             + single.into_iter().filter(|there| *there).count();
         if devices > layout::MAX_VIRTIO_DEVICES {
@@ -351,7 +357,7 @@ impl VmConfig {
     }
 }
 
-fn unique<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<()> {
+pub(crate) fn unique<'a>(what: &str, names: impl Iterator<Item = &'a String>) -> Result<()> {
     let mut seen = std::collections::BTreeSet::new();
     for name in names {
         if !seen.insert(name) {

@@ -12,7 +12,7 @@
 //! | [`boot`], [`acpi`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
 //! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
-//! | [`seccomp`], [`threads`], [`heap`] | the lock-down, and what a process has |
+//! | [`seccomp`], [`sigbus`], [`threads`], [`heap`] | the lock-down, and what a process has |
 //! | [`probe`] | the probe guest behind `roost doctor` |
 
 // Tests build bytes out of numbers whose size they know.
@@ -42,6 +42,7 @@ pub mod probe;
 pub mod ranges;
 pub mod running;
 pub mod seccomp;
+pub mod sigbus;
 pub mod smbios;
 pub mod snapshot;
 pub mod status;

@@ -15,7 +15,7 @@ use roost_vmm::opener::Opener;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
-use roost_vmm::{Error, Result, heap, log, probe, seccomp, snapshot, threads};
+use roost_vmm::{Error, Result, heap, log, probe, seccomp, sigbus, snapshot, threads};
 
 fn main() {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
@@ -73,6 +73,7 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
     let preboot = Preboot::new(config.unwrap_or_default(), descriptors);
     *status = preboot.open_status()?;
     seccomp::sigsys::install(status.raw_fd())?;
+    sigbus::install()?;
     let machine = match (configured, run.hold) {
         (false, _) => {
             preboot.prepare();

@@ -1,7 +1,7 @@
 //! Guest memory: private pages with a hole below 4 GiB, anonymous but for what a kernel was loaded to (see
 //! [`crate::boot::mapped`]).
 
-mod place;
+pub(crate) mod place;
 
 use std::fs::File;
 use std::io;
@@ -47,6 +47,9 @@ pub enum Tracking {
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
 
+/// Below this files in guest memory end (8 TiB; servers' CPUs have 46 bits of addresses and more).
+const ADDRESSES: u64 = 8 << 40;
+
 /// What Linux adds memory by.
 const LINUX_BLOCK: u64 = 128 << 20;
 
@@ -87,9 +90,25 @@ pub fn ranges(bytes: u64) -> Vec<Range> {
 /// RAM above the hole begins.
 #[must_use]
 pub fn hotplug_range(mem_size_mib: u64, total_size_mib: u64, block_size_mib: u64) -> Range {
-    let ram_end = ranges(mem_size_mib << 20).last().map_or(0, |last| last.start + last.size);
-    let start = ram_end.max(HIGH_RAM_START + 1).next_multiple_of(LINUX_BLOCK.max(block_size_mib << 20));
+    let start = above_ram(mem_size_mib).next_multiple_of(LINUX_BLOCK.max(block_size_mib << 20));
     Range { start, size: total_size_mib << 20 }
+}
+
+fn above_ram(mem_size_mib: u64) -> u64 {
+    ranges(mem_size_mib << 20).last().map_or(0, |last| last.start + last.size).max(HIGH_RAM_START + 1)
+}
+
+/// Where files of these sizes lie, one after the other: above RAM and memory that comes and goes, each at a block of Linux's, so that
+/// none shares one with memory of another kind. `None`: the last ends behind all addresses that there are.
+#[must_use]
+pub fn file_starts(mem_size_mib: u64, hotplug: Option<Range>, sizes: &[u64]) -> Option<Vec<u64>> {
+    let mut end = hotplug.map_or_else(|| above_ram(mem_size_mib), |range| range.start + range.size);
+    let place = |size: &u64| {
+        let start = end.checked_next_multiple_of(LINUX_BLOCK)?;
+        end = start.checked_add(*size).filter(|end| *end <= ADDRESSES)?;
+        Some(start)
+    };
+    sizes.iter().map(place).collect()
 }
 
 /// Maps the memory of a guest. Pages are taken from the host as the guest touches them.
@@ -346,6 +365,18 @@ mod tests {
             create_with((3 << 10) + 4, Some(hotplug_range((3 << 10) + 4, 256, 2)), Tracking::Off).unwrap();
         assert_eq!(high_ram(&both), Some(Range { start: HIGH_RAM_START, size: 4 << 20 }));
         assert_eq!(both.iter().count(), 3);
+    }
+
+    #[test]
+    fn files_are_above_all_of_it_and_share_no_block() {
+        let hotplug = hotplug_range(5 << 10, 256, 2);
+        let starts = file_starts(5 << 10, Some(hotplug), &[2 << 20, 130 << 20, 4 << 20]).unwrap();
+        let block = 128 << 20;
+        let first = (hotplug.start + hotplug.size).next_multiple_of(block);
+        assert_eq!(starts, [first, first + block, first + 3 * block]);
+        assert_eq!(file_starts(16, None, &[2 << 20]).unwrap(), [HIGH_RAM_START + block]);
+        assert!(file_starts(16, None, &[]).unwrap().is_empty());
+        assert_eq!(file_starts(16, None, &[2 << 40, 2 << 40, 2 << 40, 2 << 40]), None);
     }
 
     #[test]

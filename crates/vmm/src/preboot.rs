@@ -18,13 +18,14 @@ use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
-    MemoryHotplugConfig, NetworkInterface, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
+    MemoryHotplugConfig, NetworkInterface, PmemConfig, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
 };
 use crate::cpu::model::CpuModel;
 use crate::cpu::registers::Entry;
 use crate::cpu::template::{CpuConfig, CpuTemplate, Level};
 use crate::descriptors::{Access, Descriptors};
 use crate::devices::virtio::entropy::host_random;
+use crate::devices::virtio::pmem;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::{self, FilePages, Memory, Range, Tracking};
@@ -148,6 +149,14 @@ impl Preboot {
         self.change(|config| put(&mut config.drives, drive, |d| d.drive_id.clone()))
     }
 
+    /// Adds a file to the guest's memory, or replaces the one of the same id.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn set_pmem(&mut self, pmem: PmemConfig) -> Result<()> {
+        self.change(|config| put(&mut config.pmem, pmem, |p| p.id.clone()))
+    }
+
     /// Adds an interface, or replaces the one of the same id.
     ///
     /// # Errors
@@ -244,7 +253,7 @@ impl Preboot {
             memory::use_huge_pages(&memory);
         }
         let model = CpuModel::new(&assembly.kvm, config)?;
-        let vcpus = assembly.vcpus(&memory, &model)?;
+        let vcpus = assembly.vcpus(&model)?;
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), ..parts }))
@@ -314,6 +323,7 @@ impl Preboot {
             cmdline.push_str(" root=/dev/vda ");
             cmdline.push_str(if root.is_read_only { "ro" } else { "rw" });
         }
+        cmdline.push_str(&pmem::config::root_words(&self.config.pmem, &cmdline));
         if !self.config.machine_config.acpi {
             for window in windows {
                 let size = layout::VIRTIO_MMIO_SIZE >> 10;

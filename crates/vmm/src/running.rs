@@ -452,6 +452,10 @@ impl Running {
         if let Some(mem) = &parts.mem {
             mem.lock().unwrap_or_else(PoisonError::into_inner).power_on();
         }
+        for pmem in &parts.steered.pmem {
+            let pmem = pmem.lock().unwrap_or_else(PoisonError::into_inner);
+            pmem.power_on().map_err(Error::io("clearing a pmem file's copies"))?;
+        }
         memory::clear(&parts.memory, &parts.pages)?;
         let entry = boot::load(&parts.memory, payload, &parts.description)?;
         // Nothing of an older snapshot is in this memory.

@@ -1,10 +1,11 @@
 //! The virtual machine as KVM knows it: memory slots, interrupt controllers, timers, vCPUs.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use kvm_bindings::{
     KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MEM_LOG_DIRTY_PAGES,
-    KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
+    KVM_MEM_READONLY, KVM_PIT_SPEAKER_DUMMY, kvm_clock_data, kvm_irqchip, kvm_pit_config, kvm_pit_state2,
     kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
@@ -12,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::pmem::image::Image;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::Memory;
@@ -99,14 +101,23 @@ pub struct ChipState {
 }
 
 impl Vm {
-    /// Gives a machine this memory and its interrupt controllers.
+    /// Gives a machine this memory, these files in it, and its interrupt controllers. Slots have the numbers of the regions, then
+    /// of the files.
     ///
     /// # Errors
-    /// [`Error::Kvm`].
-    pub fn new(empty: EmptyVm, memory: &Memory) -> Result<(Self, Kvm)> {
+    /// [`Error::Kvm`], [`Error::KvmLacks`].
+    pub fn new(empty: EmptyVm, memory: &Memory, files: &[Arc<Image>]) -> Result<(Self, Kvm)> {
         let EmptyVm { kvm, fd } = empty;
+        if files.iter().any(|file| file.read_only()) && !kvm.check_extension(Cap::ReadonlyMem) {
+            return Err(Error::KvmLacks("read-only memory, for pmem with read_only".into()));
+        }
         // Memory comes before the interrupt controllers: a slot that is registered later costs milliseconds.
-        for (slot, region) in memory.iter().enumerate() {
+        let ram = memory
+            .iter()
+            .map(|region| (region, if region.bitmap().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }));
+        let files =
+            files.iter().map(|file| (&**file.region(), if file.read_only() { KVM_MEM_READONLY } else { 0 }));
+        for (slot, (region, flags)) in ram.chain(files).enumerate() {
             let host = region
                 .get_host_address(vm_memory::MemoryRegionAddress(0))
                 .map_err(Error::memory("address of a region"))?;
@@ -115,9 +126,9 @@ impl Vm {
                 guest_phys_addr: region.start_addr().raw_value(),
                 memory_size: region.len(),
                 userspace_addr: host as u64,
-                flags: if region.bitmap().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 },
+                flags,
             };
-            // SAFETY: the region is one mapping that `memory` keeps; the caller keeps `memory` beside the machine.
+            // SAFETY: the region is one mapping that `memory` or its file keeps; the caller keeps both beside the machine.
             unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.set_tss_address(layout::KVM_TSS_ADDR).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;

@@ -11,6 +11,7 @@ mod common;
 
 use common::balloon::{REPORTING, STATISTICS, give, list, send};
 use common::mem::{self, ask};
+use common::pmem;
 use common::virtio::{
     Device, INDIRECT, NEXT, Ring, WINDOW, WINDOW_SIZE, WRITE, block, block_header, block_request, register,
 };
@@ -27,7 +28,8 @@ const ENTROPY: Device = Device(2);
 const BALLOON: Device = Device(3);
 const VSOCK: Device = Device(4);
 const MEM: Device = Device(5);
-const DEVICES: [Device; 6] = [DISK, NET, ENTROPY, BALLOON, VSOCK, MEM];
+const PMEM: Device = Device(6);
+const DEVICES: [Device; 7] = [DISK, NET, ENTROPY, BALLOON, VSOCK, MEM, PMEM];
 /// Looks that a device is given to answer to an attack, which it mostly does not.
 const LOOKS: u32 = 2_000;
 const BUFFER: u32 = 0x80_0000;
@@ -49,7 +51,7 @@ fn canary(ring: Ring) -> u32 {
 
 /// How many queues a device has.
 fn queues(device: Device) -> u32 {
-    [1, 2, 1, 4, 3, 1][device.0 as usize]
+    [1, 2, 1, 4, 3, 1, 1][device.0 as usize]
 }
 
 /// Sets a device up with all its queues.
@@ -98,6 +100,10 @@ fn use_well(code: Code, device: Device) -> Code {
                 [(mem::STATE, mem::START, 1, mem::ACK, 1), (mem::PLUG, mem::START, 1, mem::NACK, 0)];
             ask(code, device, queue(0), 0, &requests)
         }
+        6 => {
+            let ring = queue(0);
+            pmem::ask(code, device, ring, 0, pmem::FLUSH).expect32(pmem::answer(ring), pmem::OK)
+        }
         _ => {
             let ring = queue(0);
             let code = ring.descriptor(code, 0, BUFFER.into(), 64, WRITE, 0);
@@ -117,6 +123,8 @@ fn machine(code: &Code) -> Machine {
     machine.config["entropy"] = json!({});
     machine.config["vsock"] = json!({ "guest_cid": GUEST_CID, "uds_path": machine.text("v.sock") });
     machine.config["memory-hotplug"] = json!({ "total_size_mib": 128 });
+    disk(&machine.path("file"), pmem::ALIGNMENT);
+    machine.config["pmem"] = json!([{ "id": "data", "path_on_host": machine.text("file") }]);
     machine.config["balloon"] =
         json!({ "amount_mib": 1, "stats_polling_interval_s": 1, "free_page_reporting": true });
     machine
@@ -137,11 +145,15 @@ fn attack(name: &str, device: Device, tap: &std::fs::File, attack: impl FnOnce(C
         expected[1024..1028].copy_from_slice(&WRITTEN.to_le_bytes());
         assert!(std::fs::read(machine.path("disk")).unwrap() == expected, "{name}: the disk was changed");
     }
+    if device.0 == PMEM.0 {
+        let file = std::fs::read(machine.path("file")).unwrap();
+        assert!(file.iter().all(|byte| *byte == 0), "{name}: the file was changed");
+    }
     ended
 }
 
 /// The queue that an attack goes to, and whether its device writes into chains.
-fn targets() -> [(&'static str, Device, Ring, u16); 12] {
+fn targets() -> [(&'static str, Device, Ring, u16); 13] {
     [
         ("disk", DISK, queue(0), 0),
         ("net, receive", NET, queue(0), WRITE),
@@ -155,6 +167,7 @@ fn targets() -> [(&'static str, Device, Ring, u16); 12] {
         ("vsock, transmit", VSOCK, queue(1), 0),
         ("vsock, event", VSOCK, queue(2), WRITE),
         ("memory", MEM, queue(0), 0),
+        ("file in memory", PMEM, queue(0), 0),
     ]
 }
 
@@ -316,6 +329,46 @@ fn lists_of_pages_that_are_none() {
             let code = send(code, BALLOON, queue(2), index, (BUFFER, 13), 0);
             code.look16(queue(2).used_index(), index, LOOKS)
         })
+    });
+}
+
+#[test]
+fn flushes_that_are_none() {
+    let Some(tap) = tap::create() else { return };
+    let ring = queue(0);
+    let request = (u64::from(BUFFER), 4, 0);
+    let answer = (u64::from(BUFFER) + 64, 4, WRITE);
+    let ask = |name: &str, kind: u32, chain: &[(u64, u32, u16)]| {
+        attack(name, PMEM, &tap, |code| {
+            let last = chain.len() as u16 - 1;
+            let code =
+                chain.iter().zip(0..).fold(code.store(BUFFER, kind), |code, ((at, length, flags), n)| {
+                    let next = if n == last { 0 } else { NEXT };
+                    ring.descriptor(code, n, *at, *length, flags | next, n + 1)
+                });
+            submit(code, PMEM, ring, 0)
+        });
+    };
+    for kind in [1, 2, u32::MAX] {
+        ask(&format!("a request of kind {kind}"), kind, &[request, answer]);
+    }
+    ask("without an answer", 0, &[request]);
+    ask("without a request", 0, &[answer]);
+    ask("behind its answer", 0, &[answer, request]);
+    ask("half a request", 0, &[(BUFFER.into(), 2, 0), answer]);
+    ask("half an answer", 0, &[request, (u64::from(BUFFER) + 64, 2, WRITE)]);
+    ask("an answer outside", 0, &[request, (MEMORY_END, 4, WRITE)]);
+    ask("an answer half outside", 0, &[request, (MEMORY_END - 2, 4, WRITE)]);
+    ask("an answer over its own ring", 0, &[request, (ring.available().into(), 4, WRITE)]);
+    // The same chain, offered again while the host works on it.
+    attack("again and again", PMEM, &tap, |code| {
+        let code = ring.descriptor(code.store(BUFFER, 0), 0, request.0, 4, NEXT, 1);
+        let code = ring.descriptor(code, 1, answer.0, 4, WRITE, 0);
+        (0..400).fold(code, |code, index| PMEM.notify(ring.offer(code, index, 0), 0)).look16(
+            ring.used_index(),
+            400,
+            LOOKS,
+        )
     });
 }
 
@@ -489,7 +542,7 @@ fn a_sweep_over_the_ports() {
 #[test]
 fn a_sweep_over_all_registers_in_all_widths() {
     let Some(tap) = tap::create() else { return };
-    let windows = 7 * WINDOW_SIZE;
+    let windows = 8 * WINDOW_SIZE;
     // mov edi, WINDOW; again: mov al, [rdi]; mov [rdi], al; mov ax, [rdi]; mov [rdi], ax; mov eax, [rdi]; mov [rdi], eax;
     // mov rax, [rdi]; mov [rdi], rax; inc edi; cmp edi, END; jb again
     let code = Code::default().address(WINDOW).bytes(&[

@@ -92,6 +92,8 @@ fn paused(tap: &File) -> (Machine, Client) {
         json!([{ "drive_id": "root", "path_on_host": machine.text("overlay"), "format": "qcow2" }]);
     machine.config["network-interfaces"] = json!([{ "iface_id": "eth0", "host_dev_name": "tap" }]);
     machine.config["vsock"] = json!({ "guest_cid": 3, "uds_path": machine.text("v.sock") });
+    machine.config["pmem"] = json!([{ "id": "data", "path_on_host": machine.text("data") }]);
+    ["data", "copy"].into_iter().for_each(|name| common::disk(&machine.path(name), 2 << 20));
     let (_files, mut arguments) = common::hand(&machine, &["state", "memory", "overlay", "base"]);
     arguments.extend(machines::tap_argument(tap));
     machine.start(&arguments);
@@ -104,7 +106,7 @@ fn paused(tap: &File) -> (Machine, Client) {
 fn before_load(snapshot: &Machine, tap: &File) -> (Machine, Client) {
     let mut machine = Machine::new(&Code::default());
     std::fs::create_dir(machine.path("sockets")).unwrap();
-    let names = ["state", "memory", "overlay", "base"];
+    let names = ["state", "memory", "overlay", "base", "copy"];
     let (_files, mut arguments) = common::hand(snapshot, &names);
     let folder = File::open(machine.path("sockets")).unwrap();
     let (_console, console) = common::hand(&machine, &["console"]);
@@ -139,7 +141,7 @@ struct Call<'a> {
 
 impl Call<'_> {
     fn send(&self, body: &Value) -> Result<(), String> {
-        let id = body["drive_id"].as_str().or(body["iface_id"].as_str());
+        let id = ["drive_id", "iface_id", "id"].iter().find_map(|name| body[name].as_str());
         let id = id.filter(|id| !id.is_empty()).unwrap_or("x");
         let (_machine, client) = (self.client)();
         match client.put(&self.method, &self.path.replace("{id}", id), body) {
@@ -399,7 +401,7 @@ fn bodies_are_taken_and_refused_as_described() {
             bodies += 1;
         }
     }
-    assert_eq!(bodies, if tap::create().is_some() { 19 } else { 17 });
+    assert_eq!(bodies, if tap::create().is_some() { 21 } else { 19 });
 }
 
 #[test]

@@ -10,7 +10,7 @@ use super::http::{Request, Response};
 use super::{Machine, Server};
 use crate::config::{
     Drive, DriveUpdate, MachineConfig, MachineConfigUpdate, NetworkInterface, NetworkInterfaceUpdate,
-    VmConfig,
+    PmemConfig, PmemUpdate, VmConfig,
 };
 use crate::devices::virtio::mem::config::MemoryHotplugStatus;
 use crate::error::{Error, Result};
@@ -75,6 +75,8 @@ pub enum Route {
     SetCpuConfig,
     /// Adds or replaces a disk.
     SetDrive,
+    /// Adds or replaces a file in the guest's memory.
+    SetPmem,
     /// Adds or replaces a network interface.
     SetNetworkInterface,
     /// Adds the entropy device.
@@ -107,6 +109,8 @@ pub enum Route {
     LoadSnapshot,
     /// Changes a disk's image or limits.
     ChangeDrive,
+    /// Changes how often the guest may flush a file in its memory.
+    ChangePmem,
     /// Changes an interface's limits.
     ChangeNetworkInterface,
     /// Changes how much the guest should do without.
@@ -130,6 +134,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/machine-config", Route::SetMachineConfig),
     ("PUT", "/cpu-config", Route::SetCpuConfig),
     ("PUT", "/drives/{id}", Route::SetDrive),
+    ("PUT", "/pmem/{id}", Route::SetPmem),
     ("PUT", "/network-interfaces/{id}", Route::SetNetworkInterface),
     ("PUT", "/entropy", Route::SetEntropy),
     ("PUT", "/balloon", Route::SetBalloon),
@@ -145,6 +150,7 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PATCH", "/vm", Route::ChangeVm),
     ("PATCH", "/machine-config", Route::ChangeMachineConfig),
     ("PATCH", "/drives/{id}", Route::ChangeDrive),
+    ("PATCH", "/pmem/{id}", Route::ChangePmem),
     ("PATCH", "/network-interfaces/{id}", Route::ChangeNetworkInterface),
     ("PATCH", "/hotplug/memory", Route::ChangeMemoryHotplug),
     ("PATCH", "/balloon", Route::ChangeBalloon),
@@ -354,6 +360,7 @@ impl Server {
             Route::SetMachineConfig => self.preboot()?.set_machine_config(json(body)?)?,
             Route::SetCpuConfig => self.preboot()?.set_cpu_config(json(body)?)?,
             Route::SetDrive => self.set_drive(id, body)?,
+            Route::SetPmem => self.set_pmem(id, body)?,
             Route::SetNetworkInterface => self.set_network_interface(id, body)?,
             Route::SetEntropy => self.preboot()?.set_entropy(json(body)?)?,
             Route::SetBalloon => self.preboot()?.set_balloon(json(body)?)?,
@@ -367,6 +374,7 @@ impl Server {
             Route::LoadSnapshot => self.load_snapshot(body, status, end)?,
             Route::ChangeMachineConfig => self.change_machine_config(body)?,
             Route::ChangeDrive => self.change_drive(id, body)?,
+            Route::ChangePmem => self.change_pmem(id, body)?,
             Route::ChangeNetworkInterface => self.change_network_interface(id, body)?,
             Route::ChangeMemoryHotplug => self.running()?.update_memory_hotplug(json(body)?)?,
             Route::ChangeBalloon => self.running()?.update_balloon(json(body)?)?,
@@ -432,6 +440,12 @@ impl Server {
         self.preboot()?.set_drive(drive)
     }
 
+    fn set_pmem(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let pmem: PmemConfig = json(body)?;
+        same_id("pmem: id", id, &pmem.id)?;
+        self.preboot()?.set_pmem(pmem)
+    }
+
     fn set_network_interface(&mut self, id: &str, body: &[u8]) -> Result<()> {
         let interface: NetworkInterface = json(body)?;
         same_id("network-interfaces: iface_id", id, &interface.iface_id)?;
@@ -442,6 +456,12 @@ impl Server {
         let update: DriveUpdate = json(body)?;
         same_id("drives: drive_id", id, &update.drive_id)?;
         self.running()?.update_drive(&update)
+    }
+
+    fn change_pmem(&mut self, id: &str, body: &[u8]) -> Result<()> {
+        let update: PmemUpdate = json(body)?;
+        same_id("pmem: id", id, &update.id)?;
+        self.running()?.update_pmem(&update)
     }
 
     fn change_network_interface(&mut self, id: &str, body: &[u8]) -> Result<()> {

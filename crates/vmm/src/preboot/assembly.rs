@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::Preboot;
 use crate::acpi::VirtioWindow;
 use crate::boot::Description;
-use crate::config::{Drive, NetworkInterface, RateLimiter, SerialConfig, parse_mac};
+use crate::config::{Drive, NetworkInterface, PmemConfig, RateLimiter, SerialConfig, parse_mac};
 use crate::console::ConsoleWriter;
 use crate::cpu::model::CpuModel;
 use crate::descriptors::Access;
@@ -25,11 +25,13 @@ use crate::devices::virtio::mem::Mem;
 use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pace::Pace;
+use crate::devices::virtio::pmem::Pmem;
+use crate::devices::virtio::pmem::image::{self, Image};
 use crate::devices::virtio::vsock::Vsock;
 use crate::error::{Error, Result};
 use crate::event_loop::{EventLoop, Notifier};
 use crate::layout;
-use crate::memory::{FilePages, Memory};
+use crate::memory::{self, FilePages, Memory};
 use crate::running::Parts;
 use crate::running::devices::Steered;
 use crate::seccomp::Filters;
@@ -48,6 +50,8 @@ pub(super) struct Assembly {
     pub(super) balloon: Option<Arc<Mutex<Balloon>>>,
     pub(super) cpus: Option<Arc<Cpus>>,
     pub(super) mem: Option<Arc<Mutex<Mem>>>,
+    /// RAM and all files in memory.
+    pub(super) reach: Memory,
     pub(super) steered: Steered,
     pub(super) transports: Vec<Arc<Transport>>,
     pub(super) windows: Vec<VirtioWindow>,
@@ -58,7 +62,7 @@ pub(super) struct Assembly {
 
 impl Assembly {
     /// Makes the vCPUs, parked.
-    pub(super) fn vcpus(&self, memory: &Memory, model: &CpuModel) -> Result<Vec<VcpuHandle>> {
+    pub(super) fn vcpus(&self, model: &CpuModel) -> Result<Vec<VcpuHandle>> {
         // A snapshot holds the template's MSRs too, whether or not KVM counts them among a vCPU's state.
         let mut msrs = msr_indices(&self.kvm)?;
         msrs.extend(model.template_msrs());
@@ -67,7 +71,7 @@ impl Assembly {
         (0..model.vcpus())
             .map(|id| {
                 let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
-                VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, memory, notifier, filter)
+                VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, &self.reach, notifier, filter)
             })
             .collect()
     }
@@ -77,8 +81,10 @@ impl Preboot {
     /// Makes the machine and its devices around this memory, as after power-on.
     pub(super) fn assemble(&self, memory: &Memory, pages: &FilePages) -> Result<Assembly> {
         let filters = Filters::new()?;
+        let images = self.images()?;
         let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
-        let (vm, kvm) = Vm::new(empty, memory)?;
+        let (vm, kvm) = Vm::new(empty, memory, &images)?;
+        let reach = image::reach(memory, &images)?;
 
         let mut buses = Buses::default();
         let mut event_loop = EventLoop::new()?;
@@ -108,6 +114,14 @@ impl Preboot {
             .map(|(config, range)| Arc::new(Mutex::new(Mem::new(config, range, pages.clone()))));
         let mut devices = self.virtio_devices(balloon.as_ref(), &mut steered)?;
         devices.extend(mem.clone().map(|mem| mem as Shared));
+        for pmem in self.pmem(&images)? {
+            if let Some((range, discards)) = pmem.discards() {
+                buses.mmio.insert(range.start, range.size, discards);
+            }
+            let pmem = Arc::new(Mutex::new(pmem));
+            devices.push(Arc::clone(&pmem) as _);
+            steered.pmem.push(pmem);
+        }
         for (index, device) in devices.into_iter().enumerate() {
             let window = VirtioWindow {
                 address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
@@ -119,7 +133,7 @@ impl Preboot {
                 .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))
                 .collect::<Result<_>>()?;
             event_loop.add_device(&device, &bells)?;
-            let transport = Arc::new(Transport::new(device, memory.clone(), interrupt, bells));
+            let transport = Arc::new(Transport::new(device, reach.clone(), interrupt, bells));
             buses.mmio.insert(window.address, layout::VIRTIO_MMIO_SIZE, Arc::clone(&transport) as _);
             transports.push(transport);
             windows.push(window);
@@ -132,6 +146,7 @@ impl Preboot {
             buses,
             event_loop,
             mem,
+            reach,
             serial,
             power,
             cpus,
@@ -223,7 +238,7 @@ impl Preboot {
     }
 
     /// The devices in the order of their windows: the root disk, the other disks, interfaces, entropy, balloon, vsock; memory that
-    /// comes and goes is put behind them.
+    /// comes and goes and files in memory are put behind them.
     fn virtio_devices(
         &self,
         balloon: Option<&Arc<Mutex<Balloon>>>,
@@ -261,6 +276,31 @@ impl Preboot {
         let Some(config) = &self.config.balloon else { return Ok(None) };
         let balloon = Balloon::new(config, pages.clone()).map_err(Error::io("the balloon's timer"))?;
         Ok(Some(Arc::new(Mutex::new(balloon))))
+    }
+
+    /// The files that the guest finds in its memory, each at its place.
+    fn images(&self) -> Result<Vec<Arc<Image>>> {
+        let opened = self.config.pmem.iter().map(|pmem| pmem.open(&self.descriptors));
+        let opened = opened.collect::<Result<Vec<_>>>()?;
+        let sizes: Vec<u64> = opened.iter().map(|(_, bytes)| image::region_size(*bytes)).collect();
+        let mem_size_mib = self.config.machine_config.mem_size_mib;
+        let starts = memory::file_starts(mem_size_mib, self.hotplug().map(|(_, range)| range), &sizes);
+        let starts = starts
+            .ok_or_else(|| Error::Config("pmem: all files together are too large for a guest".into()))?;
+        let placed = opened.into_iter().zip(starts).zip(&self.config.pmem);
+        placed
+            .map(|(((file, bytes), start), pmem)| {
+                Image::new(file, bytes, start, pmem.read_only).map(Arc::new)
+            })
+            .collect()
+    }
+
+    fn pmem(&self, images: &[Arc<Image>]) -> Result<Vec<Pmem>> {
+        let one = |(config, image): (&PmemConfig, &Arc<Image>)| {
+            let pace = pace(config.rate_limiter, &config.id)?;
+            Pmem::new(config, Arc::clone(image), pace).map_err(Error::io("a pmem device's eventfd"))
+        };
+        self.config.pmem.iter().zip(images).map(one).collect()
     }
 
     fn block(&self, drive: &Drive) -> Result<Block> {

@@ -71,7 +71,7 @@ impl Preboot {
         {
             return Err(Error::Snapshot("the state of its CPUs cannot be".into()));
         }
-        let vcpus = assembly.vcpus(&memory, &model)?;
+        let vcpus = assembly.vcpus(&model)?;
         for (vcpu, state) in vcpus.iter().zip(saved.vcpus) {
             vcpu.load(state, passed)?;
         }

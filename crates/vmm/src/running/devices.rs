@@ -1,12 +1,13 @@
-//! Changes of disks and interfaces while the machine runs or is paused.
+//! Changes of disks, interfaces and files in memory while the machine runs or is paused.
 
 use std::sync::{Arc, Mutex, PoisonError};
 
 use super::Running;
-use crate::config::{DriveUpdate, NetworkInterfaceUpdate};
+use crate::config::{DriveUpdate, NetworkInterfaceUpdate, PmemUpdate};
 use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::net::Net;
+use crate::devices::virtio::pmem::Pmem;
 use crate::error::{Error, Result};
 
 /// The devices whose settings may change, with their types.
@@ -14,6 +15,7 @@ use crate::error::{Error, Result};
 pub(crate) struct Steered {
     pub disks: Vec<Arc<Mutex<Block>>>,
     pub interfaces: Vec<Arc<Mutex<Net>>>,
+    pub pmem: Vec<Arc<Mutex<Pmem>>>,
 }
 
 /// Does something with the device of this name.
@@ -64,6 +66,20 @@ impl Running {
         let config = interfaces.iter_mut().find(|interface| interface.iface_id == *id).ok_or_else(missing)?;
         let change = |net: &mut Net| net.change_limits(update.rx_rate_limiter, update.tx_rate_limiter);
         with(&self.parts.steered.interfaces, id, change).ok_or_else(missing)?;
+        *config = update.apply(config);
+        Ok(())
+    }
+
+    /// Changes how often the guest may flush a file.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a file that is not there.
+    pub fn update_pmem(&mut self, update: &PmemUpdate) -> Result<()> {
+        let id = &update.id;
+        let missing = || Error::Config(format!("pmem: there is no id {id:?}"));
+        let config = self.parts.config.pmem.iter_mut().find(|pmem| pmem.id == *id).ok_or_else(missing)?;
+        let change = |pmem: &mut Pmem| pmem.change_limits(update.rate_limiter.unwrap_or_default());
+        with(&self.parts.steered.pmem, id, change).ok_or_else(missing)?;
         *config = update.apply(config);
         Ok(())
     }

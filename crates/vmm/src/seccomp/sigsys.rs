@@ -39,12 +39,11 @@ extern "C" fn handle(_signal: libc::c_int, info: *mut libc::siginfo_t, _context:
     let number = unsafe { info.cast::<u8>().add(SI_SYSCALL_OFFSET) }.cast::<libc::c_int>();
     // SAFETY: for SIGSYS the call's number lies there.
     let number = unsafe { number.read_unaligned() };
-    let mut thread = [0_u8; 16];
-    if let Ok(length) = thread_name(&mut thread) {
-        report(&thread[..length], i64::from(number));
-    } else {
-        report(b"?", i64::from(number));
-    }
+    let number = i64::from(number);
+    report(b"seccomp", ExitCode::Seccomp, |line| {
+        line.text(b" made the forbidden system call ").text(names::name(number).as_bytes());
+        line.text(b" (").number(number.unsigned_abs()).text(b")");
+    });
     // SAFETY: ends the process at once, from any context.
     unsafe { libc::_exit(ExitCode::Seccomp.code()) };
 }
@@ -72,39 +71,39 @@ pub fn note_thread_name(name: &str) {
     NAME.with(|cell| cell.set(bytes));
 }
 
-fn report(thread: &[u8], number: i64) {
+/// Says what the calling thread did, on stderr and in the status file. Inside a signal handler, too.
+pub(crate) fn report(reason: &[u8], code: ExitCode, what: impl Fn(&mut Line)) {
+    let mut name = [0_u8; 16];
+    let thread = thread_name(&mut name).map_or(&b"?"[..], |length| &name[..length]);
     let mut line = Line::default();
-    line.text(b"roost-vmm: thread ").text(thread).text(b" made the forbidden system call ");
-    line.text(names::name(number).as_bytes())
-        .text(b" (")
-        .number(number.unsigned_abs())
-        .text(b"); the machine ends\n");
-    line.write(libc::STDERR_FILENO);
+    line.text(b"roost-vmm: thread ").text(thread);
+    what(&mut line);
+    line.text(b"; the machine ends\n").write(libc::STDERR_FILENO);
     let status = STATUS_FD.load(Ordering::SeqCst);
     if status >= 0 {
         let mut line = Line::default();
         line.text(b"{\"event\":\"exited\",\"boottime_ns\":").number(boottime_ns());
-        line.text(b",\"reason\":\"seccomp\",\"code\":").number(u64::from(ExitCode::Seccomp as u8));
-        line.text(b",\"message\":\"thread ").text(thread).text(b" made the forbidden system call ");
-        line.text(names::name(number).as_bytes()).text(b" (").number(number.unsigned_abs()).text(b")\"}\n");
-        line.write(status);
+        line.text(b",\"reason\":\"").text(reason).text(b"\",\"code\":").number(u64::from(code as u8));
+        line.text(b",\"message\":\"thread ").text(thread);
+        what(&mut line);
+        line.text(b"\"}\n").write(status);
     }
 }
 
 /// A line that is put together without allocation.
-struct Line {
-    bytes: [u8; 320],
+pub(crate) struct Line {
+    bytes: [u8; 512],
     length: usize,
 }
 
 impl Default for Line {
     fn default() -> Self {
-        Self { bytes: [0; 320], length: 0 }
+        Self { bytes: [0; 512], length: 0 }
     }
 }
 
 impl Line {
-    fn text(&mut self, text: &[u8]) -> &mut Self {
+    pub(crate) fn text(&mut self, text: &[u8]) -> &mut Self {
         for byte in text {
             if self.length < self.bytes.len() {
                 self.bytes[self.length] = *byte;
@@ -114,7 +113,7 @@ impl Line {
         self
     }
 
-    fn number(&mut self, mut number: u64) -> &mut Self {
+    pub(crate) fn number(&mut self, mut number: u64) -> &mut Self {
         let mut digits = [0; 20];
         let mut at = digits.len();
         loop {

@@ -55,6 +55,9 @@ pub struct LoadSnapshot {
     /// Other images. Their content must be what the guest knows: a copy taken with the snapshot.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub drive_overrides: Vec<DriveOverride>,
+    /// Other files in the guest's memory. Their content must be what the guest knows, and their size the same.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub pmem_overrides: Vec<PmemOverride>,
     /// Another place for vsock's sockets.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vsock_override: Option<VsockOverride>,
@@ -108,6 +111,16 @@ pub struct DriveOverride {
     pub backing: Option<String>,
 }
 
+/// Another file in the guest's memory.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PmemOverride {
+    /// The device.
+    pub id: String,
+    /// Its file from now on.
+    pub path_on_host: String,
+}
+
 /// Another place for vsock's sockets.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
@@ -136,6 +149,11 @@ impl LoadSnapshot {
             drive.path_on_host = change.path_on_host.clone();
             drive.format = change.format.unwrap_or(drive.format);
             drive.backing = change.backing.clone().or_else(|| drive.backing.clone());
+        }
+        for change in &self.pmem_overrides {
+            let found = config.pmem.iter_mut().find(|found| found.id == change.id);
+            found.ok_or_else(|| missing("pmem_overrides: id", &change.id))?.path_on_host =
+                change.path_on_host.clone();
         }
         if let Some(change) = &self.vsock_override {
             let vsock = config.vsock.as_mut();

@@ -21,6 +21,7 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_msr_entry,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
+use vm_memory::{GuestAddress, GuestMemoryBackend};
 
 use crate::bus::{Bus, Outcome};
 use crate::cpu::model::CpuModel;
@@ -368,11 +369,20 @@ impl Vcpu {
     }
 
     fn step(&mut self) -> Step {
+        let has_memory = |address| self.memory.address_in_range(GuestAddress(address));
         let outcome = match self.fd.run() {
             Ok(VcpuExit::IoOut(port, data)) => self.buses.ports.write(u64::from(port), data),
             Ok(VcpuExit::IoIn(port, data)) => {
                 self.buses.ports.read(u64::from(port), data);
                 Outcome::Done
+            }
+            // Where there is memory, KVM brings an access here only if it is a write to what is read-only, for which a device answers,
+            // or if it runs the instruction itself and the host has not brought the page.
+            Ok(VcpuExit::MmioWrite(address, _)) if has_memory(address) && !self.buses.mmio.has(address) => {
+                return missing(&format_args!("at {address:#x}"));
+            }
+            Ok(VcpuExit::MmioRead(address, _)) if has_memory(address) => {
+                return missing(&format_args!("at {address:#x}"));
             }
             Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -414,6 +424,8 @@ impl Vcpu {
                     format!("KVM left the guest for a reason that the monitor does not handle: {other:?}");
                 return self.crash(&reason);
             }
+            // Nothing of the registers says which page it was.
+            Err(error) if error.errno() == libc::EFAULT => return missing(&error),
             Err(source) => return Step::Stop(Stop::Kvm(Error::Kvm { what: "KVM_RUN", source })),
         };
         match outcome {
@@ -431,4 +443,10 @@ impl Vcpu {
     fn crash(&self, reason: &str) -> Step {
         Step::Stop(Stop::Crash(crash::report(self.id, &self.fd, &self.memory, reason)))
     }
+}
+
+/// The end of a guest whose memory is not there.
+fn missing(place: &dyn std::fmt::Display) -> Step {
+    let what = format!("the guest touched {} (KVM_RUN: {place})", crate::sigbus::MISSING);
+    Step::Stop(Stop::Kvm(Error::Memory(what)))
 }

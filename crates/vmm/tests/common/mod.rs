@@ -13,6 +13,7 @@ pub mod hold;
 pub mod machines;
 pub mod mem;
 pub mod notify;
+pub mod pmem;
 pub mod tap;
 pub mod virtio;
 pub mod vsock;

@@ -171,7 +171,8 @@ pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
     Ok(Opened { image: Box::new(image), raw })
 }
 
-fn is_writable(file: &File) -> bool {
+/// Whether a descriptor can be written as well as read.
+pub(crate) fn is_writable(file: &File) -> bool {
     // SAFETY: F_GETFL only reads an open descriptor's flags.
     let flags = unsafe { libc::fcntl(file.as_raw_fd(), libc::F_GETFL) };
     flags >= 0 && flags & libc::O_ACCMODE == libc::O_RDWR
