@@ -223,7 +223,8 @@ fn a_file_that_is_cut_short_ends_the_machine() {
         Code::default().map_region(START, 1).print("r").address(WINDOW).bytes(&[0x8b, 0x07, 0xeb, 0xfc]);
     for read_only in [false, true] {
         let said = cut(machine(&code, ALIGNMENT, read_only));
-        assert!(said.contains("the guest touched a page"), "{said}");
+        // By KVM's word, or by that of the thread that looks for KVM where it runs the instruction itself.
+        assert!(said.contains("touched a page that is not there"), "{said}");
     }
     // The device thread, in its ring, which the guest leaves alone: mov edi, NOTIFY; again: mov dword [rdi], 0; jmp again
     let at = PMEM.register(register::STATUS);

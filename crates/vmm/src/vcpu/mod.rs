@@ -21,7 +21,7 @@ use kvm_bindings::{
     KVM_SYSTEM_EVENT_CRASH, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN, kvm_msr_entry,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
-use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend};
 
 use crate::bus::{Bus, Outcome};
 use crate::cpu::model::CpuModel;
@@ -376,13 +376,18 @@ impl Vcpu {
                 self.buses.ports.read(u64::from(port), data);
                 Outcome::Done
             }
-            // Where there is memory, KVM brings an access here only if it is a write to what is read-only, for which a device answers,
-            // or if it runs the instruction itself and the host has not brought the page.
-            Ok(VcpuExit::MmioWrite(address, _)) if has_memory(address) && !self.buses.mmio.has(address) => {
-                return missing(&format_args!("at {address:#x}"));
+            // Instructions that KVM runs itself bring accesses to memory here when it could not reach the page: a kick came while somebody
+            // brought it, or it is not there. Whoever looks gets it, or ends the process ([`crate::sigbus`]). For writes to what is
+            // read-only there is a device.
+            Ok(VcpuExit::MmioWrite(address, data))
+                if has_memory(address) && !self.buses.mmio.has(address) =>
+            {
+                let _ = self.memory.write_slice(data, GuestAddress(address));
+                Outcome::Done
             }
-            Ok(VcpuExit::MmioRead(address, _)) if has_memory(address) => {
-                return missing(&format_args!("at {address:#x}"));
+            Ok(VcpuExit::MmioRead(address, data)) if has_memory(address) => {
+                let _ = self.memory.read_slice(data, GuestAddress(address));
+                Outcome::Done
             }
             Ok(VcpuExit::MmioWrite(address, data)) => self.buses.mmio.write(address, data),
             Ok(VcpuExit::MmioRead(address, data)) => {
@@ -425,7 +430,10 @@ impl Vcpu {
                 return self.crash(&reason);
             }
             // Nothing of the registers says which page it was.
-            Err(error) if error.errno() == libc::EFAULT => return missing(&error),
+            Err(error) if error.errno() == libc::EFAULT => {
+                let what = format!("the guest touched {} (KVM_RUN: {error})", crate::sigbus::MISSING);
+                return Step::Stop(Stop::Kvm(Error::Memory(what)));
+            }
             Err(source) => return Step::Stop(Stop::Kvm(Error::Kvm { what: "KVM_RUN", source })),
         };
         match outcome {
@@ -443,10 +451,4 @@ impl Vcpu {
     fn crash(&self, reason: &str) -> Step {
         Step::Stop(Stop::Crash(crash::report(self.id, &self.fd, &self.memory, reason)))
     }
-}
-
-/// The end of a guest whose memory is not there.
-fn missing(place: &dyn std::fmt::Display) -> Step {
-    let what = format!("the guest touched {} (KVM_RUN: {place})", crate::sigbus::MISSING);
-    Step::Stop(Stop::Kvm(Error::Memory(what)))
 }

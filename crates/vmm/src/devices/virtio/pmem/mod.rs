@@ -39,7 +39,7 @@ use crate::memory::{self, Slice};
 use config::PmemConfig;
 use image::Image;
 use metrics::Metrics;
-use queue::{FAILED, Flush, OK, ROOM};
+use queue::Flushes;
 
 /// virtio device id of persistent memory.
 pub const KIND: u32 = 27;
@@ -50,10 +50,7 @@ pub struct Pmem {
     // First, so that nothing is under way any more when the rest goes.
     engine: Option<Box<dyn Engine>>,
     bell: EventFd,
-    /// Taken from the queue; the host knows nothing of them yet.
-    waiting: Vec<Flush>,
-    /// What the call that is under way is for. Nothing: none is.
-    under_way: Vec<Flush>,
+    flushes: Flushes,
     id: String,
     image: Arc<Image>,
     pace: Pace,
@@ -78,8 +75,7 @@ impl Pmem {
         Ok(Self {
             engine: None,
             bell: EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC)?,
-            waiting: Vec::new(),
-            under_way: Vec::new(),
+            flushes: Flushes::default(),
             id: config.id.clone(),
             discarded: Arc::new(Discarded { id: config.id.clone(), count: AtomicU64::new(0) }),
             image,
@@ -120,21 +116,17 @@ impl Pmem {
     }
 
     fn try_turn(&mut self) -> Result<Turn, Broken> {
-        let mut interrupt = self.complete()?;
+        let interrupt = self.complete()?;
         let Some(active) = &mut self.active else { return Ok(Turn::default()) };
         let Active { memory, queues, .. } = active;
         let Some(queue) = queues.first_mut().filter(|queue| queue.ready()) else {
             return Ok(Turn::default());
         };
-        // Those of a read-only file wait for nobody, so that a turn's own budget is what limits them.
-        let beside = ROOM.saturating_sub(self.under_way.len());
-        let room = if self.image.read_only() { usize::MAX } else { beside };
-        let mut turn = queue::take(queue, memory, &mut self.waiting, room, &mut self.metrics)?;
+        // Of a read-only file there is nothing that could be lost.
         if self.image.read_only() {
-            // There is nothing that could be lost.
-            let done = self.waiting.drain(..);
-            interrupt |= queue::give(queue, memory, done, OK, &mut self.metrics)?;
+            return queue::serve_read_only(queue, memory, &mut self.metrics);
         }
+        let mut turn = self.flushes.take(queue, memory, &mut self.metrics)?;
         self.begin(true);
         turn.interrupt |= interrupt;
         Ok(turn)
@@ -142,17 +134,14 @@ impl Pmem {
 
     /// Lets the host begin with what waits, if it is not at work.
     fn begin(&mut self, limited: bool) {
-        if !self.under_way.is_empty() || self.waiting.is_empty() {
-            return;
-        }
-        let Some(engine) = &mut self.engine else { return };
+        let Some(engine) = self.engine.as_mut().filter(|_| self.flushes.may_begin()) else { return };
         if limited && !self.pace.may_pass() {
             self.metrics.limited += 1;
             return;
         }
         self.pace.charge(self.image.range().size);
         self.metrics.syncs += 1;
-        std::mem::swap(&mut self.waiting, &mut self.under_way);
+        self.flushes.begin();
         engine.submit(0, Work::Flush);
         engine.start();
     }
@@ -162,7 +151,6 @@ impl Pmem {
         let mut interrupt = false;
         while let Some((_, result)) = self.engine.as_mut().and_then(|engine| engine.finished()) {
             static LOG: crate::log::Limited = crate::log::Limited::new();
-            let done = std::mem::take(&mut self.under_way);
             if let Err(error) = &result {
                 self.metrics.failed += 1;
                 LOG.line(|| {
@@ -171,8 +159,7 @@ impl Pmem {
             }
             let Some(active) = &mut self.active else { continue };
             let Some(queue) = active.queues.first_mut() else { continue };
-            let answer = if result.is_ok() { OK } else { FAILED };
-            interrupt |= queue::give(queue, &active.memory, done.into_iter(), answer, &mut self.metrics)?;
+            interrupt |= self.flushes.finish(queue, &active.memory, result.is_ok(), &mut self.metrics)?;
         }
         Ok(interrupt)
     }
@@ -235,7 +222,7 @@ impl VirtioDevice for Pmem {
         self.active = None;
         self.wait();
         let _ = self.complete();
-        self.waiting.clear();
+        self.flushes.forget();
     }
 
     fn queue_event(&mut self, _index: usize) -> bool {
@@ -270,7 +257,7 @@ impl VirtioDevice for Pmem {
             if active.interrupt.end_turn(&self.id, answered).is_none() {
                 self.reset();
             }
-            if self.waiting.is_empty() || self.engine.is_none() {
+            if self.flushes.is_empty() || self.engine.is_none() {
                 break;
             }
             self.begin(false);

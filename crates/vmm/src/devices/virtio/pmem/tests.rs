@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::image::ALIGNMENT;
+use super::queue::{FAILED, OK, ROOM};
 use super::*;
 use crate::devices::virtio::Interrupt;
 use crate::devices::virtio::testing::{Buffer, Driver, hostile, pieces};
@@ -113,13 +114,13 @@ fn no_more_wait_than_there_is_room_for_and_none_is_forgotten() {
     pmem.queue_event(0);
     // The same chain again and again, as no good driver does.
     let mut offered = 1;
-    while pmem.under_way.len() + pmem.waiting.len() == offered {
+    while pmem.flushes.len() == offered {
         (0..15).for_each(|_| driver.offer_again(0));
         offered += 15;
         pmem.queue_event(0);
     }
-    assert_eq!(pmem.under_way.len() + pmem.waiting.len(), ROOM);
-    while !pmem.under_way.is_empty() {
+    assert_eq!(pmem.flushes.len(), ROOM);
+    while !pmem.flushes.is_empty() {
         host.finish(Ok(()));
         pmem.backend_event();
     }
@@ -137,7 +138,7 @@ fn a_reset_forgets_what_was_asked_for() {
     flush(&mut driver);
     pmem.queue_event(0);
     pmem.reset();
-    assert!(pmem.under_way.is_empty() && pmem.waiting.is_empty());
+    assert!(pmem.flushes.is_empty());
     assert!(driver.used().is_empty());
     // The next driver begins with empty rings.
     let mut driver = Driver::new(16);
@@ -267,7 +268,7 @@ proptest! {
     /// Requests and answers cut at any place, with bytes to spare.
     #[test]
     fn requests_may_be_cut_as_the_guest_likes(
-        kind in prop_oneof![Just(queue::FLUSH), any::<u32>()],
+        kind in prop_oneof![Just(queue::FLUSH), any::<u32>()], read_only: bool,
         (request, room) in (0..9_usize, 0..9_usize).prop_flat_map(|(a, b)| (pieces(a), pieces(b))),
     ) {
         let mut driver = Driver::new(32);
@@ -284,9 +285,15 @@ proptest! {
             return Ok(());
         }
         driver.add(&chain);
-        let (mut queue, mut waiting, mut metrics) = (driver.queue(), Vec::new(), Metrics::default());
-        queue::take(&mut queue, &driver.memory, &mut waiting, ROOM, &mut metrics).unwrap();
-        queue::give(&mut queue, &driver.memory, waiting.into_iter(), OK, &mut metrics).unwrap();
+        let (mut queue, mut metrics) = (driver.queue(), Metrics::default());
+        if read_only {
+            queue::serve_read_only(&mut queue, &driver.memory, &mut metrics).unwrap();
+        } else {
+            let mut flushes = Flushes::default();
+            flushes.take(&mut queue, &driver.memory, &mut metrics).unwrap();
+            flushes.begin();
+            flushes.finish(&mut queue, &driver.memory, true, &mut metrics).unwrap();
+        }
         let whole = request.iter().sum::<usize>() >= 4 && room.iter().sum::<usize>() >= 4;
         prop_assert_eq!(driver.used(), vec![(0, if whole { 4 } else { 0 })]);
         let found: Vec<u8> = answers.iter().flat_map(|answer| driver.read(*answer)).collect();
@@ -306,9 +313,11 @@ proptest! {
     fn hostile_queues_hurt_nobody(hostile in hostile()) {
         let driver = Driver::new(16);
         hostile.write(&driver);
-        let (mut queue, mut waiting, mut metrics) = (driver.queue(), Vec::new(), Metrics::default());
-        let _ = queue::take(&mut queue, &driver.memory, &mut waiting, ROOM, &mut metrics);
-        prop_assert!(waiting.len() <= ROOM);
-        let _ = queue::give(&mut queue, &driver.memory, waiting.into_iter(), OK, &mut metrics);
+        let (mut queue, mut flushes, mut metrics) = (driver.queue(), Flushes::default(), Metrics::default());
+        let _ = flushes.take(&mut queue, &driver.memory, &mut metrics);
+        prop_assert!(flushes.len() <= ROOM);
+        flushes.begin();
+        let _ = flushes.finish(&mut queue, &driver.memory, true, &mut metrics);
+        prop_assert!(flushes.is_empty());
     }
 }
