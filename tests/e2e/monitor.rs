@@ -13,6 +13,8 @@ struct ByHand<'a> {
     rig: &'a Rig,
     dir: String,
     unit: String,
+    /// Words before the monitor's own.
+    within: String,
 }
 
 impl<'a> ByHand<'a> {
@@ -23,11 +25,16 @@ impl<'a> ByHand<'a> {
 
     /// The same, and how long it took from the monitor's start to the guest's first reply.
     fn boot(rig: &'a Rig, name: &str, devices: &Value) -> (ByHand<'a>, Duration) {
+        let monitor = ByHand::named(rig, name);
+        let took = monitor.boot_with(devices);
+        (monitor, took)
+    }
+
+    fn boot_with(&self, devices: &Value) -> Duration {
+        let (rig, dir) = (self.rig, &self.dir);
         let initrd = TempFile::new("initrd", "");
         std::fs::write(&initrd.0, initrd_of(&std::fs::read(env!("CARGO_BIN_EXE_roost-guest")).unwrap()))
             .unwrap();
-        let monitor = ByHand::named(rig, name);
-        let dir = &monitor.dir;
         let mut config = json!({
             "boot-source": {
                 "kernel_image_path": format!("{dir}/kernel"),
@@ -45,38 +52,57 @@ impl<'a> ByHand<'a> {
             }
         }
         rig.copy_to_host(&[&rig.images["tiny-fast"].join("kernel"), &initrd.0], dir);
-        let took = monitor.run(&config);
-        (monitor, took)
+        self.run(&config)
     }
 
     /// A guest that goes on from the snapshot in another monitor's folder.
     fn load(rig: &'a Rig, name: &str, from: &ByHand<'_>, more: &Value) -> (ByHand<'a>, Duration) {
         let monitor = ByHand::named(rig, name);
+        let took = monitor.load_with(from, more);
+        (monitor, took)
+    }
+
+    fn load_with(&self, from: &ByHand<'_>, more: &Value) -> Duration {
         let mut snapshot = json!({
             "snapshot_path": format!("{}/state", from.dir),
             "mem_backend": { "backend_type": "File", "backend_path": format!("{}/memory", from.dir) },
-            "vsock_override": { "uds_path": format!("{}/v.sock", monitor.dir) },
+            "vsock_override": { "uds_path": format!("{}/v.sock", self.dir) },
         });
         snapshot.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        let took = monitor.run(&json!({ "snapshot": snapshot }));
-        (monitor, took)
+        self.run(&json!({ "snapshot": snapshot }))
     }
 
     fn named(rig: &'a Rig, name: &str) -> ByHand<'a> {
         let unit = format!("{}-{name}", rig.units);
-        ByHand { rig, dir: format!("/run/{unit}"), unit }
+        ByHand { rig, dir: format!("/run/{unit}"), unit, within: String::new() }
+    }
+
+    /// In a network of its own, with a tap of several queues and an echo service at the other end of it.
+    fn networked(rig: &'a Rig, name: &str) -> ByHand<'a> {
+        let mut monitor = ByHand::named(rig, name);
+        let unit = &monitor.unit;
+        // The end that a guest knows from before a snapshot has the same address.
+        rig.host(&format!(
+            "modprobe -a tun vhost_net && ip netns add {unit} && ip -n {unit} link set lo up &&
+             ip -n {unit} tuntap add tap0 mode tap multi_queue &&
+             ip -n {unit} link set tap0 address 02:00:00:00:00:01 up && ip -n {unit} address add 10.9.0.1/24 dev tap0 &&
+             systemd-run --quiet --collect --unit {unit}-echo ip netns exec {unit} socat -t 60 TCP-LISTEN:7,fork EXEC:cat"
+        ))
+        .ok();
+        monitor.within = format!("ip netns exec {unit}");
+        monitor
     }
 
     /// Starts a monitor and waits for the guest's first reply; returns how long that took, by the host's clock.
     fn run(&self, config: &Value) -> Duration {
         let file = TempFile::new("config.json", &config.to_string());
-        let (dir, unit) = (&self.dir, &self.unit);
+        let (dir, unit, within) = (&self.dir, &self.unit, &self.within);
         self.rig.copy_to_host(&[&file.0], dir);
         let (name, bin) = (file.0.file_name().unwrap().to_str().unwrap(), self.rig.host_bin.display());
         let script = format!(
             "cat > {dir}/start <<'END'
              exec 8<> {dir}/state 9<> {dir}/memory
-             {bin}/roost-vmm run --config {dir}/{name} --api-sock {dir}/api --fd state=8 --fd memory=9 > {dir}/console 2>&1
+             {within} {bin}/roost-vmm run --config {dir}/{name} --api-sock {dir}/api --fd state=8 --fd memory=9 > {dir}/console 2>&1
              echo $? > {dir}/code
 END
              systemd-run --quiet --collect --unit {unit} sh {dir}/start
@@ -141,7 +167,7 @@ END
 impl Drop for ByHand<'_> {
     fn drop(&mut self) {
         self.rig.host(&format!(
-            "systemctl kill -s KILL {unit}; systemctl stop {unit}; rm -rf {}",
+            "systemctl kill -s KILL {unit}; systemctl stop {unit} {unit}-echo; ip netns delete {unit}; rm -rf {}",
             self.dir,
             unit = self.unit
         ));
@@ -369,4 +395,67 @@ fn a_linux_guest_is_resized_while_it_runs() {
     for fault in ["errors", "refused", "failed"] {
         assert_eq!(metrics["devices"]["mem"][fault], json!(0), "{metrics}");
     }
+}
+
+/// Nanoseconds that each of the kernel's workers for this monitor has run.
+fn vhost_workers(monitor: &ByHand<'_>) -> Vec<u64> {
+    let look = format!(
+        "pid=$(pgrep -f '^[^ ]*roost-vmm run --config {}/')
+         for comm in $(grep -l \"^vhost-$pid$\" /proc/[0-9]*/task/*/comm); do cut -d ' ' -f 1 ${{comm%comm}}schedstat; done",
+        monitor.dir
+    );
+    monitor.rig.host(&look).stdout.lines().map(|line| line.parse().unwrap()).collect()
+}
+
+/// Both ways at once, several times, as each connection is another flow.
+#[track_caller]
+fn streams(monitor: &ByHand<'_>, flows: usize, mib: u64) {
+    for _ in 0..flows {
+        assert_eq!(monitor.ask(&format!("echo 10.9.0.1:7 {mib}")), format!("echoed {}", mib << 20));
+    }
+}
+
+#[test]
+fn the_hosts_kernel_moves_a_linux_guests_packets() {
+    let rig = Rig::get();
+    let original = ByHand::networked(&rig, "vhost");
+    let interface =
+        json!([{ "iface_id": "eth0", "host_dev_name": "tap0", "num_queue_pairs": 2, "vhost": true }]);
+    original.boot_with(&json!({ "machine-config": { "vcpu_count": 2 }, "network-interfaces": interface }));
+    assert_eq!(original.ask("net eth0 10.9.0.2"), "up");
+    let began = std::time::Instant::now();
+    streams(&original, 4, 4);
+    let took = began.elapsed();
+    // No packet passed the monitor.
+    assert_eq!(original.get("/metrics")["devices"]["eth0"], json!({ "vhost": true }));
+    let workers = vhost_workers(&original);
+    println!("4 times 4 MiB there and back: {took:?}; the kernel's workers ran for {workers:?} ns");
+    assert_eq!(workers.len(), 2, "{workers:?}");
+    assert!(workers.iter().sum::<u64>() > 1_000_000, "{workers:?}");
+
+    // A snapshot holds the rings, and they go on afterwards.
+    original.patch("/vm", &json!({ "state": "Paused" }));
+    original.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
+    original.patch("/vm", &json!({ "state": "Resumed" }));
+    streams(&original, 2, 1);
+
+    // A clone goes on from there with a worker of its own, and one with the monitor's own data path.
+    let clone = ByHand::networked(&rig, "vhost-clone");
+    clone.load_with(&original, &json!({}));
+    streams(&clone, 2, 1);
+    assert_eq!(vhost_workers(&clone).len(), 2);
+    let other = ByHand::networked(&rig, "vhost-other");
+    let without = json!([{ "iface_id": "eth0", "host_dev_name": "tap0", "vhost": false }]);
+    other.load_with(&original, &json!({ "network_overrides": without }));
+    streams(&other, 2, 1);
+    assert!(vhost_workers(&other).is_empty());
+    assert!(other.get("/metrics")["devices"]["eth0"]["tx_packets"].as_u64() > Some(0));
+
+    for monitor in [&original, &clone, &other] {
+        assert_eq!(monitor.ask("off"), "");
+    }
+    wait_for("the kernel's workers to end", SOON, || {
+        let left = vhost_workers(&original);
+        if left.is_empty() { Ok(()) } else { Err(format!("{left:?}")) }
+    });
 }

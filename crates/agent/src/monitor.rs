@@ -85,6 +85,7 @@ pub fn config(spec: &InstanceSpec, id: &InstanceId, mtu: u16) -> Result<VmConfig
             guest_mac: Some(spec.interface.mac.clone()),
             host_dev_name: "tap".into(),
             num_queue_pairs: 1,
+            vhost: false,
             mtu: Some(mtu),
             rx_rate_limiter: None,
             tx_rate_limiter: None,

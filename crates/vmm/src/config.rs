@@ -241,6 +241,9 @@ pub struct NetworkInterface {
     /// descriptors are called `host_dev_name.1`, `.2` and so on.
     #[serde(default = "one")]
     pub num_queue_pairs: u8,
+    /// The host's kernel moves the packets (vhost-net): no limits, no counters.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub vhost: bool,
     /// The largest packet that the guest should send, bytes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mtu: Option<u16>,
@@ -315,6 +318,7 @@ impl VmConfig {
         }
         for interface in &self.network_interfaces {
             interface.check()?;
+            interface.check_vhost(self.machine_config.track_dirty_pages)?;
         }
         if let Some(serial) = &self.serial {
             serial.check()?;

@@ -107,6 +107,9 @@ impl EventLoop {
     pub fn add_device(&mut self, device: &Shared, bells: &[EventFd]) -> Result<()> {
         self.devices.push(Arc::clone(device));
         for (queue, bell) in bells.iter().enumerate() {
+            if lock(device).kernel_hears(queue) {
+                continue;
+            }
             let bell = bell.try_clone().map_err(Error::io("duplicating an eventfd"))?;
             let source = Source::Bell { device: Arc::clone(device), queue, bell };
             let Source::Bell { bell, .. } = &source else { continue };

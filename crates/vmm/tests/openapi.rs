@@ -282,6 +282,12 @@ impl Call<'_> {
                 }
                 "boolean" => {
                     for value in [json!(true), json!(false)] {
+                        // What it needs of the host may be missing.
+                        let needs = field["x-needs"].as_str().filter(|_| value == json!(true));
+                        if needs.is_some_and(|path| !std::path::Path::new(path).exists()) {
+                            named(value);
+                            continue;
+                        }
                         match field["enum"].as_array() {
                             Some(allowed) if !allowed.contains(&value) => named(value),
                             _ => {

@@ -10,11 +10,14 @@
 //! | `memory` | says how much memory the kernel has, MiB |
 //! | `call PORT TEXT` | connects to that port of the host and sends the text |
 //! | `clock` | answers with its clocks, monotonic and real, in nanoseconds |
+//! | `net NAME ADDRESS` | gives an interface an address in a network of 256, and brings it up |
+//! | `echo ADDRESS:PORT MIB` | streams so much to an echo service and compares what comes back at the same time |
 //! | `kernel TEXT` | answers with the kernel's last message that has this text |
 //! | `off` | powers the guest off |
 
 use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader, Read, Write};
+use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
 
 use nix::libc;
@@ -77,6 +80,8 @@ fn serve() -> std::io::Result<()> {
                 let now = |clock| clock_gettime(clock).map(|time| time.num_nanoseconds());
                 format!("{} {}", now(ClockId::CLOCK_MONOTONIC)?, now(ClockId::CLOCK_REALTIME)?)
             }
+            ("net", rest) => net(rest).map_or_else(|error| error.to_string(), |()| "up".to_owned()),
+            ("echo", rest) => echo(rest).unwrap_or_else(|error| error.to_string()),
             ("kernel", text) => kernel(text),
             ("off", _) => return Ok(()),
             _ => format!("no such line: {line}"),
@@ -119,6 +124,73 @@ fn call(rest: &str) -> std::io::Result<()> {
     let socket = vsock()?;
     connect(socket.as_raw_fd(), &VsockAddr::new(HOST, port.parse().unwrap_or(0)))?;
     writeln!(File::from(socket), "{text}")
+}
+
+/// As `ip address add` and `ip link set up` do it.
+fn net(rest: &str) -> std::io::Result<()> {
+    let (name, address) = rest.split_once(' ').unwrap_or((rest, ""));
+    let address: Ipv4Addr = address.parse().map_err(std::io::Error::other)?;
+    let sa_family = u16::try_from(libc::AF_INET).map_err(std::io::Error::other)?;
+    let socket = socket(AddressFamily::Inet, SockType::Datagram, SockFlag::empty(), None)?;
+    // SAFETY: an ifreq is plain data, for which all zeroes is a valid value.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (target, byte) in request.ifr_name[..libc::IFNAMSIZ - 1].iter_mut().zip(name.bytes()) {
+        *target = byte.cast_signed();
+    }
+    let call = |number, request: &libc::ifreq| {
+        // SAFETY: these calls read the ifreq that they are given.
+        let result = unsafe { libc::ioctl(socket.as_raw_fd(), number, request) };
+        nix::errno::Errno::result(result).map(drop)
+    };
+    for (number, value) in
+        [(libc::SIOCSIFADDR, address), (libc::SIOCSIFNETMASK, Ipv4Addr::new(255, 255, 255, 0))]
+    {
+        // A sockaddr_in: its family, no port, the address.
+        request.ifr_ifru.ifru_addr = libc::sockaddr { sa_family, sa_data: [0; 14] };
+        // SAFETY: the line above filled this member of the union.
+        let data = unsafe { &mut request.ifr_ifru.ifru_addr.sa_data };
+        for (target, byte) in data[2..].iter_mut().zip(value.octets()) {
+            *target = byte.cast_signed();
+        }
+        call(number, &request)?;
+    }
+    request.ifr_ifru.ifru_flags = libc::c_short::try_from(libc::IFF_UP).map_err(std::io::Error::other)?;
+    Ok(call(libc::SIOCSIFFLAGS, &request)?)
+}
+
+/// Sends and receives at the same time; says how many bytes came back as they went.
+fn echo(rest: &str) -> std::io::Result<String> {
+    let (address, mib) = rest.split_once(' ').unwrap_or((rest, "1"));
+    let total = mib.parse::<usize>().unwrap_or(0) << 20;
+    // 1 MiB of which no two words are the same.
+    let pattern: Vec<u8> = (0..1_u32 << 18).flat_map(u32::to_le_bytes).collect();
+    let mut stream = TcpStream::connect(address)?;
+    let (mut sender, sent) = (stream.try_clone()?, pattern.clone());
+    let sending = std::thread::spawn(move || {
+        let mut at = 0;
+        while at < total {
+            let from = at % sent.len();
+            let count = (sent.len() - from).min(total - at);
+            sender.write_all(&sent[from..from + count])?;
+            at += count;
+        }
+        sender.shutdown(Shutdown::Write)
+    });
+    let (mut at, mut buffer) = (0, vec![0; 1 << 16]);
+    loop {
+        let count = stream.read(&mut buffer)?;
+        if count == 0 {
+            break;
+        }
+        for (n, byte) in buffer[..count].iter().enumerate() {
+            if *byte != pattern[(at + n) % pattern.len()] {
+                return Ok(format!("byte {} came back as {byte:#x}", at + n));
+            }
+        }
+        at += count;
+    }
+    sending.join().map_err(|_| std::io::Error::other("the sender panicked"))??;
+    Ok(format!("echoed {at}"))
 }
 
 /// The last of the kernel's messages that has this text.

@@ -132,6 +132,7 @@ impl Preboot {
             let bells: Vec<EventFd> = (0..queues)
                 .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))
                 .collect::<Result<_>>()?;
+            connect(&device, memory, &bells, &interrupt)?;
             event_loop.add_device(&device, &bells)?;
             let transport = Arc::new(Transport::new(device, reach.clone(), interrupt, bells));
             buses.mmio.insert(window.address, layout::VIRTIO_MMIO_SIZE, Arc::clone(&transport) as _);
@@ -319,8 +320,19 @@ impl Preboot {
             rx: pace(interface.rx_rate_limiter, &interface.iface_id)?,
             tx: pace(interface.tx_rate_limiter, &interface.iface_id)?,
         };
-        Ok(Net::new(interface.iface_id.clone(), mac, interface.mtu, taps, limits))
+        let net = Net::new(interface.iface_id.clone(), mac, interface.mtu, taps, limits);
+        Ok(net.with_kernel(interface.open_vhost(&self.descriptors)?))
     }
+}
+
+/// Tells the host's kernel about a device whose queues it serves.
+fn connect(device: &Shared, memory: &Memory, bells: &[EventFd], interrupt: &Interrupt) -> Result<()> {
+    let mut device = crate::devices::virtio::mmio::lock(device);
+    let connected = device.connect(memory, bells, interrupt);
+    connected.map_err(|source| Error::Io {
+        what: format!("connecting {:?} with the kernel", device.name()),
+        source,
+    })
 }
 
 /// The limits of a device, with their timer.

@@ -19,6 +19,9 @@ use crate::memory::PAGE;
 use crate::snapshot::requests::{CreateSnapshot, SnapshotType};
 use crate::snapshot::{self, MemoryFile, Pages, SavedMachine};
 
+/// A device that does nothing meanwhile.
+type Locked<'a> = MutexGuard<'a, dyn VirtioDevice + 'static>;
+
 /// Bits of a word of a dirty log.
 const BITS: u64 = 64;
 
@@ -86,10 +89,27 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
     state_file.set_len(0).map_err(Error::io("emptying the state file"))?;
 
     // No device works while these locks are held, so memory and state are of one moment.
-    let mut devices: Vec<MutexGuard<'_, dyn VirtioDevice>> =
+    let mut devices: Vec<Locked<'_>> =
         parts.transports.iter().map(|transport| lock(transport.device())).collect();
+    let taken = take(parts, request, &mut devices, &mut state_file, memory_file);
     for device in &mut devices {
+        device.go_on();
+    }
+    taken
+}
+
+/// With every device locked.
+fn take(
+    parts: &Parts,
+    request: &CreateSnapshot,
+    devices: &mut [Locked<'_>],
+    state_file: &mut File,
+    memory_file: File,
+) -> Result<[u8; 16]> {
+    let tracked = parts.config.machine_config.track_dirty_pages;
+    for device in devices.iter_mut() {
         let id = device.name().to_owned();
+        device.hold().map_err(Error::io(format!("holding {id:?}")))?;
         device.flush().map_err(|source| Error::Disk { id, what: "flushing it".into(), source })?;
     }
     let mut id = [0; 16];
@@ -108,12 +128,12 @@ pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
         devices: parts
             .transports
             .iter()
-            .zip(&devices)
+            .zip(devices.iter())
             .map(|(transport, device)| transport.save(&**device))
             .collect(),
     };
     let written = if tracked { Some(Written::take(parts)?) } else { None };
-    let result = write(parts, request, &saved, written.as_ref(), &mut state_file, memory_file);
+    let result = write(parts, request, &saved, written.as_ref(), state_file, memory_file);
     if let (Err(_), Some(written)) = (&result, &written) {
         written.put_back(parts);
     }

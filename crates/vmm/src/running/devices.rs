@@ -58,15 +58,17 @@ impl Running {
     /// Changes an interface's limits.
     ///
     /// # Errors
-    /// [`Error::Config`] for an interface that is not there.
+    /// [`Error::Config`] for an interface that is not there, or whose packets the host's kernel moves.
     pub fn update_network_interface(&mut self, update: &NetworkInterfaceUpdate) -> Result<()> {
         let id = &update.iface_id;
         let missing = || Error::Config(format!("network-interfaces: there is no iface_id {id:?}"));
         let interfaces = &mut self.parts.config.network_interfaces;
         let config = interfaces.iter_mut().find(|interface| interface.iface_id == *id).ok_or_else(missing)?;
+        let changed = update.apply(config);
+        changed.check_vhost(false)?;
         let change = |net: &mut Net| net.change_limits(update.rx_rate_limiter, update.tx_rate_limiter);
         with(&self.parts.steered.interfaces, id, change).ok_or_else(missing)?;
-        *config = update.apply(config);
+        *config = changed;
         Ok(())
     }
 

@@ -7,7 +7,7 @@
 //! use to any of them. A line that no test is sure to reach says why ([`Allowed::unseen`]).
 
 use crate::devices::virtio::block::uring;
-use crate::devices::virtio::net::tap;
+use crate::devices::virtio::net::{tap, vhost};
 
 /// Kind of thread.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,6 +121,12 @@ const KVM_SET_TSC_KHZ: u64 = 0xaea2;
 const KVM_GET_TSC_KHZ: u64 = 0xaea3;
 const TUNSETOFFLOAD: u64 = bits_of(tap::TUNSETOFFLOAD);
 const TUNSETQUEUE: u64 = bits_of(tap::TUNSETQUEUE);
+const VHOST_SET_FEATURES: u64 = bits_of(vhost::SET_FEATURES);
+const VHOST_SET_VRING_NUM: u64 = bits_of(vhost::SET_VRING_NUM);
+const VHOST_SET_VRING_ADDR: u64 = bits_of(vhost::SET_VRING_ADDR);
+const VHOST_SET_VRING_BASE: u64 = bits_of(vhost::SET_VRING_BASE);
+const VHOST_GET_VRING_BASE: u64 = bits_of(vhost::GET_VRING_BASE);
+const VHOST_NET_SET_BACKEND: u64 = bits_of(vhost::SET_BACKEND);
 // On a machine.
 const KVM_SET_IRQCHIP: u64 = 0x8208_ae63;
 const KVM_SET_PIT2: u64 = 0x4070_aea0;
@@ -140,6 +146,7 @@ mod unseen {
     pub const DEBUG: &str = "only debug builds of the standard library check descriptors";
     pub const WATCH: &str = "the tests' own watch is set up with it, and lets it pass";
     pub const FORMAT: &str = "depends on the image's format, size and caches";
+    pub const VHOST: &str = "only where the host has vhost-net (tests/e2e/monitor.rs makes it)";
     pub const UNDER_WAY: &str = "only if a disk's work is under way at that moment";
 }
 
@@ -208,6 +215,10 @@ const API: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, KVM_GET_PIT2, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_CLOCK, "a snapshot"),
     with(libc::SYS_ioctl, 1, KVM_GET_DIRTY_LOG, "a diff snapshot"),
+    with(libc::SYS_ioctl, 1, VHOST_GET_VRING_BASE, "where vhost-net is in a ring, for a snapshot")
+        .unseen(unseen::VHOST),
+    with(libc::SYS_ioctl, 1, VHOST_NET_SET_BACKEND, "vhost-net stops for a reset or a snapshot, and goes on")
+        .unseen(unseen::VHOST),
     with(libc::SYS_ioctl, 1, bits_of(libc::TCSETS), "the terminal's mode is put back at the end")
         .unseen("tests have no terminal"),
     with(libc::SYS_fcntl, 1, bits(libc::F_DUPFD_CLOEXEC), "the serial port's interrupt after a reset"),
@@ -258,6 +269,8 @@ const DEVICES: &[Allowed] = &[
     },
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "those pages stay out of dumps"),
     with(libc::SYS_ioctl, 1, TUNSETQUEUE, "a driver says how many of an interface's queues it uses"),
+    with(libc::SYS_ioctl, 1, VHOST_NET_SET_BACKEND, "vhost-net lets go of a ring that the guest broke")
+        .unseen(unseen::VHOST),
     any(libc::SYS_io_uring_enter, "the disks' work is given to the kernel"),
     any(libc::SYS_preadv, "a disk is read"),
     any(libc::SYS_pwritev, "a disk is written"),
@@ -329,6 +342,12 @@ const VCPU: &[Allowed] = &[
         TUNSETQUEUE,
         "a driver activates an interface of several taps, and uses one at first",
     ),
+    with(libc::SYS_ioctl, 1, VHOST_SET_FEATURES, "a driver activates an interface of vhost-net")
+        .unseen(unseen::VHOST),
+    with(libc::SYS_ioctl, 1, VHOST_SET_VRING_NUM, "the same").unseen(unseen::VHOST),
+    with(libc::SYS_ioctl, 1, VHOST_SET_VRING_BASE, "the same").unseen(unseen::VHOST),
+    with(libc::SYS_ioctl, 1, VHOST_SET_VRING_ADDR, "the same").unseen(unseen::VHOST),
+    with(libc::SYS_ioctl, 1, VHOST_NET_SET_BACKEND, "the same, and the driver's reset").unseen(unseen::VHOST),
     any(libc::SYS_io_uring_enter, "a disk is reset, and what is under way is waited for")
         .unseen(unseen::UNDER_WAY),
     any(libc::SYS_rt_sigreturn, "the end of a kick"),

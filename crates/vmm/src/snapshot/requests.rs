@@ -93,6 +93,9 @@ pub struct NetworkOverride {
     pub iface_id: String,
     /// Its tap from now on.
     pub host_dev_name: String,
+    /// Whether the host's kernel moves its packets, if that is another.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<bool>,
 }
 
 /// Another image for a disk.
@@ -140,8 +143,9 @@ impl LoadSnapshot {
         let missing = |field: &str, id: &str| Error::Config(format!("{field} {id:?} is not in the snapshot"));
         for change in &self.network_overrides {
             let found = config.network_interfaces.iter_mut().find(|found| found.iface_id == change.iface_id);
-            found.ok_or_else(|| missing("network_overrides: iface_id", &change.iface_id))?.host_dev_name =
-                change.host_dev_name.clone();
+            let found = found.ok_or_else(|| missing("network_overrides: iface_id", &change.iface_id))?;
+            found.host_dev_name = change.host_dev_name.clone();
+            found.vhost = change.vhost.unwrap_or(found.vhost);
         }
         for change in &self.drive_overrides {
             let found = config.drives.iter_mut().find(|found| found.drive_id == change.drive_id);

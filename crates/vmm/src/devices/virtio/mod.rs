@@ -47,6 +47,8 @@ pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
     generation: AtomicU32,
+    /// The host's kernel raises the line for used buffers.
+    by_kernel: AtomicBool,
     line: EventFd,
 }
 
@@ -58,6 +60,7 @@ impl Interrupt {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             generation: AtomicU32::new(0),
+            by_kernel: AtomicBool::new(false),
             line,
         }
     }
@@ -97,6 +100,20 @@ impl Interrupt {
         self.raise(STATUS_CONFIG);
     }
 
+    /// The eventfd, for whoever raises it in the device's place.
+    #[must_use]
+    pub const fn line(&self) -> &EventFd {
+        &self.line
+    }
+
+    /// Says whether the host's kernel raises the line for used buffers. It knows nothing of the status register, which has that bit
+    /// always then: an interrupt may always come without used buffers (virtio 1.2, 2.7.7: suppressing them is a hint), so drivers look
+    /// into their queues. This spares the wake-up of a thread of the monitor for each interrupt, and none can be lost between
+    /// the bit and the line. Firecracker does the same for devices of vhost-user.
+    pub fn leave_to_kernel(&self, by_kernel: bool) {
+        self.by_kernel.store(by_kernel, Ordering::SeqCst);
+    }
+
     fn generation(&self) -> u32 {
         self.generation.load(Ordering::SeqCst)
     }
@@ -108,7 +125,8 @@ impl Interrupt {
     }
 
     fn status(&self) -> u32 {
-        self.status.load(Ordering::SeqCst)
+        let always = if self.by_kernel.load(Ordering::SeqCst) { STATUS_USED } else { 0 };
+        self.status.load(Ordering::SeqCst) | always
     }
 
     fn acknowledge(&self, bits: u32) {
@@ -118,6 +136,7 @@ impl Interrupt {
     fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
+        self.leave_to_kernel(false);
     }
 
     fn save(&self) -> SavedInterrupt {
@@ -178,6 +197,23 @@ pub trait VirtioDevice: Send {
     fn prepare(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+    /// Called once before there is a guest, for devices whose queues the host's kernel serves: where memory is, the queues' bells, and
+    /// what interrupts the guest.
+    ///
+    /// # Errors
+    /// The host's error.
+    fn connect(
+        &mut self,
+        _memory: &Memory,
+        _bells: &[EventFd],
+        _interrupt: &Interrupt,
+    ) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// Whether the host's kernel waits for a queue's bell, so that the device thread does not.
+    fn kernel_hears(&self, _queue: usize) -> bool {
+        false
+    }
     /// The guest writes to the configuration space. Most devices have nothing there to write.
     fn write_config(&mut self, _offset: usize, _data: &[u8]) {}
     /// Starts the device.
@@ -212,6 +248,15 @@ pub trait VirtioDevice: Send {
     fn flush(&mut self) -> std::io::Result<()> {
         Ok(())
     }
+    /// Holds what works without the device's lock, and learns where its queues are, for a snapshot; until [`VirtioDevice::go_on`].
+    ///
+    /// # Errors
+    /// The host's error.
+    fn hold(&mut self) -> std::io::Result<()> {
+        Ok(())
+    }
+    /// Lets that go on.
+    fn go_on(&mut self) {}
     /// What the device got at its activation, while it works.
     fn active(&self) -> Option<&Active>;
     /// What a snapshot holds of the device beyond queues and registers. Called with no request half done.

@@ -2,9 +2,13 @@
 
 use serde::{Deserialize, Serialize};
 
+use std::os::fd::OwnedFd;
+
+use super::kernel::Kernel;
 use super::tap::TapDevice;
+use super::vhost::Vhost;
 use crate::config::{NetworkInterface, RateLimiter};
-use crate::descriptors::Descriptors;
+use crate::descriptors::{Access, Descriptors};
 use crate::error::{Error, Result};
 
 /// `PATCH /network-interfaces/{id}`. Buckets replace those that are there; one of size 0 or time 0 removes a limit.
@@ -33,6 +37,9 @@ impl NetworkInterfaceUpdate {
     }
 }
 
+/// What opens a data path in the host's kernel.
+const VHOST_NET: &str = "/dev/vhost-net";
+
 impl NetworkInterface {
     /// Opens its taps: descriptors that were handed over, or the tap of that name.
     ///
@@ -40,8 +47,7 @@ impl NetworkInterface {
     /// [`Error::NotHanded`], [`Error::Io`].
     pub fn open(&self, descriptors: &Descriptors) -> Result<Vec<TapDevice>> {
         let (first, several) = (&self.host_dev_name, self.num_queue_pairs > 1);
-        let open = |index| {
-            let name = if index == 0 { first.clone() } else { format!("{first}.{index}") };
+        let open = |name: String| {
             let tap = if descriptors.has(first) {
                 TapDevice::from_fd(descriptors.handed(&name, "tap")?, several)
             } else {
@@ -49,6 +55,99 @@ impl NetworkInterface {
             };
             tap.map_err(Error::io(format!("tap {name:?}")))
         };
-        (0..self.num_queue_pairs).map(open).collect()
+        self.taps().map(open).collect()
+    }
+
+    /// Opens its data path in the host's kernel, if it has one: for each tap a descriptor that was handed over under the tap's name
+    /// with `.vhost` behind it, or `/dev/vhost-net`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] with what is needed.
+    pub fn open_vhost(&self, descriptors: &Descriptors) -> Result<Option<Kernel>> {
+        if !self.vhost {
+            return Ok(None);
+        }
+        let open = |tap: String| {
+            let name = format!("{tap}.vhost");
+            let vhost = if descriptors.has(&name) {
+                descriptors.handed(&name, "vhost-net").map(OwnedFd::into)?
+            } else {
+                Access::ReadWrite.options().open(VHOST_NET).map_err(|source| self.no_vhost(&name, source))?
+            };
+            Vhost::new(vhost).map_err(|source| self.no_vhost(&name, source))
+        };
+        let pairs = self.taps().map(open).collect::<Result<_>>()?;
+        Kernel::new(pairs).map(Some).map_err(Error::io("eventfd"))
+    }
+
+    fn no_vhost(&self, name: &str, source: std::io::Error) -> Error {
+        let id = &self.iface_id;
+        let what =
+            format!("interface {id:?}: vhost true needs a fresh {VHOST_NET}, or one handed over as {name:?}");
+        Error::Io { what, source }
+    }
+
+    /// The names of its taps.
+    fn taps(&self) -> impl Iterator<Item = String> + '_ {
+        let first = &self.host_dev_name;
+        (0..self.num_queue_pairs)
+            .map(move |index| if index == 0 { first.clone() } else { format!("{first}.{index}") })
+    }
+
+    /// Checks what a data path in the host's kernel rules out.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check_vhost(&self, track_dirty_pages: bool) -> Result<()> {
+        let limited = self.rx_rate_limiter.is_some() || self.tx_rate_limiter.is_some();
+        let why = match self.vhost {
+            true if limited => "rx_rate_limiter and tx_rate_limiter are the monitor's own data path's",
+            true if track_dirty_pages => "track_dirty_pages does not see what the host's kernel writes",
+            _ => return Ok(()),
+        };
+        let id = &self.iface_id;
+        Err(Error::Config(format!("network-interfaces: {id:?}: vhost true: {why}; one of both can be had")))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::config::VmConfig;
+
+    fn interface(more: &str) -> Result<NetworkInterface> {
+        let config = format!(
+            r#"{{"network-interfaces":[{{"iface_id":"e","host_dev_name":"t","vhost":true{more}}}]}}"#
+        );
+        VmConfig::from_json(&config).map(|mut config| config.network_interfaces.remove(0))
+    }
+
+    #[test]
+    fn the_kernel_keeps_no_limits_and_notes_no_pages() {
+        let limit = r#"{"ops":{"size":1,"refill_time":1}}"#;
+        for field in ["rx_rate_limiter", "tx_rate_limiter"] {
+            let error = interface(&format!(r#","{field}":{limit}"#)).unwrap_err().to_string();
+            assert!(error.contains(r#""e": vhost true: rx_rate_limiter"#), "{error}");
+        }
+        let error = interface(r#"}],"machine-config":{"vcpu_count":1,"mem_size_mib":64,"track_dirty_pages":true},"entropy":{},"drives":[{"drive_id":"a","path_on_host":"a""#).unwrap_err();
+        assert!(error.to_string().contains("track_dirty_pages"), "{error}");
+        let update: NetworkInterfaceUpdate =
+            serde_json::from_str(&format!(r#"{{"iface_id":"e","tx_rate_limiter":{limit}}}"#)).unwrap();
+        let running = interface("").unwrap();
+        assert!(update.apply(&running).check_vhost(false).is_err());
+        assert!(update.apply(&NetworkInterface { vhost: false, ..running }).check_vhost(true).is_ok());
+    }
+
+    #[test]
+    fn each_tap_has_a_name_for_its_own_data_path() {
+        let several = interface(r#","num_queue_pairs":3"#).unwrap();
+        assert_eq!(several.taps().collect::<Vec<_>>(), ["t", "t.1", "t.2"]);
+        // What is handed over under that name is what is used.
+        let descriptors = Descriptors::default();
+        descriptors.insert("t.vhost", std::fs::File::open("/dev/null").unwrap()).unwrap();
+        let error = several.open_vhost(&descriptors).unwrap_err().chain();
+        for part in [r#"interface "e": vhost true"#, VHOST_NET, r#""t.vhost""#, "VHOST_GET_FEATURES"] {
+            assert!(error.contains(part), "{error}");
+        }
     }
 }

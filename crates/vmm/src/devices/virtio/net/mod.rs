@@ -3,12 +3,17 @@
 //! With several pairs there is a control queue behind them, by which the driver says how many it uses (virtio 1.2, 5.1.6.5.5); until
 //! then it is one. The host spreads its packets over the taps in use by their flows. The device thread serves all queues, and the
 //! limits are the interface's.
+//!
+//! With vhost-net ([`kernel`]) the host's kernel serves all queues but the control queue: no packet passes the monitor then, so that there
+//! are neither limits nor counters.
 
 pub mod config;
 pub mod control;
+pub mod kernel;
 pub mod metrics;
 pub mod queue;
 pub mod tap;
+pub mod vhost;
 
 #[cfg(test)]
 mod tests;
@@ -18,6 +23,7 @@ use std::os::fd::RawFd;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use virtio_queue::QueueT;
+use vmm_sys_util::eventfd::EventFd;
 
 use virtio_bindings::virtio_net::{
     VIRTIO_NET_F_CSUM, VIRTIO_NET_F_CTRL_VQ, VIRTIO_NET_F_GUEST_CSUM, VIRTIO_NET_F_GUEST_TSO4,
@@ -27,9 +33,11 @@ use virtio_bindings::virtio_net::{
 
 use super::pace::Pace;
 use super::queue::{Broken, Turn};
-use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
+use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice};
 use crate::config::RateLimiter;
 use crate::devices::limiter::SavedLimiter;
+use crate::memory::Memory;
+use kernel::Kernel;
 use metrics::Metrics;
 use queue::{MAX_PACKET, Waiting};
 use tap::TapDevice;
@@ -82,6 +90,8 @@ pub struct Net {
     used_pairs: usize,
     queue_sizes: Vec<u16>,
     limits: Limits,
+    /// Who moves the packets, if it is not this device.
+    kernel: Option<Kernel>,
     active: Option<Active>,
     scratch: Box<[u8]>,
     metrics: Metrics,
@@ -105,10 +115,17 @@ impl Net {
             used_pairs: 1,
             queue_sizes,
             limits,
+            kernel: None,
             active: None,
             scratch: vec![0; MAX_PACKET].into_boxed_slice(),
             metrics: Metrics::default(),
         }
+    }
+
+    /// Lets the host's kernel move the packets.
+    #[must_use]
+    pub fn with_kernel(self, kernel: Option<Kernel>) -> Self {
+        Self { kernel, ..self }
     }
 
     /// Changes the limits to the guest and from it, at once.
@@ -137,6 +154,9 @@ impl Net {
     }
 
     fn transmit(&mut self, pair: usize) -> bool {
+        if self.kernel.is_some() {
+            return false;
+        }
         let Some(Active { memory, queues, .. }) = &mut self.active else { return false };
         let Some(queue) = queues.get_mut(2 * pair + TX).filter(|queue| queue.ready()) else { return false };
         let Some(Pair { tap, .. }) = self.pairs.get_mut(pair) else { return false };
@@ -146,6 +166,9 @@ impl Net {
     }
 
     fn receive(&mut self, pair: usize) -> bool {
+        if self.kernel.is_some() {
+            return false;
+        }
         let Some(Active { memory, queues, features, .. }) = &mut self.active else { return false };
         let mergeable = *features & 1 << VIRTIO_NET_F_MRG_RXBUF != 0;
         let Some(queue) = queues.get_mut(2 * pair + RX).filter(|queue| queue.ready()) else { return false };
@@ -185,9 +208,17 @@ impl Net {
     fn finish(&mut self, result: Result<Turn, Broken>) -> bool {
         let Some(active) = &self.active else { return false };
         active.interrupt.end_turn(&format!("interface {:?}", self.id), result).unwrap_or_else(|| {
-            self.active = None;
+            self.stop();
             false
         })
+    }
+
+    /// No queue is touched any more.
+    fn stop(&mut self) {
+        if let Some(kernel) = &mut self.kernel {
+            kernel.stop();
+        }
+        self.active = None;
     }
 }
 
@@ -208,7 +239,8 @@ impl VirtioDevice for Net {
     fn features(&self) -> u64 {
         let mtu = if self.mtu.is_some() { 1 << VIRTIO_NET_F_MTU } else { 0 };
         let several = if self.pairs.len() > 1 { 1 << VIRTIO_NET_F_MQ | 1 << VIRTIO_NET_F_CTRL_VQ } else { 0 };
-        mtu | several
+        let features = mtu
+            | several
             | 1 << VIRTIO_NET_F_MAC
             | 1 << VIRTIO_NET_F_CSUM
             | 1 << VIRTIO_NET_F_GUEST_CSUM
@@ -218,7 +250,8 @@ impl VirtioDevice for Net {
             | 1 << VIRTIO_NET_F_GUEST_TSO6
             | 1 << VIRTIO_NET_F_MRG_RXBUF
             | F_EVENT_IDX
-            | F_INDIRECT_DESC
+            | F_INDIRECT_DESC;
+        self.kernel.as_ref().map_or(features, |kernel| kernel.offered(features))
     }
 
     fn queue_sizes(&self) -> &[u16] {
@@ -250,12 +283,37 @@ impl VirtioDevice for Net {
             .map_err(|error| format!("the tap refuses offload {flags:#x}: {error}"))?;
         let count = self.used_pairs;
         attach(&mut self.pairs, count).map_err(|error| format!("{count} pairs of queues: {error}"))?;
+        if let Some(kernel) = &mut self.kernel {
+            kernel.start(&active, self.pairs.iter().map(|pair| pair.tap.raw_fd()))?;
+        }
         self.active = Some(active);
         Ok(())
     }
 
+    fn connect(&mut self, memory: &Memory, bells: &[EventFd], interrupt: &Interrupt) -> std::io::Result<()> {
+        self.kernel.as_ref().map_or(Ok(()), |kernel| kernel.connect(memory, bells, interrupt))
+    }
+
+    fn kernel_hears(&self, queue: usize) -> bool {
+        self.kernel.as_ref().is_some_and(|kernel| kernel.hears(queue))
+    }
+
+    fn hold(&mut self) -> std::io::Result<()> {
+        let (Some(kernel), Some(active)) = (&self.kernel, &mut self.active) else { return Ok(()) };
+        kernel.hold(active)
+    }
+
+    fn go_on(&mut self) {
+        let (Some(kernel), Some(active)) = (&self.kernel, &self.active) else { return };
+        if let Err(error) = kernel.go_on(self.pairs.iter().map(|pair| pair.tap.raw_fd())) {
+            crate::log::line(&format!("interface {:?}: vhost-net: {error}", self.id));
+            active.interrupt.needs_reset();
+            self.stop();
+        }
+    }
+
     fn reset(&mut self) {
-        self.active = None;
+        self.stop();
         self.used_pairs = 1;
         self.pairs.iter_mut().for_each(|pair| pair.waiting.clear());
     }
@@ -268,11 +326,20 @@ impl VirtioDevice for Net {
     }
 
     fn backend_fds(&self) -> Vec<RawFd> {
-        self.pairs.iter().map(|pair| pair.tap.raw_fd()).collect()
+        match &self.kernel {
+            Some(kernel) => vec![kernel.broken_fd()],
+            None => self.pairs.iter().map(|pair| pair.tap.raw_fd()).collect(),
+        }
     }
 
     fn backend_event(&mut self) -> bool {
-        self.all(RX)
+        match &self.kernel {
+            Some(kernel) if kernel.is_broken() => {
+                self.finish(Err(Broken("the kernel cannot go on with it".into())))
+            }
+            Some(_) => false,
+            None => self.all(RX),
+        }
     }
 
     fn timers(&self) -> Vec<(usize, RawFd)> {
@@ -311,6 +378,6 @@ impl VirtioDevice for Net {
     }
 
     fn metrics(&self) -> Value {
-        json!(self.metrics)
+        if self.kernel.is_some() { json!({ "vhost": true }) } else { json!(self.metrics) }
     }
 }
