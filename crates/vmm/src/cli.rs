@@ -2,11 +2,15 @@
 
 use std::path::PathBuf;
 
+use crate::jail;
+
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
 pub enum Command {
     /// Run a machine.
     Run(Run),
+    /// Run a machine in a jail.
+    Jail(Box<jail::Options>),
     /// Measure what KVM can do.
     Probe {
         /// Print JSON.
@@ -48,6 +52,8 @@ const HELP: &str = "\
 Runs one virtual machine with KVM.
 
 Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
+       roost-vmm jail [OPTIONS] -- run [OPTIONS]
+                                   The same without root and in an empty root folder: see roost-vmm jail --help
        roost-vmm probe [--json]    Measures what this host's KVM can do with small guests, for `roost doctor`:
                                    exit code 0 when Linux guests run here, 3 when they do not
        roost-vmm rebase --base FILE --diff FILE
@@ -89,6 +95,11 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
     let mut arguments = arguments.into_iter();
     match arguments.next().as_deref() {
         Some("run") => parse_run(arguments, Names::Ours),
+        Some("jail") => {
+            let options = jail::options::parse(arguments)?;
+            Ok(options
+                .map_or_else(|| Command::Say(jail::options::HELP.to_owned()), |o| Command::Jail(Box::new(o))))
+        }
         Some("probe") => match (arguments.next().as_deref(), arguments.next()) {
             (None, _) => Ok(Command::Probe { json: false }),
             (Some("--json"), None) => Ok(Command::Probe { json: true }),
@@ -104,8 +115,10 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             let all = std::iter::once(option.to_owned()).chain(arguments);
             parse_run(all, Names::Firecracker)
         }
-        Some(other) => Err(format!("there is no command {other:?}; run, probe, rebase and --help are there")),
-        None => Err("what should be done? run, probe, rebase and --help are there".to_owned()),
+        Some(other) => {
+            Err(format!("there is no command {other:?}; run, jail, probe, rebase and --help are there"))
+        }
+        None => Err("what should be done? run, jail, probe, rebase and --help are there".to_owned()),
     }
 }
 
@@ -198,7 +211,8 @@ fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Resul
     Ok(Command::Run(run))
 }
 
-fn once<T>(name: &str, place: &mut Option<T>, value: T) -> Result<(), String> {
+/// Takes an option's value, once.
+pub(crate) fn once<T>(name: &str, place: &mut Option<T>, value: T) -> Result<(), String> {
     if place.replace(value).is_some() { Err(format!("{name} is there twice")) } else { Ok(()) }
 }
 

@@ -37,7 +37,7 @@ impl Descriptors {
         let this = Self::default();
         let mut numbers = std::collections::BTreeSet::new();
         for option in options {
-            let parsed = option.split_once('=').and_then(|(name, n)| Some((name, n.parse::<RawFd>().ok()?)));
+            let parsed = option.rsplit_once('=').and_then(|(name, n)| Some((name, n.parse::<RawFd>().ok()?)));
             let Some((name, number)) = parsed.filter(|(name, number)| !name.is_empty() && *number > 2) else {
                 return Err(Error::Config(format!(
                     "--fd {option:?} is not of the form NAME=N with N above 2"
@@ -74,6 +74,12 @@ impl Descriptors {
         }
         names.insert(name, descriptor.into());
         Ok(())
+    }
+
+    /// Gives up all of them, with their names.
+    #[must_use]
+    pub fn take_all(&self) -> Vec<(String, OwnedFd)> {
+        std::mem::take(&mut *self.names()).into_iter().collect()
     }
 
     /// From here on no path is opened: the process is locked down.
@@ -267,6 +273,9 @@ mod tests {
         assert!(descriptors.has("kernel"));
         assert!(descriptors.handed("kernel", "kernel").is_ok());
         assert!(descriptors.handed("initrd", "initrd").is_err());
+        // A name may be a path, and a path may hold anything.
+        let number = File::open("/dev/null").unwrap().into_raw_fd();
+        assert!(Descriptors::from_options(&[format!("/a=b/c={number}")]).unwrap().has("/a=b/c"));
     }
 
     #[test]

@@ -70,6 +70,9 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// The jail could not be built.
+    #[error("jail: {0}")]
+    Jail(String),
     /// A system-call filter could not be built or set.
     #[error("seccomp: {0}")]
     Seccomp(String),
@@ -108,7 +111,9 @@ impl Error {
             | Self::Snapshot(_)
             | Self::NotHanded { .. } => ExitCode::Config,
             Self::Kvm { .. } | Self::KvmLacks(_) => ExitCode::Kvm,
-            Self::Open { .. } | Self::Disk { .. } | Self::Io { .. } | Self::Memory(_) => ExitCode::HostIo,
+            Self::Open { .. } | Self::Disk { .. } | Self::Io { .. } | Self::Memory(_) | Self::Jail(_) => {
+                ExitCode::HostIo
+            }
             Self::Seccomp(_) => ExitCode::Internal,
         }
     }

@@ -5,8 +5,9 @@
 //! | module | what it holds |
 //! |---|---|
 //! | [`config`], [`console`], [`status`], [`exit`], [`client`], [`cli`] | what the agent shares with the monitor |
-//! | [`descriptors`], [`opener`] | names → open descriptors; the only places that open a path |
+//! | [`descriptors`], [`opener`], [`stand_alone`] | names → open descriptors; the only places that open a path |
 //! | [`preboot`], [`running`] | the two controllers: what may be asked before and after the start |
+//! | [`jail`] | how a monitor comes to run without root, in an empty root |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
 //! | [`boot`], [`acpi`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
@@ -33,6 +34,7 @@ mod error;
 pub mod event_loop;
 pub mod exit;
 pub mod heap;
+pub mod jail;
 pub mod layout;
 pub mod log;
 pub mod memory;
@@ -45,6 +47,7 @@ pub mod seccomp;
 pub mod sigbus;
 pub mod smbios;
 pub mod snapshot;
+pub mod stand_alone;
 pub mod status;
 pub mod threads;
 pub mod vcpu;

@@ -1,26 +1,25 @@
 //! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
 
 use std::fs::File;
-use std::io::ErrorKind;
-use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 use std::process::exit;
 
 use roost_vmm::api::{Machine, Server};
 use roost_vmm::cli::{self, Command, Run};
 use roost_vmm::config::VmConfig;
-use roost_vmm::descriptors::{Descriptors, take};
+use roost_vmm::descriptors::Descriptors;
 use roost_vmm::exit::ExitCode;
 use roost_vmm::opener::Opener;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
-use roost_vmm::{Error, Result, heap, log, probe, seccomp, sigbus, snapshot, threads};
+use roost_vmm::{Error, Result, heap, jail, log, probe, seccomp, sigbus, snapshot, stand_alone, threads};
 
 fn main() {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
     let code = match cli::parse(arguments) {
         Ok(Command::Run(run)) => run_machine(&run),
+        Ok(Command::Jail(options)) => exit(run_jailed(*options)),
         Ok(Command::Probe { json }) => run_probe(json),
         Ok(Command::Rebase { base, diff }) => run_rebase(&base, &diff),
         Ok(Command::Say(text)) => {
@@ -58,12 +57,8 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
     // First of all: it needs a process of one thread, and nothing of what is opened below.
     let opener = run.open_paths.then(Opener::start).transpose().map_err(Error::io("starting the opener"))?;
     let descriptors = Descriptors::from_options(&run.fds)?.with(opener);
-    let config = read_config(run)?;
-    let listener = match (&run.api_sock, run.api_fd) {
-        (Some(path), _) => Some(bind(path)?),
-        (None, Some(number)) => Some(UnixListener::from(take(number, "--api-fd")?)),
-        (None, None) => None,
-    };
+    let config = stand_alone::config_text(run)?.map(|text| VmConfig::from_json(&text)).transpose()?;
+    let listener = stand_alone::listener(run)?;
     if listener.is_none() && (config.is_none() || run.hold) {
         let what = if run.hold { "--hold" } else { "a machine without --config" };
         return Err(Error::Config(format!("{what} needs --api-sock or --api-fd to be started with")));
@@ -86,29 +81,6 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
         }
     };
     Ok(server.with(machine))
-}
-
-/// Makes the API's socket. One that a dead monitor left behind is replaced, one that answers is not.
-fn bind(path: &Path) -> Result<UnixListener> {
-    let dead = UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
-    if dead {
-        std::fs::remove_file(path)
-            .map_err(Error::io(format!("removing the dead API socket {}", path.display())))?;
-    }
-    UnixListener::bind(path).map_err(Error::io(format!("making the API socket {}", path.display())))
-}
-
-fn read_config(run: &Run) -> Result<Option<VmConfig>> {
-    let text = if let Some(path) = &run.config {
-        std::fs::read_to_string(path)
-            .map_err(|error| Error::Config(format!("{}: {error}", path.display())))?
-    } else if let Some(number) = run.config_fd {
-        let file = File::from(take(number, "--config-fd")?);
-        std::io::read_to_string(file).map_err(Error::io("reading the configuration"))?
-    } else {
-        return Ok(None);
-    };
-    VmConfig::from_json(&text).map(Some)
 }
 
 /// A thread that panics must not leave a machine behind that hangs.
@@ -139,6 +111,16 @@ fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
         }
         Err(error) => error.exit_code(),
     }
+}
+
+fn run_jailed(options: jail::Options) -> i32 {
+    if let Some(id) = &options.id {
+        log::set_id(id);
+    }
+    jail::run(options).unwrap_or_else(|error| {
+        log::line(&error.chain());
+        error.exit_code().code()
+    })
 }
 
 fn run_probe(json: bool) -> ExitCode {

@@ -5,6 +5,7 @@
 
 pub mod balloon;
 pub mod birth;
+pub mod calls;
 pub mod cpus;
 pub mod elf;
 pub mod faults;

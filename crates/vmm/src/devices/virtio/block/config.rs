@@ -85,6 +85,12 @@ pub struct DriveUpdate {
 }
 
 impl Drive {
+    /// How its image is opened.
+    #[must_use]
+    pub const fn access(&self) -> Access {
+        if self.is_read_only { Access::Read } else { Access::ReadWrite }
+    }
+
     /// Checks what types cannot say.
     ///
     /// # Errors
@@ -149,8 +155,7 @@ pub struct Opened {
 /// # Errors
 /// [`Error::Open`], [`Error::NotHanded`], [`Error::Config`] for a descriptor that cannot be written, [`Error::Disk`].
 pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
-    let access = if drive.is_read_only { Access::Read } else { Access::ReadWrite };
-    let file = descriptors.file_to_keep(&drive.path_on_host, "disk image", access)?;
+    let file = descriptors.file_to_keep(&drive.path_on_host, "disk image", drive.access())?;
     if !drive.is_read_only && !is_writable(&file) {
         return Err(Error::Config(format!(
             "drives: {:?}: the descriptor {:?} cannot be written, and is_read_only is false",

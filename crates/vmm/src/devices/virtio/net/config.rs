@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use std::fs::File;
 use std::os::fd::OwnedFd;
 
 use super::kernel::Kernel;
@@ -41,13 +42,20 @@ impl NetworkInterfaceUpdate {
 const VHOST_NET: &str = "/dev/vhost-net";
 
 impl NetworkInterface {
+    /// The name of the descriptor of one of its taps.
+    pub(crate) fn tap_name(&self, index: u8) -> String {
+        let first = &self.host_dev_name;
+        if index == 0 { first.clone() } else { format!("{first}.{index}") }
+    }
+
     /// Opens its taps: descriptors that were handed over, or the tap of that name.
     ///
     /// # Errors
     /// [`Error::NotHanded`], [`Error::Io`].
     pub fn open(&self, descriptors: &Descriptors) -> Result<Vec<TapDevice>> {
         let (first, several) = (&self.host_dev_name, self.num_queue_pairs > 1);
-        let open = |name: String| {
+        let open = |index| {
+            let name = self.tap_name(index);
             let tap = if descriptors.has(first) {
                 TapDevice::from_fd(descriptors.handed(&name, "tap")?, several)
             } else {
@@ -55,7 +63,7 @@ impl NetworkInterface {
             };
             tap.map_err(Error::io(format!("tap {name:?}")))
         };
-        self.taps().map(open).collect()
+        (0..self.num_queue_pairs).map(open).collect()
     }
 
     /// Opens its data path in the host's kernel, if it has one: for each tap a descriptor that was handed over under the tap's name
@@ -67,17 +75,27 @@ impl NetworkInterface {
         if !self.vhost {
             return Ok(None);
         }
-        let open = |tap: String| {
-            let name = format!("{tap}.vhost");
+        let open = |index| {
+            let name = self.vhost_name(index);
             let vhost = if descriptors.has(&name) {
                 descriptors.handed(&name, "vhost-net").map(OwnedFd::into)?
             } else {
-                Access::ReadWrite.options().open(VHOST_NET).map_err(|source| self.no_vhost(&name, source))?
+                self.open_fresh_vhost(&name)?
             };
             Vhost::new(vhost).map_err(|source| self.no_vhost(&name, source))
         };
-        let pairs = self.taps().map(open).collect::<Result<_>>()?;
+        let pairs = (0..self.num_queue_pairs).map(open).collect::<Result<_>>()?;
         Kernel::new(pairs).map(Some).map_err(Error::io("eventfd"))
+    }
+
+    /// The name of the descriptor of the data path of one of its taps.
+    pub(crate) fn vhost_name(&self, index: u8) -> String {
+        format!("{}.vhost", self.tap_name(index))
+    }
+
+    /// Opens a data path that is nobody's yet.
+    pub(crate) fn open_fresh_vhost(&self, name: &str) -> Result<File> {
+        Access::ReadWrite.options().open(VHOST_NET).map_err(|source| self.no_vhost(name, source))
     }
 
     fn no_vhost(&self, name: &str, source: std::io::Error) -> Error {
@@ -85,13 +103,6 @@ impl NetworkInterface {
         let what =
             format!("interface {id:?}: vhost true needs a fresh {VHOST_NET}, or one handed over as {name:?}");
         Error::Io { what, source }
-    }
-
-    /// The names of its taps.
-    fn taps(&self) -> impl Iterator<Item = String> + '_ {
-        let first = &self.host_dev_name;
-        (0..self.num_queue_pairs)
-            .map(move |index| if index == 0 { first.clone() } else { format!("{first}.{index}") })
     }
 
     /// Checks what a data path in the host's kernel rules out.
@@ -141,10 +152,13 @@ mod tests {
     #[test]
     fn each_tap_has_a_name_for_its_own_data_path() {
         let several = interface(r#","num_queue_pairs":3"#).unwrap();
-        assert_eq!(several.taps().collect::<Vec<_>>(), ["t", "t.1", "t.2"]);
+        assert_eq!(
+            (0..3).map(|n| several.vhost_name(n)).collect::<Vec<_>>(),
+            ["t.vhost", "t.1.vhost", "t.2.vhost"]
+        );
         // What is handed over under that name is what is used.
         let descriptors = Descriptors::default();
-        descriptors.insert("t.vhost", std::fs::File::open("/dev/null").unwrap()).unwrap();
+        descriptors.insert("t.vhost", File::open("/dev/null").unwrap()).unwrap();
         let error = several.open_vhost(&descriptors).unwrap_err().chain();
         for part in [r#"interface "e": vhost true"#, VHOST_NET, r#""t.vhost""#, "VHOST_GET_FEATURES"] {
             assert!(error.contains(part), "{error}");

@@ -137,6 +137,12 @@ impl TapDevice {
     }
 }
 
+impl From<TapDevice> for OwnedFd {
+    fn from(tap: TapDevice) -> Self {
+        tap.file.into()
+    }
+}
+
 impl Tap for TapDevice {
     fn receive(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>> {
         loop {

@@ -42,6 +42,11 @@ pub struct PmemUpdate {
 }
 
 impl PmemConfig {
+    /// How its file is opened.
+    pub(crate) const fn access(&self) -> Access {
+        if self.read_only { Access::Read } else { Access::ReadWrite }
+    }
+
     fn check(&self) -> Result<()> {
         let fits = |c: u8| c.is_ascii_alphanumeric() || b"_-.".contains(&c);
         if self.id.is_empty() || self.id.len() > 64 || !self.id.bytes().all(fits) {
@@ -58,8 +63,7 @@ impl PmemConfig {
     /// # Errors
     /// [`Error::Open`], [`Error::NotHanded`], [`Error::Config`] for what cannot be mapped as it is asked for, [`Error::Io`].
     pub fn open(&self, descriptors: &Descriptors) -> Result<(File, u64)> {
-        let access = if self.read_only { Access::Read } else { Access::ReadWrite };
-        let file = descriptors.file(&self.path_on_host, "pmem file", access)?;
+        let file = descriptors.file(&self.path_on_host, "pmem file", self.access())?;
         let refuse =
             |why: &str| Err(Error::Config(format!("pmem: {:?}: {:?} {why}", self.id, self.path_on_host)));
         let found = file.metadata().map_err(Error::io(format!("looking at {:?}", self.path_on_host)))?;
