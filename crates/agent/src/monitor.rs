@@ -13,8 +13,8 @@ use roost_types::agent::{InstanceSpec, TimedPart};
 use roost_types::ids::InstanceId;
 use roost_vmm::client::Client;
 use roost_vmm::config::{
-    BalloonConfig, BootSource, Drive, DriveFormat, EntropyConfig, MachineConfig, NetworkInterface, SerialConfig,
-    SmbiosConfig, VmConfig,
+    BalloonConfig, BootSource, Drive, DriveFormat, EntropyConfig, MachineConfig, NetworkInterface,
+    SerialConfig, SmbiosConfig, VmConfig,
 };
 use roost_vmm::console::{self, ConsoleReader};
 use roost_vmm::exit::ExitCode;

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 
 use crate::jail;
+use crate::log::{Level, LoggerConfig};
 
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
@@ -46,6 +47,10 @@ pub struct Run {
     pub open_paths: bool,
     /// The instance's name.
     pub id: Option<String>,
+    /// The log; what the configuration says of it counts more.
+    pub logger: LoggerConfig,
+    /// Where metrics go, if the configuration does not say so.
+    pub metrics_path: Option<String>,
 }
 
 const HELP: &str = "\
@@ -74,6 +79,13 @@ Options of run:
   --open-paths      Lets requests name paths also after the start (a snapshot's files, another disk): a second process opens
                     them. Without it they can name handed descriptors alone
   --id TEXT         Names the instance in messages and in `GET /` [default: anonymous]
+  --log-path PATH   Appends messages to this file or named pipe instead of stderr
+  --level LEVEL     Which messages: Off, Error, Warning, Info, Debug, Trace [default: Info]
+  --module MODULE   Only messages of this module of the program
+  --show-level      Each message has its level
+  --show-log-origin Each message has the place in the program that wrote it
+  --metrics-path PATH
+                    Appends metrics to this file or named pipe: a line of JSON at the start, each minute, and at the end
 
 Exit codes of run:
   0  the guest powered itself off
@@ -179,7 +191,16 @@ fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Resul
             "--no-seccomp" | "--seccomp-filter" => {
                 return Err(format!("{name} is not there: every thread has the filter that belongs to it"));
             }
-            "--config" | "--config-fd" | "--fd" | "--api-sock" | "--api-fd" | "--id" => {}
+            "--show-level" if attached.is_none() => {
+                run.logger.show_level = Some(true);
+                continue;
+            }
+            "--show-log-origin" if attached.is_none() => {
+                run.logger.show_log_origin = Some(true);
+                continue;
+            }
+            "--config" | "--config-fd" | "--fd" | "--api-sock" | "--api-fd" | "--id" | "--log-path"
+            | "--level" | "--module" | "--metrics-path" => {}
             _ => return Err(format!("run has no option {argument:?}; see roost-vmm --help")),
         }
         let value = attached.or_else(|| arguments.next()).ok_or_else(|| format!("{name} needs a value"))?;
@@ -189,6 +210,10 @@ fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Resul
             "--api-sock" => once(name, &mut run.api_sock, value.into())?,
             "--api-fd" => once(name, &mut run.api_fd, number(name, &value)?)?,
             "--id" => once(name, &mut run.id, value)?,
+            "--log-path" => once(name, &mut run.logger.log_path, value)?,
+            "--level" => once(name, &mut run.logger.level, Level::parse(&value)?)?,
+            "--module" => once(name, &mut run.logger.module, value)?,
+            "--metrics-path" => once(name, &mut run.metrics_path, value)?,
             _ => run.fds.push(value),
         }
     }
@@ -260,6 +285,9 @@ mod tests {
             ("run --config a --config-fd 3", "both"),
             ("run --api-sock a --api-fd 3", "both"),
             ("run --api-fd three", "three"),
+            ("run --level loud", "loud"),
+            ("run --log-path a --log-path b", "twice"),
+            ("run --show-level=no", "--show-level=no"),
             ("probe --yaml", "--yaml"),
         ] {
             let why = parsed(line).unwrap_err();

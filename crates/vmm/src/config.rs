@@ -19,6 +19,8 @@ pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplug
 pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
 pub use crate::devices::virtio::pmem::config::{PmemConfig, PmemUpdate};
 pub use crate::devices::virtio::vsock::config::VsockConfig;
+pub use crate::log::LoggerConfig;
+pub use crate::metrics::MetricsConfig;
 pub use crate::snapshot::requests::LoadSnapshot;
 
 /// Everything about one machine.
@@ -61,7 +63,13 @@ pub struct VmConfig {
     /// The DMI strings that the guest sees.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub smbios: Option<SmbiosConfig>,
-    /// A snapshot to go on from; then all but `serial` and `status` is the snapshot's. `resume_vm` is of no meaning here.
+    /// Where the monitor's lines go, and which.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub logger: Option<LoggerConfig>,
+    /// Where metrics go.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metrics: Option<MetricsConfig>,
+    /// A snapshot to go on from; then all but `serial`, `logger`, `metrics` and `status` is the snapshot's. `resume_vm` is of no meaning here.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub snapshot: Option<LoadSnapshot>,
     /// Where to append status events (see [`crate::status`]).
@@ -300,10 +308,17 @@ impl VmConfig {
     pub fn check(&self) -> Result<()> {
         if let Some(snapshot) = &self.snapshot {
             snapshot.memory()?;
-            let (serial, status) = (self.serial.clone(), self.status.clone());
-            if *self != (Self { snapshot: Some(snapshot.clone()), serial, status, ..Self::default() }) {
+            let own = Self {
+                snapshot: Some(snapshot.clone()),
+                serial: self.serial.clone(),
+                logger: self.logger.clone(),
+                metrics: self.metrics.clone(),
+                status: self.status.clone(),
+                ..Self::default()
+            };
+            if *self != own {
                 return Err(Error::Config(
-                    "snapshot: a machine from a snapshot is the snapshot's; only serial and status can stand beside it"
+                    "snapshot: a machine from a snapshot is the snapshot's; only serial, logger, metrics and status can stand beside it"
                         .into(),
                 ));
             }

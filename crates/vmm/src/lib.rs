@@ -13,6 +13,7 @@
 //! | [`boot`], [`acpi`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
 //! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
+//! | [`log`], [`metrics`] | what the monitor says about itself |
 //! | [`seccomp`], [`sigbus`], [`threads`], [`heap`] | the lock-down, and what a process has |
 //! | [`probe`] | the probe guest behind `roost doctor` |
 
@@ -38,6 +39,7 @@ pub mod jail;
 pub mod layout;
 pub mod log;
 pub mod memory;
+pub mod metrics;
 pub mod opener;
 pub mod preboot;
 pub mod probe;

@@ -4,9 +4,10 @@ use std::fs::File;
 use std::path::Path;
 use std::process::exit;
 
+use roost_vmm::api::outputs::set_log;
 use roost_vmm::api::{Machine, Server};
 use roost_vmm::cli::{self, Command, Run};
-use roost_vmm::config::VmConfig;
+use roost_vmm::config::{LoggerConfig, MetricsConfig, VmConfig};
 use roost_vmm::descriptors::Descriptors;
 use roost_vmm::exit::ExitCode;
 use roost_vmm::opener::Opener;
@@ -27,7 +28,7 @@ fn main() {
             ExitCode::PowerOff
         }
         Err(why) => {
-            log::line(&why);
+            log::error(&why);
             ExitCode::Config
         }
     };
@@ -63,9 +64,20 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
         let what = if run.hold { "--hold" } else { "a machine without --config" };
         return Err(Error::Config(format!("{what} needs --api-sock or --api-fd to be started with")));
     }
-    let server = Server::new(listener, id.to_owned())?;
     let configured = config.is_some();
-    let preboot = Preboot::new(config.unwrap_or_default(), descriptors);
+    let mut config = config.unwrap_or_default();
+    if run.logger != LoggerConfig::default() {
+        config.logger = Some(run.logger.clone().with(config.logger.unwrap_or_default()));
+    }
+    if let Some(logger) = &config.logger {
+        set_log(logger.clone(), &descriptors)?;
+    }
+    config.metrics = config
+        .metrics
+        .or_else(|| run.metrics_path.clone().map(|metrics_path| MetricsConfig { metrics_path }));
+    let mut server = Server::new(listener, id.to_owned())?;
+    server.open_metrics(config.metrics.as_ref(), &descriptors)?;
+    let preboot = Preboot::new(config, descriptors);
     *status = preboot.open_status()?;
     seccomp::sigsys::install(status.raw_fd())?;
     sigbus::install()?;
@@ -86,7 +98,7 @@ fn prepare(run: &Run, id: &str, status: &mut StatusWriter) -> Result<Server> {
 /// A thread that panics must not leave a machine behind that hangs.
 fn end_process_on_panic() {
     std::panic::set_hook(Box::new(|info| {
-        log::line(&format!("internal fault: {info}"));
+        log::error(&format!("internal fault: {info}"));
         roost_vmm::api::terminal::restore();
         // SAFETY: ends the process at once; nothing else needs to run.
         unsafe { libc::_exit(ExitCode::Internal.code()) };
@@ -103,7 +115,7 @@ fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
     };
     let done = open(base, "base", true)
         .and_then(|base| snapshot::rebase(&base, &open(diff, "diff", false)?))
-        .inspect_err(|error| log::line(&error.chain()));
+        .inspect_err(|error| log::error(&error.chain()));
     match done {
         Ok(bytes) => {
             println!("{}: {} KiB from {}", base.display(), bytes / 1024, diff.display());

@@ -81,6 +81,11 @@ impl Preboot {
         &self.config
     }
 
+    /// The same, to note what changes beside the machine.
+    pub(crate) const fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.config
+    }
+
     /// The descriptors that the configuration's names are looked up among.
     #[must_use]
     pub const fn descriptors(&self) -> &Descriptors {

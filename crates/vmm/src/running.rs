@@ -111,9 +111,14 @@ impl End {
         Self { code: error.exit_code(), reason: ExitReason::Error, message: error.chain() }
     }
 
-    /// Says it on stderr and in the status file.
+    /// Says it in the log and in the status file.
     pub fn announce(&self, status: &mut StatusWriter) {
-        crate::log::line(&self.message);
+        match self.reason {
+            ExitReason::PowerOff | ExitReason::Reset | ExitReason::KilledByApi => {
+                crate::log::info(&self.message);
+            }
+            ExitReason::Crash | ExitReason::Error | ExitReason::Seccomp => crate::log::error(&self.message),
+        }
         status.append(&Event::Exited {
             boottime_ns: boottime_ns(),
             reason: self.reason,
@@ -153,6 +158,11 @@ impl Held {
     #[must_use]
     pub const fn config(&self) -> &VmConfig {
         &self.0.config
+    }
+
+    /// The same, to note what changes beside the machine.
+    pub(crate) const fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.0.config
     }
 
     /// The descriptors that names in requests are looked up among.
@@ -210,6 +220,11 @@ impl Running {
     #[must_use]
     pub const fn config(&self) -> &VmConfig {
         &self.parts.config
+    }
+
+    /// The same, to note what changes beside the machine.
+    pub(crate) const fn config_mut(&mut self) -> &mut VmConfig {
+        &mut self.parts.config
     }
 
     /// The descriptors that names in requests are looked up among.

@@ -77,7 +77,10 @@ fn machine(started: bool) -> (Machine, Client) {
         machine.start::<&str>(&[]);
     } else {
         let socket = machine.text("api");
-        machine.start_with(&["run", "--api-sock", &socket]);
+        let (_files, handed) = common::hand(&machine, &["log", "metrics"]);
+        let mut words = vec!["run", "--api-sock", &socket];
+        words.extend(handed.iter().map(String::as_str));
+        machine.start_with(&words);
     }
     let client = machine.client();
     (machine, client)
@@ -407,7 +410,7 @@ fn bodies_are_taken_and_refused_as_described() {
             bodies += 1;
         }
     }
-    assert_eq!(bodies, if tap::create().is_some() { 21 } else { 19 });
+    assert_eq!(bodies, if tap::create().is_some() { 24 } else { 21 });
 }
 
 #[test]

@@ -11,7 +11,8 @@
 //! | `GET /hotplug/memory` | always | memory that comes and goes: sizes, what the guest has and should have |
 //! | `GET /metrics` | built | counters of all devices |
 //! | `PUT /boot-source`, `/machine-config`, `/drives/{id}`, `/network-interfaces/{id}`, `/entropy`, `/balloon`, `/hotplug/memory`, `/vsock`, `/serial`, `/smbios` | before the build | configures |
-//! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once running `SendPowerButton` (or `SendCtrlAltDel`) |
+//! | `PUT /logger`, `/metrics` | always | where the monitor's lines and its metrics go |
+//! | `PUT /actions` | | `{"action_type": …}`: `InstanceStart`; `ForceStop` (ends the machine at once); once built `FlushMetrics`; once running `SendPowerButton` (or `SendCtrlAltDel`) |
 //! | `PUT /descriptors/{name}` | always | the open descriptor that comes with the request (SCM_RIGHTS) has that name from now on |
 //! | `PUT /snapshot/create` | paused | the machine into two files |
 //! | `PUT /snapshot/load` | before the build | a machine from two files, paused unless it should run |
@@ -30,6 +31,7 @@
 #[cfg(feature = "fuzzing")]
 mod fuzzing;
 pub mod http;
+pub mod outputs;
 pub mod routes;
 pub mod terminal;
 
@@ -41,12 +43,15 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
+use crate::config::VmConfig;
+use crate::descriptors::Descriptors;
 use crate::error::{Error, Result};
 use crate::exit::ExitCode;
 use crate::preboot::Preboot;
 use crate::running::{End, Held, Running};
 use crate::status::{Event, ExitReason, StatusWriter, boottime_ns};
 use http::{Parsed, Response};
+use outputs::Outputs;
 
 /// The machine in its phase.
 pub enum Machine {
@@ -56,6 +61,32 @@ pub enum Machine {
     Held(Held),
     /// Started.
     Running(Running),
+}
+
+impl Machine {
+    const fn config(&self) -> &VmConfig {
+        match self {
+            Self::Preboot(preboot) => preboot.config(),
+            Self::Held(held) => held.config(),
+            Self::Running(running) => running.config(),
+        }
+    }
+
+    const fn config_mut(&mut self) -> &mut VmConfig {
+        match self {
+            Self::Preboot(preboot) => preboot.config_mut(),
+            Self::Held(held) => held.config_mut(),
+            Self::Running(running) => running.config_mut(),
+        }
+    }
+
+    const fn descriptors(&self) -> &Descriptors {
+        match self {
+            Self::Preboot(preboot) => preboot.descriptors(),
+            Self::Held(held) => held.descriptors(),
+            Self::Running(running) => running.descriptors(),
+        }
+    }
 }
 
 /// Connections at a time.
@@ -74,6 +105,7 @@ pub struct Server {
     /// The machine runs as soon as the answer is on its way: a guest that wakes up would take the CPU before whoever waits is told. No
     /// other request is looked at in between.
     resume_due: bool,
+    outputs: Outputs,
 }
 
 struct Connection {
@@ -91,6 +123,7 @@ impl Server {
     pub fn new(listener: Option<UnixListener>, id: String) -> Result<Self> {
         let epoll = Epoll::new().map_err(Error::io("epoll"))?;
         let signals = block_signals().map_err(Error::io("signalfd"))?;
+        let outputs = Outputs::new()?;
         let server = Self {
             epoll,
             listener,
@@ -99,12 +132,14 @@ impl Server {
             id,
             machine: None,
             resume_due: false,
+            outputs,
         };
         if let Some(listener) = &server.listener {
             listener.set_nonblocking(true).map_err(Error::io("API socket"))?;
             server.watch(listener.as_raw_fd())?;
         }
         server.watch(server.signals.as_raw_fd())?;
+        server.watch(server.outputs.timer.as_raw_fd())?;
         Ok(server)
     }
 
@@ -112,6 +147,7 @@ impl Server {
     #[must_use]
     pub fn with(mut self, machine: Machine) -> Self {
         self.machine = Some(machine);
+        self.begin_metrics();
         self
     }
 
@@ -163,6 +199,7 @@ impl Server {
             for descriptor in descriptors {
                 let Ok(descriptor) = RawFd::try_from(descriptor) else { continue };
                 if let Some(end) = self.event(descriptor, status) {
+                    self.write_metrics();
                     return Ok(end);
                 }
             }
@@ -175,6 +212,10 @@ impl Server {
             None
         } else if descriptor == self.signals.as_raw_fd() {
             Some(self.kill("ended by a signal"))
+        } else if descriptor == self.outputs.timer.as_raw_fd() {
+            let _ = self.outputs.timer.wait();
+            self.write_metrics();
+            None
         } else if self.connections.contains_key(&descriptor) {
             self.connection(descriptor, status)
         } else if let Some(Machine::Running(running)) = &mut self.machine {

@@ -14,6 +14,7 @@ use crate::config::{
 };
 use crate::devices::virtio::mem::config::MemoryHotplugStatus;
 use crate::error::{Error, Result};
+use crate::log;
 use crate::preboot::Preboot;
 use crate::running::{End, Metrics, Running};
 use crate::snapshot::requests::{CreateSnapshot, LoadSnapshot};
@@ -34,6 +35,7 @@ enum ActionType {
     #[serde(alias = "SendCtrlAltDel")]
     SendPowerButton,
     ForceStop,
+    FlushMetrics,
 }
 
 #[derive(Debug, Deserialize)]
@@ -95,6 +97,10 @@ pub enum Route {
     SetSerial,
     /// Sets the DMI strings.
     SetSmbios,
+    /// Says where the monitor's lines go.
+    SetLogger,
+    /// Says where metrics go.
+    SetMetrics,
     /// Starts, ends, presses the power button.
     Act,
     /// Types on the console.
@@ -142,6 +148,8 @@ pub const ROUTES: &[(&str, &str, Route)] = &[
     ("PUT", "/hotplug/memory", Route::SetMemoryHotplug),
     ("PUT", "/serial", Route::SetSerial),
     ("PUT", "/smbios", Route::SetSmbios),
+    ("PUT", "/logger", Route::SetLogger),
+    ("PUT", "/metrics", Route::SetMetrics),
     ("PUT", "/actions", Route::Act),
     ("PUT", "/serial/input", Route::SerialInput),
     ("PUT", "/descriptors/{id}", Route::HandOver),
@@ -205,8 +213,13 @@ impl Server {
         let response = match answer {
             Ok(Answer::Done) => Response::no_content(),
             Ok(Answer::Body(body)) => Response::ok(&body),
-            Err(error) => Response::fault(&error.chain()),
+            Err(error) => {
+                let why = error.chain();
+                log::debug(|| format!("{} {}: refused: {why}", request.method, request.path));
+                return (Response::fault(&why), end);
+            }
         };
+        log::debug(|| format!("{} {}: done", request.method, request.path));
         (response, end)
     }
 
@@ -219,6 +232,7 @@ impl Server {
                 }
                 error
             }),
+            ActionType::FlushMetrics => self.flush_metrics(),
             ActionType::SendPowerButton => self.running()?.press_power_button(),
             ActionType::ForceStop => {
                 *end = Some(self.kill("ended by ForceStop"));
@@ -246,6 +260,7 @@ impl Server {
         };
         let running = held.start(status).map_err(|error| (error, true))?;
         self.machine = Some(Machine::Running(running));
+        self.begin_metrics();
         Ok(())
     }
 
@@ -260,13 +275,8 @@ impl Server {
                 name.len()
             )));
         }
-        let descriptors = match &self.machine {
-            Some(Machine::Preboot(preboot)) => preboot.descriptors(),
-            Some(Machine::Held(held)) => held.descriptors(),
-            Some(Machine::Running(running)) => running.descriptors(),
-            None => return Err(Error::State("there is no machine".into())),
-        };
-        descriptors.insert(name, descriptor)
+        let machine = self.machine.as_ref().ok_or_else(|| Error::State("there is no machine".into()))?;
+        machine.descriptors().insert(name, descriptor)
     }
 
     fn create_snapshot(&mut self, request: &CreateSnapshot) -> Result<()> {
@@ -289,6 +299,7 @@ impl Server {
             Ok(held) => {
                 self.machine = Some(Machine::Running(held.paused()));
                 self.resume_due = request.resume_vm;
+                self.begin_metrics();
             }
             // The process may be locked down: nothing else can be tried.
             Err(error) => {
@@ -314,12 +325,7 @@ impl Server {
     }
 
     fn config(&self) -> VmConfig {
-        match &self.machine {
-            Some(Machine::Preboot(preboot)) => preboot.config().clone(),
-            Some(Machine::Held(held)) => held.config().clone(),
-            Some(Machine::Running(running)) => running.config().clone(),
-            None => VmConfig::default(),
-        }
+        self.machine.as_ref().map_or_else(VmConfig::default, |machine| machine.config().clone())
     }
 
     fn answer(
@@ -368,6 +374,8 @@ impl Server {
             Route::SetMemoryHotplug => self.preboot()?.set_memory_hotplug(json(body)?)?,
             Route::SetSerial => self.preboot()?.set_serial(json(body)?)?,
             Route::SetSmbios => self.preboot()?.set_smbios(json(body)?)?,
+            Route::SetLogger => self.set_logger(json(body)?)?,
+            Route::SetMetrics => self.set_metrics(json(body)?)?,
             Route::SerialInput => self.running()?.console_input(body)?,
             Route::ChangeVm => self.change_vm(body, status)?,
             Route::CreateSnapshot => self.create_snapshot(&json(body)?)?,
@@ -426,7 +434,7 @@ impl Server {
         }
     }
 
-    fn metrics(&self) -> Result<Metrics> {
+    pub(super) fn metrics(&self) -> Result<Metrics> {
         match &self.machine {
             Some(Machine::Held(held)) => Ok(held.metrics()),
             Some(Machine::Running(running)) => Ok(running.metrics()),

@@ -29,6 +29,12 @@ pub fn open(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<String>>
     if let Some(name) = &config.status {
         file(name, "status file", Access::Append)?;
     }
+    if let Some(name) = config.logger.as_ref().and_then(|logger| logger.log_path.as_ref()) {
+        file(name, "log", Access::Output)?;
+    }
+    if let Some(metrics) = &config.metrics {
+        file(&metrics.metrics_path, "metrics", Access::Output)?;
+    }
     if let Some(boot) = &config.boot_source {
         file(&boot.kernel_image_path, "kernel", Access::Read)?;
         if let Some(name) = &boot.initrd_path {

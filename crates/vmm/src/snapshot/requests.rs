@@ -166,6 +166,8 @@ impl LoadSnapshot {
         }
         config.serial = self.serial_override.clone().or_else(|| own.serial.clone()).or(config.serial);
         config.status = own.status.clone();
+        config.logger = own.logger.clone();
+        config.metrics = own.metrics.clone();
         config.machine_config.track_dirty_pages = self.track_dirty_pages;
         config.check()?;
         Ok(config)

@@ -29,7 +29,9 @@ pub fn config<T: AsRef<OsStr>>(machine: &mut Machine, arguments: &[T]) -> Option
     let socket = machine.path("birth.api");
     let own = machine.config.clone();
     // Its life is none that the test should know of.
-    machine.config.as_object_mut()?.remove("status");
+    for name in ["status", "logger", "metrics"] {
+        machine.config.as_object_mut()?.remove(name);
+    }
     let command = machine.command(arguments);
     machine.config = own.clone();
     let api = machine.path("api");
@@ -62,7 +64,7 @@ pub fn config<T: AsRef<OsStr>>(machine: &mut Machine, arguments: &[T]) -> Option
     let tracked = own["machine-config"]["track_dirty_pages"] == json!(true);
     let snapshot = json!({ "snapshot_path": state, "mem_file_path": memory, "track_dirty_pages": tracked });
     let mut config = json!({ "snapshot": snapshot });
-    for name in ["serial", "status"] {
+    for name in ["serial", "status", "logger", "metrics"] {
         if let Some(value) = own.get(name) {
             config[name] = value.clone();
         }
