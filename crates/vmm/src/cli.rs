@@ -24,6 +24,10 @@ pub enum Command {
         /// What is put on top.
         diff: PathBuf,
     },
+    /// Print this host's CPU as a CPU template.
+    DumpCpu,
+    /// Print the CPU template that makes the hosts of these dumps alike.
+    CommonCpu(Vec<PathBuf>),
     /// Print this text and do nothing.
     Say(String),
 }
@@ -64,6 +68,10 @@ Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
        roost-vmm rebase --base FILE --diff FILE
                                    Puts the memory file of a diff snapshot on top of the memory file of the snapshot
                                    before it, which then is a full memory file of the diff's snapshot
+       roost-vmm cpu-template dump Prints this host's CPU, as a guest would have it, in the shape of a CPU template
+       roost-vmm cpu-template common FILE FILE…
+                                   Prints the CPU template of what the hosts of these dumps all have: a guest started with it
+                                   on one of them goes on from its snapshot on any other
        roost-vmm [--api-sock PATH | --no-api] [--config-file PATH] [--id TEXT]
                                    The same as run with --open-paths, by Firecracker's options, for programs that start
                                    a program named firecracker [default of --api-sock: /run/firecracker.socket]
@@ -119,6 +127,7 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             (Some(other), _) => Err(format!("probe takes --json, not {other:?}")),
         },
         Some("rebase") => parse_rebase(arguments),
+        Some("cpu-template") => parse_cpu_template(arguments),
         Some("-h" | "--help" | "help") => Ok(Command::Say(HELP.to_owned())),
         Some("-V" | "--version") => {
             Ok(Command::Say(concat!("roost-vmm ", env!("CARGO_PKG_VERSION"), "\n").to_owned()))
@@ -127,10 +136,27 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             let all = std::iter::once(option.to_owned()).chain(arguments);
             parse_run(all, Names::Firecracker)
         }
-        Some(other) => {
-            Err(format!("there is no command {other:?}; run, jail, probe, rebase and --help are there"))
+        Some(other) => Err(format!(
+            "there is no command {other:?}; run, jail, probe, rebase, cpu-template and --help are there"
+        )),
+        None => {
+            Err("what should be done? run, jail, probe, rebase, cpu-template and --help are there".to_owned())
         }
-        None => Err("what should be done? run, jail, probe, rebase and --help are there".to_owned()),
+    }
+}
+
+fn parse_cpu_template(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
+    let what = arguments.next();
+    let rest: Vec<String> = arguments.collect();
+    if what.iter().chain(&rest).any(|argument| matches!(argument.as_str(), "-h" | "--help")) {
+        return Ok(Command::Say(HELP.to_owned()));
+    }
+    match (what.as_deref(), rest.as_slice()) {
+        (Some("dump"), []) => Ok(Command::DumpCpu),
+        (Some("dump"), [other, ..]) => Err(format!("cpu-template dump takes nothing, not {other:?}")),
+        (Some("common"), [_, _, ..]) => Ok(Command::CommonCpu(rest.into_iter().map(PathBuf::from).collect())),
+        (Some("common"), _) => Err("cpu-template common needs the dumps of two hosts or more".to_owned()),
+        _ => Err("cpu-template needs dump, or common FILE FILE…".to_owned()),
     }
 }
 
@@ -269,6 +295,9 @@ mod tests {
         };
         assert_eq!(run, expected);
         assert_eq!(parsed("probe --json"), Ok(Command::Probe { json: true }));
+        assert_eq!(parsed("cpu-template dump"), Ok(Command::DumpCpu));
+        let files = vec!["a".into(), "b".into()];
+        assert_eq!(parsed("cpu-template common a b"), Ok(Command::CommonCpu(files)));
         assert_eq!(parsed("run"), Ok(Command::Run(Run::default())));
     }
 
@@ -289,6 +318,10 @@ mod tests {
             ("run --log-path a --log-path b", "twice"),
             ("run --show-level=no", "--show-level=no"),
             ("probe --yaml", "--yaml"),
+            ("cpu-template", "dump, or common"),
+            ("cpu-template strip", "dump, or common"),
+            ("cpu-template dump a", "\"a\""),
+            ("cpu-template common a", "two hosts"),
         ] {
             let why = parsed(line).unwrap_err();
             assert!(why.contains(word), "{line:?} gave {why:?}");

@@ -1,19 +1,21 @@
 //! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
 
 use std::fs::File;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::exit;
 
 use roost_vmm::api::outputs::set_log;
 use roost_vmm::api::{Machine, Server};
 use roost_vmm::cli::{self, Command, Run};
 use roost_vmm::config::{LoggerConfig, MetricsConfig, VmConfig};
+use roost_vmm::cpu::template::{CpuTemplate, alike};
 use roost_vmm::descriptors::Descriptors;
 use roost_vmm::exit::ExitCode;
 use roost_vmm::opener::Opener;
 use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
+use roost_vmm::vm::open_kvm;
 use roost_vmm::{Error, Result, heap, jail, log, probe, seccomp, sigbus, snapshot, stand_alone, threads};
 
 fn main() {
@@ -23,6 +25,8 @@ fn main() {
         Ok(Command::Jail(options)) => exit(run_jailed(*options)),
         Ok(Command::Probe { json }) => run_probe(json),
         Ok(Command::Rebase { base, diff }) => run_rebase(&base, &diff),
+        Ok(Command::DumpCpu) => print_template(open_kvm(None).and_then(|kvm| alike::dump(&kvm))),
+        Ok(Command::CommonCpu(files)) => print_template(common_template(&files)),
         Ok(Command::Say(text)) => {
             print!("{text}");
             ExitCode::PowerOff
@@ -133,6 +137,29 @@ fn run_jailed(options: jail::Options) -> i32 {
         log::line(&error.chain());
         error.exit_code().code()
     })
+}
+
+fn common_template(files: &[PathBuf]) -> Result<CpuTemplate> {
+    let read = |path: &PathBuf| {
+        let named = |why: &dyn std::fmt::Display| Error::Config(format!("{}: {why}", path.display()));
+        let text = std::fs::read_to_string(path).map_err(|error| named(&error))?;
+        serde_json::from_str(&text).map_err(|error| named(&error))
+    };
+    let dumps: Vec<CpuTemplate> = files.iter().map(read).collect::<Result<_>>()?;
+    alike::common(&dumps).map_err(Error::Config)
+}
+
+fn print_template(template: Result<CpuTemplate>) -> ExitCode {
+    match template {
+        Ok(template) => {
+            println!("{}", serde_json::to_string_pretty(&template).unwrap_or_default());
+            ExitCode::PowerOff
+        }
+        Err(error) => {
+            log::line(&error.chain());
+            error.exit_code()
+        }
+    }
 }
 
 fn run_probe(json: bool) -> ExitCode {

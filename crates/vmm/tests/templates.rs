@@ -5,6 +5,8 @@
 
 mod common;
 
+use std::process::Command;
+
 use common::cpus::{INSERTING, PLUGGED, Told, told};
 use common::{Code, Machine, hand, refusal, says, wait_for};
 use roost_vmm::client::Client;
@@ -252,4 +254,36 @@ fn a_snapshot_keeps_its_template() {
         tells(&clone, 'a');
         client.force_stop().unwrap();
     }
+}
+
+/// What this host's dump says is what a guest without a template sees; with it as a template nothing changes; and what it has in common
+/// with a host that has less is what the guest of either sees.
+#[test]
+fn hosts_are_made_alike_by_what_they_have_in_common() {
+    let mut machine = machine(&ALL);
+    let run = |arguments: &[&str]| Command::new(&machine.program).args(arguments).output().unwrap();
+    let dump = run(&["cpu-template", "dump"]);
+    assert!(dump.status.success(), "{dump:?}");
+    std::fs::write(machine.path("here"), &dump.stdout).unwrap();
+    let all = seen(&ALL, &[]);
+    assert_eq!(seen(&ALL, &[("/cpu-config", json!(machine.text("here")))]), all);
+
+    let mut there: Value = serde_json::from_slice(&dump.stdout).unwrap();
+    let leaves = there["cpuid_modifiers"].as_array_mut().unwrap();
+    let leaf = leaves.iter_mut().find(|leaf| leaf["leaf"] == "0x40000001").unwrap();
+    let bitmap = &mut leaf["modifiers"][0]["bitmap"];
+    assert_eq!(bitmap.as_str().unwrap(), format!("0b{:032b}", all[1]));
+    *bitmap = json!(format!("0b{:032b}", all[1] & !ASYNC_PF));
+    std::fs::write(machine.path("there"), there.to_string()).unwrap();
+    let common = run(&["cpu-template", "common", &machine.text("here"), &machine.text("there")]);
+    assert!(common.status.success(), "{common:?}");
+    std::fs::write(machine.path("common"), &common.stdout).unwrap();
+    let wrong = run(&["cpu-template", "common", &machine.text("here"), &machine.text("kernel")]);
+    assert_eq!(wrong.status.code(), Some(ExitCode::Config.code()));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("/kernel: "), "{wrong:?}");
+
+    machine.config["cpu-config"] = json!(machine.text("common"));
+    let ended = machine.run();
+    assert_eq!(ended.code, 0, "{}", ended.stderr);
+    assert_eq!(answer(&ended.console), [all[0], all[1] & !ASYNC_PF, all[2], all[3]]);
 }

@@ -114,6 +114,20 @@ pub struct VcpuHandle {
 /// How long one wait for an answer lasts before the vCPU is kicked again.
 const KICK_AGAIN: Duration = Duration::from_millis(20);
 
+/// Makes a new vCPU what its model says: its CPUID table, its MSRs as firmware leaves them, and what the machine's template changes.
+///
+/// # Errors
+/// [`Error::Kvm`], [`Error::Config`] for an MSR of the template.
+pub fn prepare(fd: &VcpuFd, model: &CpuModel, id: u8) -> Result<()> {
+    fd.set_cpuid2(&model.table(id)?).map_err(Error::kvm("KVM_SET_CPUID2"))?;
+    let msr = |index, data| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
+    write_msrs(
+        fd,
+        &[msr(MSR_MISC_ENABLE, MSR_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)],
+    );
+    model.change_msrs(fd)
+}
+
 impl VcpuHandle {
     /// Makes vCPU number `id` and starts its thread, parked behind its filter. `cpu` is what it can do, and its MSRs.
     ///
@@ -130,13 +144,7 @@ impl VcpuHandle {
     ) -> Result<Self> {
         let fd = vm.create_vcpu(id)?;
         let (model, msr_indices) = cpu;
-        fd.set_cpuid2(&model.table(id)?).map_err(Error::kvm("KVM_SET_CPUID2"))?;
-        let msr = |index, data| kvm_msr_entry { index, data, ..kvm_msr_entry::default() };
-        write_msrs(
-            &fd,
-            &[msr(MSR_MISC_ENABLE, MSR_MISC_ENABLE_FAST_STRING), msr(MSR_MTRR_DEF_TYPE, MTRR_WRITE_BACK)],
-        );
-        model.change_msrs(&fd)?;
+        prepare(&fd, model, id)?;
         let start = VcpuState::capture(&fd, msr_indices)?;
         let kick = KickPage::new(&fd)?;
         let (commands, command_receiver) = channel();

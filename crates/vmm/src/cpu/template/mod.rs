@@ -7,6 +7,7 @@
 //! A template is one of the built-in levels ([`level`]) or the user's own, in the shape of Firecracker's custom templates. It leaves
 //! out, or changes what describes; a feature that the host lacks cannot be added.
 
+pub mod alike;
 mod bitmap;
 
 mod level;
@@ -259,6 +260,9 @@ impl Template<'_> {
             Self::Level(level) => ("machine-config", level.apply(&mut table)),
             Self::Own(template) => ("cpu-config", template.apply(&mut table)),
         };
+        if matches!(self, Self::Own(_)) {
+            alike::trim(&mut table);
+        }
         let checked = applied.and_then(|()| within(&table, offered)).and_then(|()| xsave::settle(&mut table));
         checked.map_err(|why| Error::Config(format!("{field}: {why}")))?;
         Ok(table)
