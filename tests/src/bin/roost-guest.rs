@@ -13,6 +13,10 @@
 //! | `net NAME ADDRESS` | gives an interface an address in a network of 256, and brings it up |
 //! | `echo ADDRESS:PORT MIB` | streams so much to an echo service and compares what comes back at the same time |
 //! | `kernel TEXT` | answers with the kernel's last message that has this text |
+//! | `mount DEVICE OPTIONS` | mounts its ext4 file system at `/mnt` |
+//! | `read FILE` | answers with a file's first line |
+//! | `length FILE` | reads a file to its end, and answers how many bytes that were |
+//! | `write FILE TEXT` | writes a file, and waits until it is on stable storage |
 //! | `off` | powers the guest off |
 
 use std::fs::File;
@@ -83,6 +87,10 @@ fn serve() -> std::io::Result<()> {
             ("net", rest) => net(rest).map_or_else(|error| error.to_string(), |()| "up".to_owned()),
             ("echo", rest) => echo(rest).unwrap_or_else(|error| error.to_string()),
             ("kernel", text) => kernel(text),
+            ("mount", rest) => said(mount_at_mnt(rest).map(|()| "mounted".to_owned())),
+            ("read", path) => said(first_line(path)),
+            ("length", path) => said(length(path).map(|bytes| bytes.to_string())),
+            ("write", rest) => said(write_file(rest).map(|()| "written".to_owned())),
             ("off", _) => return Ok(()),
             _ => format!("no such line: {line}"),
         };
@@ -109,6 +117,33 @@ fn watch_cpus() -> std::io::Result<()> {
         }
     });
     Ok(())
+}
+
+fn said(answer: std::io::Result<String>) -> String {
+    answer.unwrap_or_else(|error| error.to_string())
+}
+
+fn mount_at_mnt(rest: &str) -> std::io::Result<()> {
+    let (device, options) = rest.split_once(' ').unwrap_or((rest, ""));
+    Ok(mount(Some(device), "/mnt", Some("ext4"), MsFlags::empty(), Some(options))?)
+}
+
+fn first_line(path: &str) -> std::io::Result<String> {
+    let mut line = String::new();
+    BufReader::new(File::open(path)?).read_line(&mut line)?;
+    Ok(line.trim_end().to_owned())
+}
+
+/// Piece by piece, so that the program itself needs no memory for it.
+fn length(path: &str) -> std::io::Result<u64> {
+    std::io::copy(&mut File::open(path)?, &mut std::io::sink())
+}
+
+fn write_file(rest: &str) -> std::io::Result<()> {
+    let (path, text) = rest.split_once(' ').unwrap_or((rest, ""));
+    let mut file = File::create(path)?;
+    writeln!(file, "{text}")?;
+    file.sync_all()
 }
 
 fn memory_mib() -> nix::Result<u64> {
