@@ -348,6 +348,13 @@ const VCPU: &[Allowed] = &[
     with(libc::SYS_ioctl, 1, VHOST_SET_VRING_BASE, "the same").unseen(unseen::VHOST),
     with(libc::SYS_ioctl, 1, VHOST_SET_VRING_ADDR, "the same").unseen(unseen::VHOST),
     with(libc::SYS_ioctl, 1, VHOST_NET_SET_BACKEND, "the same, and the driver's reset").unseen(unseen::VHOST),
+    with(
+        libc::SYS_read,
+        2,
+        size_of::<u64>() as u64,
+        "an eventfd: at the reset it is forgotten what was broken",
+    )
+    .unseen(unseen::VHOST),
     any(libc::SYS_io_uring_enter, "a disk is reset, and what is under way is waited for")
         .unseen(unseen::UNDER_WAY),
     any(libc::SYS_rt_sigreturn, "the end of a kick"),

@@ -68,7 +68,8 @@ impl Kernel {
         Ok(())
     }
 
-    /// Ends the kernel's work. No ring is touched any more when this returns.
+    /// Ends the kernel's work. No ring is touched any more when this returns, and what was broken is forgotten: the device thread may
+    /// hear of it only when the guest has set the device up again.
     pub fn stop(&mut self) {
         for pair in &mut self.pairs {
             if let Err(error) = pair.stop() {
@@ -76,6 +77,7 @@ impl Kernel {
                 crate::log::line(&format!("vhost-net: {error}"));
             }
         }
+        let _ = self.broken.read();
     }
 
     /// Holds the kernel's work, and puts down where it is.
@@ -101,8 +103,7 @@ impl Kernel {
         self.broken.as_raw_fd()
     }
 
-    /// Whether the guest has broken a ring since the last time. A guest that breaks one and has reset the device and set it up
-    /// again before this is asked hears of it only then.
+    /// Whether the guest has broken a ring since the last time.
     #[must_use]
     pub fn is_broken(&self) -> bool {
         self.broken.read().is_ok()
