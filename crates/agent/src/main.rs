@@ -13,7 +13,7 @@ use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
 use roost_agent::task::Pace;
-use roost_agent::{cgroup, connection, durable, jail, leftovers};
+use roost_agent::{cgroup, connection, durable, leftovers};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -39,13 +39,6 @@ enum Command {
     Leftovers(Leftovers),
     /// Ends every instance of a state folder and removes all of it, volumes included. The agent must not run.
     Purge(Purge),
-    /// The agent's own step into a monitor's jail.
-    #[command(hide = true)]
-    Jail {
-        /// Descriptor of the spec.
-        #[arg(long)]
-        spec_fd: i32,
-    },
 }
 
 #[derive(Args)]
@@ -122,8 +115,6 @@ struct Purge {
 
 fn main() -> ExitCode {
     let outcome = match Cli::parse().command {
-        // Before anything that starts a thread.
-        Command::Jail { spec_fd } => jail::enter(spec_fd),
         Command::Serve(serve) => run(&serve).map(|()| ExitCode::SUCCESS),
         Command::Leftovers(which) => list(&which),
         Command::Purge(purge) => remove(&purge).map(|()| ExitCode::SUCCESS),
@@ -212,7 +203,6 @@ fn run(serve: &Serve) -> Result<()> {
         folders: folders.clone(),
         cgroups,
         program: vmm,
-        jailer: "/proc/self/exe".into(),
         uid_base: serve.uid_base,
         mtu: links::uplink_mtu(),
     };

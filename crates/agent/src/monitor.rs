@@ -40,10 +40,8 @@ pub struct Monitors {
     pub folders: Folders,
     /// The cgroups.
     pub cgroups: Cgroups,
-    /// The monitor's program.
+    /// The monitor's program, which builds its jail too.
     pub program: PathBuf,
-    /// The program whose `jail` subcommand makes the jail: this one.
-    pub jailer: PathBuf,
     /// First of the user ids.
     pub uid_base: u32,
     /// Largest packet that a guest should send.
@@ -143,24 +141,20 @@ impl Monitors {
             .and_then(|reader| reader.written())
             .map_err(Error::file("read", self.folders.console(id)))?;
 
-        let mut arguments: Vec<String> = vec!["roost-vmm".into(), "run".into(), "--hold".into()];
-        arguments.extend(["--id".into(), id.to_string()]);
-        arguments.extend(files.options.iter().cloned());
+        let mut options = vec!["--hold".to_owned()];
+        options.extend(files.options.iter().cloned());
         let handed: Vec<&OwnedFd> = files.descriptors.iter().collect();
+        let log = self.folders.monitor_log(id);
+        prepare_log(&log)?;
         let jail = JailSpec {
             id: id.to_string(),
-            cgroup_procs: self.cgroups.procs(spec, id)?,
-            mount_point: self.folders.run.clone(),
+            cgroup: self.cgroups.folder(spec, id)?,
             uid: self.uid_base + of.slot,
             threads: u64::from(spec.cpu.vcpus) + 16,
-            program: -1,
-            arguments,
-            keep: vec![],
-            report: -1,
+            log,
+            options,
         };
-        let program = File::open(&self.program).map_err(Error::file("open the monitor", &self.program))?;
-        let log = open_log(&self.folders.monitor_log(id))?;
-        let pid = jail::start(&self.jailer, jail, &program, &handed, log)?;
+        let pid = jail::start(&self.program, &jail, &handed)?;
         self.cgroups.started(spec, id, pid)?;
         drop(files);
         let jailed = Instant::now();
@@ -362,12 +356,13 @@ fn console_input(path: &Path) -> Result<File> {
         .map_err(Error::file("open", path))
 }
 
-/// Opens a monitor's log to append, and cuts off what an earlier one left beyond measure.
-fn open_log(path: &Path) -> Result<File> {
+/// Makes a monitor's log, and cuts off what an earlier one left beyond measure.
+fn prepare_log(path: &Path) -> Result<()> {
     if fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_MAX) {
         durable::remove_file(path)?;
     }
-    File::options().append(true).create(true).mode(0o600).open(path).map_err(Error::file("open", path))
+    let made = File::options().append(true).create(true).mode(0o600).open(path);
+    made.map(drop).map_err(Error::file("open", path))
 }
 
 /// The last lines of a monitor's log.

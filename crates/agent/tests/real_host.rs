@@ -104,7 +104,6 @@ impl Bench {
             folders: self.folders.clone(),
             cgroups: self.cgroups.clone(),
             program: self.bin.join("roost-vmm"),
-            jailer: self.bin.join("roost-agent"),
             uid_base: 100_000,
             mtu: links::uplink_mtu(),
         };
@@ -224,7 +223,12 @@ fn assert_jailed(pid: i32, uid: u32) {
     assert_eq!(mounts.lines().count(), 1, "one mount: {mounts}");
     assert!(mounts.contains(" / ro,"), "read-only: {mounts}");
     let own = |name: &str| fs::read_link(format!("/proc/self/ns/{name}")).unwrap();
-    for name in ["mnt", "pid", "ipc", "uts", "net", "cgroup"] {
+    for (name, limit) in [("uid_map", "1"), ("gid_map", "1")] {
+        let map = fs::read_to_string(format!("/proc/{pid}/{name}")).unwrap();
+        let id = uid.to_string();
+        assert_eq!(map.split_whitespace().collect::<Vec<_>>(), [&id, &id, limit], "{name}");
+    }
+    for name in ["mnt", "pid", "ipc", "uts", "net", "cgroup", "user"] {
         assert_ne!(fs::read_link(format!("/proc/{pid}/ns/{name}")).unwrap(), own(name), "{name} namespace");
     }
 }

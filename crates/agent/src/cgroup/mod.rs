@@ -136,12 +136,13 @@ impl Cgroups {
         Ok(Folders::cgroup(&self.root, family, id))
     }
 
-    /// The file that a process writes itself into to join.
+    /// The folder of the cgroup that the instance's processes join; nobody joins a pretended one.
     ///
     /// # Errors
     /// The family's name is unfit.
-    pub fn procs(&self, spec: &InstanceSpec, id: &InstanceId) -> Result<PathBuf> {
-        Ok(self.path(spec, id)?.join("cgroup.procs"))
+    pub fn folder(&self, spec: &InstanceSpec, id: &InstanceId) -> Result<Option<PathBuf>> {
+        let path = self.path(spec, id)?;
+        Ok((!self.pretend).then_some(path))
     }
 
     /// Makes the cgroup and its child, sets each limit and reads it back.
@@ -265,7 +266,7 @@ impl Cgroups {
     /// The folder is gone.
     pub fn started(&self, spec: &InstanceSpec, id: &InstanceId, pid: i32) -> Result<()> {
         if self.pretend {
-            let path = self.procs(spec, id)?;
+            let path = self.path(spec, id)?.join("cgroup.procs");
             fs::write(&path, pid.to_string()).map_err(Error::file("write", &path))?;
         }
         Ok(())
