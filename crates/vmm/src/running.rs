@@ -3,6 +3,7 @@
 mod capture;
 pub(crate) mod devices;
 mod resize;
+mod written;
 
 use std::fs::File;
 use std::sync::mpsc::Receiver;

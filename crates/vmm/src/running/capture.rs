@@ -4,10 +4,8 @@ use std::fs::File;
 use std::os::unix::fs::MetadataExt;
 use std::sync::MutexGuard;
 
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
-use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
-
 use super::Parts;
+use super::written::Written;
 use crate::cpu::cpuid::SavedCpuid;
 use crate::cpu::model::CpuModel;
 use crate::descriptors::Access;
@@ -15,52 +13,11 @@ use crate::devices::virtio::VirtioDevice;
 use crate::devices::virtio::entropy::host_random;
 use crate::devices::virtio::mmio::lock;
 use crate::error::{Error, Result};
-use crate::memory::PAGE;
 use crate::snapshot::requests::{CreateSnapshot, SnapshotType};
 use crate::snapshot::{self, MemoryFile, Pages, SavedMachine};
 
 /// A device that does nothing meanwhile.
 type Locked<'a> = MutexGuard<'a, dyn VirtioDevice + 'static>;
-
-/// Bits of a word of a dirty log.
-const BITS: u64 = 64;
-
-/// Pages that were written since the base, region by region, one bit each.
-struct Written(Vec<Vec<u64>>);
-
-impl Written {
-    /// Takes what was noted: by KVM of the guest, by memory itself of the devices.
-    fn take(parts: &Parts) -> Result<Self> {
-        let mut regions = Vec::new();
-        for (slot, region) in parts.memory.iter().enumerate() {
-            let mut pages = parts.vm.dirty_pages(slot, region.len())?;
-            let mapping = region.get_mmap();
-            let ours = mapping.bitmap().as_ref().map(AtomicBitmap::get_and_reset).unwrap_or_default();
-            for (word, ours) in pages.iter_mut().zip(ours) {
-                *word |= ours;
-            }
-            regions.push(pages);
-        }
-        Ok(Self(regions))
-    }
-
-    fn has(&self, region: usize, page: u64) -> bool {
-        let word = usize::try_from(page / BITS).ok().and_then(|at| self.0.get(region)?.get(at));
-        word.is_some_and(|word| word >> (page % BITS) & 1 == 1)
-    }
-
-    /// Puts everything back: whoever took it could not use it.
-    fn put_back(&self, parts: &Parts) {
-        for (number, region) in parts.memory.iter().enumerate() {
-            for page in (0..region.len() / PAGE).filter(|page| self.has(number, *page)) {
-                let (at, length) = (usize::try_from(page * PAGE), usize::try_from(PAGE));
-                if let (Ok(at), Ok(length)) = (at, length) {
-                    region.bitmap().mark_dirty(at, length);
-                }
-            }
-        }
-    }
-}
 
 /// Takes the snapshot; returns its id.
 pub fn create(parts: &Parts, request: &CreateSnapshot) -> Result<[u8; 16]> {
@@ -132,10 +89,14 @@ fn take(
             .map(|(transport, device)| transport.save(&**device))
             .collect(),
     };
-    let written = if tracked { Some(Written::take(parts)?) } else { None };
+    let written = if tracked {
+        Some(Written::take(&parts.memory, |slot, bytes| parts.vm.dirty_pages(slot, bytes))?)
+    } else {
+        None
+    };
     let result = write(parts, request, &saved, written.as_ref(), state_file, memory_file);
     if let (Err(_), Some(written)) = (&result, &written) {
-        written.put_back(parts);
+        written.put_back(&parts.memory);
     }
     result.map(|()| id)
 }
