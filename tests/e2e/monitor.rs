@@ -333,6 +333,51 @@ fn a_linux_guest_goes_on_from_a_snapshot() {
     }
 }
 
+/// EAX, EBX, ECX and EDX of a leaf, as a program of the guest's sees them.
+#[track_caller]
+fn cpuid(monitor: &ByHand<'_>, leaf: &str) -> [u32; 4] {
+    let said = monitor.ask(&format!("cpuid {leaf}"));
+    let words: Vec<u32> = said.split(' ').map(|word| u32::from_str_radix(word, 16).unwrap()).collect();
+    words.try_into().unwrap_or_else(|_| panic!("{leaf}: {said}"))
+}
+
+/// A guest of a level has its level and nothing above it, and so has what goes on from its snapshot.
+#[test]
+fn a_linux_guest_sees_the_level_of_its_template() {
+    let rig = Rig::get();
+    let all = ByHand::start(&rig, "untouched", &json!({}));
+    let offered = [cpuid(&all, "1 0"), cpuid(&all, "7 0")];
+    assert_eq!(all.ask("off"), "");
+    // SSE3, SSSE3, CX16, SSE4.1, SSE4.2, POPCNT; what is left beside them: x2APIC, TSC deadline, hypervisor.
+    let (level, beside) = (1 | 1 << 9 | 1 << 13 | 1 << 19 | 1 << 20 | 1 << 23, 1 << 21 | 1 << 24 | 1 << 31);
+    assert!(offered[0][2] & level == level && offered[0][2] & !(level | beside) != 0, "{offered:x?}");
+
+    let machine = json!({ "cpu_template": "x86-64-v2" });
+    let original = ByHand::start(&rig, "level", &json!({ "machine-config": machine }));
+    let is_level = |monitor: &ByHand<'_>| {
+        assert_eq!(cpuid(monitor, "1 0")[2], level | offered[0][2] & beside);
+        // Of leaf 7 EBX: TSC_ADJUST, SMEP, SMAP; of ECX UMIP.
+        let seventh = cpuid(monitor, "7 0");
+        assert_eq!(
+            [seventh[0], seventh[1], seventh[2]],
+            [0, offered[1][1] & (1 << 1 | 1 << 7 | 1 << 20), offered[1][2] & 1 << 2]
+        );
+        // KVM keeps EBX by itself.
+        let [low, _, size, high] = cpuid(monitor, "d 0");
+        assert_eq!([low, size, high], [0; 3]);
+        assert_eq!(cpuid(monitor, "80000008 0")[0] & 0xff, 39);
+    };
+    is_level(&original);
+    original.patch("/vm", &json!({ "state": "Paused" }));
+    original.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
+    let (clone, _) = ByHand::load(&rig, "moved", &original, &json!({}));
+    is_level(&clone);
+    original.patch("/vm", &json!({ "state": "Resumed" }));
+    for monitor in [&original, &clone] {
+        assert_eq!(monitor.ask("off"), "");
+    }
+}
+
 /// How long a guest may take for CPUs and memory that it is given.
 const RESIZED: Duration = Duration::from_secs(2);
 

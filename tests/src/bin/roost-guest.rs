@@ -7,6 +7,7 @@
 //! | `hold MIB` | writes to so much memory, and keeps it |
 //! | `drop` | gives that memory back to the guest's kernel |
 //! | `cpus` | says which CPUs are online, as the kernel lists them |
+//! | `cpuid LEAF SUBLEAF` | answers with EAX, EBX, ECX and EDX in hexadecimal digits, as LEAF and SUBLEAF are |
 //! | `memory` | says how much memory the kernel has, MiB |
 //! | `call PORT TEXT` | connects to that port of the host and sends the text |
 //! | `clock` | answers with its clocks, monotonic and real, in nanoseconds |
@@ -78,6 +79,7 @@ fn serve() -> std::io::Result<()> {
                 "dropped".to_owned()
             }
             ("cpus", _) => std::fs::read_to_string("/sys/devices/system/cpu/online")?.trim_end().to_owned(),
+            ("cpuid", rest) => cpuid(rest),
             ("memory", _) => memory_mib()?.to_string(),
             ("call", rest) => call(rest).map_or_else(|error| error.to_string(), |()| "called".to_owned()),
             ("clock", _) => {
@@ -144,6 +146,13 @@ fn write_file(rest: &str) -> std::io::Result<()> {
     let mut file = File::create(path)?;
     writeln!(file, "{text}")?;
     file.sync_all()
+}
+
+fn cpuid(rest: &str) -> String {
+    let mut numbers = rest.split(' ').map(|number| u32::from_str_radix(number, 16).unwrap_or(0));
+    let (leaf, subleaf) = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
+    let said = std::arch::x86_64::__cpuid_count(leaf, subleaf);
+    format!("{:x} {:x} {:x} {:x}", said.eax, said.ebx, said.ecx, said.edx)
 }
 
 fn memory_mib() -> nix::Result<u64> {
