@@ -6,7 +6,6 @@
 use serde::{Deserialize, Serialize};
 
 use crate::cpu::template;
-use crate::devices::virtio::net::MAX_PAIRS;
 use crate::error::{Error, Result};
 use crate::layout;
 
@@ -16,7 +15,7 @@ pub use crate::devices::virtio::balloon::config::{BalloonConfig, BalloonUpdate, 
 pub use crate::devices::virtio::block::config::{Drive, DriveFormat, DriveUpdate, IoEngine};
 pub use crate::devices::virtio::entropy::config::EntropyConfig;
 pub use crate::devices::virtio::mem::config::{MemoryHotplugConfig, MemoryHotplugUpdate};
-pub use crate::devices::virtio::net::config::NetworkInterfaceUpdate;
+pub use crate::devices::virtio::net::config::{NetworkInterface, NetworkInterfaceUpdate};
 pub use crate::devices::virtio::pmem::config::{PmemConfig, PmemUpdate};
 pub use crate::devices::virtio::vsock::config::VsockConfig;
 pub use crate::log::LoggerConfig;
@@ -146,7 +145,7 @@ const fn yes() -> bool {
 }
 
 #[allow(clippy::trivially_copy_pass_by_ref, reason = "the shape that serde calls")]
-const fn is_false(value: &bool) -> bool {
+pub(crate) const fn is_false(value: &bool) -> bool {
     !*value
 }
 
@@ -232,35 +231,6 @@ pub struct TokenBucket {
 
 pub(crate) const fn one() -> u8 {
     1
-}
-
-/// A network interface.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct NetworkInterface {
-    /// Its name.
-    pub iface_id: String,
-    /// The guest's MAC address, `06:00:ac:1f:00:05`; one is made from the interface's number when left out.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub guest_mac: Option<String>,
-    /// A handed tap descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached), or a tap's name.
-    pub host_dev_name: String,
-    /// Pairs of queues, 1–8, each with a tap of its own: a tap opened so often with `IFF_MULTI_QUEUE`. Beside `host_dev_name` the
-    /// descriptors are called `host_dev_name.1`, `.2` and so on.
-    #[serde(default = "one")]
-    pub num_queue_pairs: u8,
-    /// The host's kernel moves the packets (vhost-net): no limits, no counters.
-    #[serde(default, skip_serializing_if = "is_false")]
-    pub vhost: bool,
-    /// The largest packet that the guest should send, bytes.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub mtu: Option<u16>,
-    /// How much may go to the guest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub rx_rate_limiter: Option<RateLimiter>,
-    /// How much may come from the guest.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub tx_rate_limiter: Option<RateLimiter>,
 }
 
 /// The DMI strings that the guest sees, each at most 64 printable ASCII characters.
@@ -450,28 +420,6 @@ impl BootSource {
                 args.len(),
                 layout::CMDLINE_MAX - 1
             )));
-        }
-        Ok(())
-    }
-}
-
-impl NetworkInterface {
-    /// Checks what types cannot say.
-    ///
-    /// # Errors
-    /// [`Error::Config`].
-    pub fn check(&self) -> Result<()> {
-        if let Some(mac) = &self.guest_mac {
-            parse_mac(mac)?;
-        }
-        if self.num_queue_pairs == 0 || usize::from(self.num_queue_pairs) > MAX_PAIRS {
-            return Err(Error::Config(format!(
-                "network-interfaces: {:?}: num_queue_pairs {} is outside 1–{MAX_PAIRS}",
-                self.iface_id, self.num_queue_pairs
-            )));
-        }
-        if self.mtu.is_some_and(|mtu| mtu < 68) {
-            return Err(Error::Config(format!("network-interfaces: {:?}: mtu is below 68", self.iface_id)));
         }
         Ok(())
     }

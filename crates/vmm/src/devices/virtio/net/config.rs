@@ -1,16 +1,46 @@
-//! What may change of an interface while its machine runs, and how its taps are opened.
+//! An interface: what it is, what may change of it while its machine runs, and how its taps are opened.
 
 use serde::{Deserialize, Serialize};
 
 use std::fs::File;
 use std::os::fd::OwnedFd;
 
+use super::MAX_PAIRS;
 use super::kernel::Kernel;
 use super::tap::TapDevice;
 use super::vhost::Vhost;
-use crate::config::{NetworkInterface, RateLimiter};
+use crate::config::{RateLimiter, is_false, one, parse_mac};
 use crate::descriptors::{Access, Descriptors};
 use crate::error::{Error, Result};
+
+/// A network interface.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetworkInterface {
+    /// Its name.
+    pub iface_id: String,
+    /// The guest's MAC address, `06:00:ac:1f:00:05`; one is made from the interface's number when left out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub guest_mac: Option<String>,
+    /// A handed tap descriptor (`IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`, attached), or a tap's name.
+    pub host_dev_name: String,
+    /// Pairs of queues, 1–8, each with a tap of its own: a tap opened so often with `IFF_MULTI_QUEUE`. Beside `host_dev_name` the
+    /// descriptors are called `host_dev_name.1`, `.2` and so on.
+    #[serde(default = "one")]
+    pub num_queue_pairs: u8,
+    /// The host's kernel moves the packets (vhost-net): no limits, no counters.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub vhost: bool,
+    /// The largest packet that the guest should send, bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mtu: Option<u16>,
+    /// How much may go to the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rx_rate_limiter: Option<RateLimiter>,
+    /// How much may come from the guest.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub tx_rate_limiter: Option<RateLimiter>,
+}
 
 /// `PATCH /network-interfaces/{id}`. Buckets replace those that are there; one of size 0 or time 0 removes a limit.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -42,6 +72,26 @@ impl NetworkInterfaceUpdate {
 const VHOST_NET: &str = "/dev/vhost-net";
 
 impl NetworkInterface {
+    /// Checks what types cannot say.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check(&self) -> Result<()> {
+        if let Some(mac) = &self.guest_mac {
+            parse_mac(mac)?;
+        }
+        if self.num_queue_pairs == 0 || usize::from(self.num_queue_pairs) > MAX_PAIRS {
+            return Err(Error::Config(format!(
+                "network-interfaces: {:?}: num_queue_pairs {} is outside 1–{MAX_PAIRS}",
+                self.iface_id, self.num_queue_pairs
+            )));
+        }
+        if self.mtu.is_some_and(|mtu| mtu < 68) {
+            return Err(Error::Config(format!("network-interfaces: {:?}: mtu is below 68", self.iface_id)));
+        }
+        Ok(())
+    }
+
     /// The name of the descriptor of one of its taps.
     pub(crate) fn tap_name(&self, index: u8) -> String {
         let first = &self.host_dev_name;
