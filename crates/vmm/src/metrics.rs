@@ -84,3 +84,42 @@ fn now_ms() -> u64 {
     let since = SystemTime::now().duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default();
     u64::try_from(since.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Read;
+    use std::os::fd::{AsRawFd, OwnedFd};
+
+    use super::*;
+
+    /// Lines longer than what a pipe takes whole: one that had begun is ended before the next, however late that is.
+    #[test]
+    fn a_line_that_had_begun_is_ended_first() {
+        let (mut reader, writer) = io::pipe().unwrap();
+        for descriptor in [reader.as_raw_fd(), writer.as_raw_fd()] {
+            // SAFETY: sets a flag of an open descriptor.
+            assert_eq!(unsafe { libc::fcntl(descriptor, libc::F_SETFL, libc::O_NONBLOCK) }, 0);
+        }
+        let mut writer = MetricsWriter::new(File::from(OwnedFd::from(writer)));
+        let line = |number: usize| json!({ "number": number, "text": "x".repeat(10_000) });
+        let mut written = 0;
+        while writer.rest.is_empty() {
+            writer.write(&line(written)).unwrap();
+            written += 1;
+            assert!(written < 10_000, "a pipe without an end");
+        }
+        assert!(writer.write(&line(written)).is_err());
+        let mut text = Vec::new();
+        let _ = reader.read_to_end(&mut text);
+        writer.write(&line(written)).unwrap();
+        let _ = reader.read_to_end(&mut text);
+        let lines: Vec<Value> = text
+            .split_inclusive(|byte| *byte == b'\n')
+            .map(|line| serde_json::from_slice(line).unwrap())
+            .collect();
+        let numbers: Vec<usize> =
+            lines.iter().map(|line| usize::try_from(line["number"].as_u64().unwrap()).unwrap()).collect();
+        assert_eq!(numbers, (0..=written).collect::<Vec<_>>());
+        assert_eq!(lines[written]["logger"]["missed_metrics_count"], json!(1));
+    }
+}
