@@ -8,18 +8,19 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 
-use crate::config::{CpuConfig, NetworkInterface, SerialConfig, VmConfig};
+use super::check;
+use crate::config::{CpuConfig, NetworkInterface, SerialConfig, VmConfig, VsockConfig};
 use crate::descriptors::{Access, Descriptors};
 use crate::devices::virtio::net::tap::TapDevice;
 use crate::error::{Error, Result};
 use crate::preboot::{KVM_NAME, USERFAULTFD_NAME};
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
 
-/// Opens all of it. Gives the names of the folders that the monitor makes sockets in.
+/// Opens all of it.
 ///
 /// # Errors
 /// [`Error::Open`], [`Error::Io`], [`Error::KvmLacks`].
-pub fn open(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<String>> {
+pub fn open(config: &VmConfig, descriptors: &Descriptors) -> Result<()> {
     let file = |name: &str, what, access| {
         if descriptors.has(name) {
             return Ok(());
@@ -71,7 +72,12 @@ pub fn open(config: &VmConfig, descriptors: &Descriptors) -> Result<Vec<String>>
     let places = config.vsock.iter().map(|vsock| vsock.uds_path.as_str());
     let others = config.snapshot.iter().filter_map(|snapshot| snapshot.vsock_override.as_ref());
     let places = places.chain(others.map(|other| other.uds_path.as_str()));
-    places.map(|place| folder(place, descriptors)).collect()
+    for place in places {
+        let place = VsockConfig { uds_path: place.to_owned(), ..VsockConfig::default() };
+        let name = place.place().0;
+        descriptors.insert(name, descriptors.folder(name, "folder of vsock sockets")?)?;
+    }
+    Ok(())
 }
 
 /// `/dev/kvm`, which every monitor needs.
@@ -160,19 +166,27 @@ fn snapshot(
     Ok(())
 }
 
-/// A folder of sockets as a mount of its own, so that `..` leads nowhere.
-fn folder(uds_path: &str, descriptors: &Descriptors) -> Result<String> {
-    let place = crate::config::VsockConfig { uds_path: uds_path.to_owned(), ..Default::default() };
-    let name = place.place().0;
-    let folder = descriptors.folder(name, "folder of vsock sockets")?;
+/// A folder as a mount of its own, so that `..` leads nowhere. Nothing: it is no folder. There is one use of a folder, which is to make
+/// sockets in it.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn folder(name: &str, descriptor: &OwnedFd) -> Result<Option<OwnedFd>> {
+    // SAFETY: plain data, for which all zeroes is a valid value.
+    let mut about: libc::stat = unsafe { std::mem::zeroed() };
+    // SAFETY: fills the struct that it is given.
+    let known = check(unsafe { libc::fstat(descriptor.as_raw_fd(), &raw mut about) });
+    known.map_err(Error::io(format!("looking at the descriptor {name:?}")))?;
+    if about.st_mode & libc::S_IFMT != libc::S_IFDIR {
+        return Ok(None);
+    }
     let flags = libc::OPEN_TREE_CLONE | libc::OPEN_TREE_CLOEXEC | libc::AT_EMPTY_PATH.cast_unsigned();
     // SAFETY: an open descriptor and an empty, null-terminated path.
-    let mount = unsafe { libc::syscall(libc::SYS_open_tree, folder.as_raw_fd(), c"".as_ptr(), flags) };
+    let mount = unsafe { libc::syscall(libc::SYS_open_tree, descriptor.as_raw_fd(), c"".as_ptr(), flags) };
     let Ok(mount @ 0..) = i32::try_from(mount) else {
         let why = io::Error::last_os_error();
         return Err(Error::io(format!("making a mount of its own of the folder {name:?}"))(why));
     };
     // SAFETY: open_tree has just made it.
-    descriptors.insert(name, unsafe { OwnedFd::from_raw_fd(mount) })?;
-    Ok(name.to_owned())
+    Ok(Some(unsafe { OwnedFd::from_raw_fd(mount) }))
 }

@@ -116,7 +116,9 @@ fn prepare(options: Options) -> Result<Inside> {
     let descriptors = Descriptors::from_options(&run.fds)?;
     let text = stand_alone::config_text(run)?;
     let config = text.as_deref().map(VmConfig::from_json).transpose()?;
-    let names = config.map(|config| files::open(&config, &descriptors)).transpose()?.unwrap_or_default();
+    if let Some(config) = config {
+        files::open(&config, &descriptors)?;
+    }
     files::open_kvm(&descriptors)?;
     let listener = stand_alone::listener(run)?;
     let path = options.exec_file.as_deref().unwrap_or(Path::new("/proc/self/exe"));
@@ -141,10 +143,13 @@ fn prepare(options: Options) -> Result<Inside> {
     }
     let mut folders = Vec::new();
     for (name, descriptor) in descriptors.take_all() {
-        if names.contains(&name) {
-            folders.push((name.clone(), descriptor.as_raw_fd()));
-        }
-        hand("--fd", &format!("{name}="), descriptor);
+        let option = format!("{name}=");
+        let Some(mount) = files::folder(&name, &descriptor)? else {
+            hand("--fd", &option, descriptor);
+            continue;
+        };
+        folders.push((name, mount.as_raw_fd()));
+        hand("--fd", &option, mount);
     }
     words.extend(run.hold.then(|| "--hold".to_owned()));
     words.extend(run.id.iter().flat_map(|id| ["--id".to_owned(), id.clone()]));
