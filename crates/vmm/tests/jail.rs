@@ -172,6 +172,16 @@ fn the_parent_gives_back_the_end_and_passes_signals_on() {
     assert_eq!(machine.wait().code, 128 + libc::SIGKILL);
 }
 
+/// A process that nobody waits for must not outlive a test that fails.
+struct Daemon(u32);
+
+impl Drop for Daemon {
+    fn drop(&mut self) {
+        // SAFETY: the process of this test; a number that is free again is nobody's so soon.
+        unsafe { libc::kill(self.0.cast_signed(), libc::SIGKILL) };
+    }
+}
+
 #[test]
 #[ignore = "needs root: scripts/test runs it"]
 fn a_daemon_outlives_the_step() {
@@ -181,6 +191,7 @@ fn a_daemon_outlives_the_step() {
         command(&machine, &["--daemonize", "--log", &log], &[]).stdout(Stdio::piped()).output().unwrap();
     assert!(output.status.success());
     let pid: u32 = String::from_utf8(output.stdout).unwrap().trim().parse().unwrap();
+    let _daemon = Daemon(pid);
     says(&machine, "hi");
     assert_jailed(pid, true);
     for (number, name) in [(0, Path::new("/dev/null")), (1, Path::new(&log)), (2, Path::new(&log))] {
