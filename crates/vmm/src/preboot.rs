@@ -14,6 +14,8 @@ mod restore;
 use std::cell::RefCell;
 use std::io::Read;
 
+use vm_memory::{Address, GuestMemoryBackend};
+
 use crate::acpi::{Processors, VirtioWindow};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
@@ -258,6 +260,7 @@ impl Preboot {
             memory::use_huge_pages(&memory);
         }
         let model = CpuModel::new(&assembly.kvm, config)?;
+        model.check_addresses(assembly.reach.last_addr().raw_value())?;
         let vcpus = assembly.vcpus(&model)?;
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;

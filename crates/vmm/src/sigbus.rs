@@ -12,14 +12,16 @@ use crate::seccomp::sigsys;
 const BUS_ADRERR: libc::c_int = 2;
 
 /// What a missing page is, for people.
-pub const MISSING: &str =
-    "a page that is not there: a file that guest memory is mapped from was cut short or cannot be read";
+pub const MISSING: &str = "a page that is not there: a file that guest memory is mapped from was cut short, has no room or cannot be read";
 
-/// Installs the handler.
+/// Installs the handler. A file that reaches the limit of sizes (`RLIMIT_FSIZE`) is an error of its write from here on, and no signal
+/// that ends the process.
 ///
 /// # Errors
 /// [`Error::Io`].
 pub fn install() -> Result<()> {
+    // SAFETY: ignores a signal.
+    unsafe { libc::signal(libc::SIGXFSZ, libc::SIG_IGN) };
     // SAFETY: a zeroed sigaction is a valid value.
     let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
     action.sa_sigaction = handle as *const () as libc::sighandler_t;

@@ -3,6 +3,7 @@
 
 use std::fs::File;
 use std::io::ErrorKind;
+use std::os::unix::fs::FileTypeExt;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::Path;
 
@@ -40,7 +41,10 @@ pub fn listener(run: &Run) -> Result<Option<UnixListener>> {
 
 /// Makes the API's socket. One that a dead monitor left behind is replaced, one that answers is not.
 fn bind(path: &Path) -> Result<UnixListener> {
-    let dead = UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
+    // A file that is no socket refuses connections, too.
+    let socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
+    let dead =
+        socket && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
     if dead {
         std::fs::remove_file(path)
             .map_err(Error::io(format!("removing the dead API socket {}", path.display())))?;

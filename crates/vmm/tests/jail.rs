@@ -100,7 +100,7 @@ fn assert_jailed(pid: u32, user_namespace: bool) {
     assert!(mounts.contains(" / / ro,nosuid,nodev,noexec"), "read-only: {mounts}");
 
     let limits = read(pid, "limits");
-    for (name, limit) in [("Max core file size", "0"), ("Max processes", "256"), ("Max locked memory", "0")] {
+    for (name, limit) in [("Max core file size", "1"), ("Max processes", "256"), ("Max locked memory", "0")] {
         let line = limits.lines().find_map(|line| line.strip_prefix(name)).unwrap();
         assert_eq!(line.split_whitespace().take(2).collect::<Vec<_>>(), [limit, limit], "{name}");
     }
@@ -180,6 +180,38 @@ impl Drop for Daemon {
         // SAFETY: the process of this test; a number that is free again is nobody's so soon.
         unsafe { libc::kill(self.0.cast_signed(), libc::SIGKILL) };
     }
+}
+
+/// What a monitor says about itself, and its limits.
+#[test]
+#[ignore = "needs root: scripts/test runs it"]
+fn log_metrics_and_limits_are_as_asked_for() {
+    let mut machine = Machine::new(&Code::default().print("hi").stop());
+    let (log, metrics) = (machine.text("log"), machine.text("metrics"));
+    let options = ["--log-path", &log, "--level", "Debug", "--show-level", "--metrics-path", &metrics];
+    let limit = 4 << 20;
+    let mut command = command(&machine, &["--resource-limit", &format!("memlock={limit}")], &options);
+    let deaf = || {
+        // SAFETY: as a daemon that never asks for its children's ends.
+        unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+        Ok(())
+    };
+    // SAFETY: a call that a forked child may make.
+    unsafe { command.pre_exec(deaf) };
+    let child = command.spawn().unwrap();
+    let step = child.id();
+    machine.adopt(child);
+    let client = machine.client();
+    let limits = read(child_of(step).unwrap(), "limits");
+    let line = limits.lines().find(|line| line.starts_with("Max locked memory")).unwrap();
+    assert!(line.contains(&limit.to_string()), "{line}");
+    client.put("PUT", "/actions", &json!({ "action_type": "FlushMetrics" })).unwrap();
+    let line = fs::read_to_string(&metrics).unwrap();
+    assert!(serde_json::from_str::<serde_json::Value>(line.lines().next().unwrap()).is_ok(), "{line}");
+    client.force_stop().unwrap();
+    let ended = machine.wait();
+    assert_eq!(ended.code, ExitCode::Killed.code(), "{}", ended.stderr);
+    assert!(fs::read_to_string(&log).unwrap().contains("ForceStop"));
 }
 
 #[test]

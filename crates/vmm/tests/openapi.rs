@@ -410,7 +410,7 @@ fn bodies_are_taken_and_refused_as_described() {
             bodies += 1;
         }
     }
-    assert_eq!(bodies, if tap::create().is_some() { 24 } else { 21 });
+    assert_eq!(bodies, if tap::create().is_some() { 23 } else { 21 });
 }
 
 #[test]

@@ -293,11 +293,11 @@ fn a_snapshot_has_nothing_of_the_file_and_goes_on_with_a_copy() {
 /// As the guest's kernel is told about a root: by the command line, which is in its memory.
 #[test]
 fn the_root_is_on_the_command_line() {
-    let words = b"root=/dev/pmem1 ro rootflags=dax";
+    let words = b"root=/dev/pmem1 ro rootflags=dax rootwait\0\0\0";
     let code = words.chunks(4).zip(0_u32..).fold(Code::default(), |code, (word, n)| {
         code.expect32(0x2_0000 + 4 * n, u32::from_le_bytes(word.try_into().unwrap()))
     });
-    let mut machine = machine(&code.expect32(0x2_0020, 0).print("done").power_off(), ALIGNMENT, true);
+    let mut machine = machine(&code.print("done").power_off(), ALIGNMENT, true);
     disk(&machine.path("root"), 4096);
     let root =
         json!({ "id": "r", "path_on_host": machine.text("root"), "root_device": true, "read_only": true });

@@ -214,3 +214,13 @@ fn the_probe_prints_a_report_that_parses() {
     assert!(report.speed.unwrap().instructions_per_second > 10_000);
     assert!(report.instructions.len() > 20);
 }
+
+#[test]
+fn a_file_in_the_place_of_the_apis_socket_is_left_alone() {
+    let mut machine = Machine::new(&Code::default().stop());
+    std::fs::write(machine.path("api"), "mine").unwrap();
+    machine.start::<&str>(&[]);
+    let ended = machine.wait();
+    assert_eq!(ended.code, ExitCode::HostIo.code(), "{}", ended.stderr);
+    assert_eq!(std::fs::read(machine.path("api")).unwrap(), b"mine");
+}

@@ -87,6 +87,25 @@ impl CpuModel {
         self.topology.vcpus
     }
 
+    /// Refuses memory at addresses that the CPU says it does not have (leaf 0x80000008): the guest could not use it.
+    ///
+    /// # Errors
+    /// [`Error::Config`] with both numbers.
+    pub fn check_addresses(&self, last: u64) -> Result<()> {
+        let leaf = self.table(0)?;
+        let bits = leaf.as_slice().iter().find(|entry| entry.function == 0x8000_0008);
+        // Without the leaf a CPU has 36 (Intel SDM 3, 4.1.4).
+        let bits = bits.map_or(36, |entry| entry.eax & 0xff).min(63);
+        if last >> bits == 0 {
+            return Ok(());
+        }
+        Err(Error::Config(format!(
+            "memory, memory-hotplug and pmem reach up to {} GiB, and addresses of this CPU (or of its template) have {bits} bits: {} GiB",
+            (last >> 30) + 1,
+            1_u64 << bits >> 30
+        )))
+    }
+
     /// What vCPU number `id` can do.
     ///
     /// # Errors

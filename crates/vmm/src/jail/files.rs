@@ -149,14 +149,16 @@ fn snapshot(
         }
     }
     for change in &request.drive_overrides {
-        // Only the state file knows whether the guest may write it.
-        file(&change.path_on_host, "disk image", Access::ReadWrite)?;
+        // The state file knows whether the guest may write it, and is not believed.
+        let access = if change.is_read_only { Access::Read } else { Access::ReadWrite };
+        file(&change.path_on_host, "disk image", access)?;
         if let Some(name) = &change.backing {
             file(name, "base image", Access::Read)?;
         }
     }
     for change in &request.pmem_overrides {
-        file(&change.path_on_host, "pmem file", Access::ReadWrite)?;
+        let access = if change.read_only { Access::Read } else { Access::ReadWrite };
+        file(&change.path_on_host, "pmem file", access)?;
     }
     for change in request.network_overrides.iter().filter(|change| !descriptors.has(&change.host_dev_name)) {
         let name = &change.host_dev_name;

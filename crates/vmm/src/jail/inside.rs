@@ -6,13 +6,13 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::ptr::null;
 
-use super::{DONE, EXECUTE, FAILED, Inside, JOIN, MAP, announce, check, landlock, privileges, unshare};
+use super::{
+    DONE, EXECUTE, FAILED, Inside, JOIN, LIMIT, MAP, announce, check, landlock, limits, privileges, unshare,
+};
 use crate::error::{Error, Result};
 
 /// A folder that is there wherever this program can run. The empty root is mounted over it, in the new namespace only.
 const MOUNT_POINT: &std::ffi::CStr = c"/proc";
-/// Descriptors that the monitor opens itself: devices' events, timers, queues.
-const OWN_FILES: u64 = 512;
 
 /// Never comes back.
 pub(super) fn enter(inside: &Inside, mut talk: UnixStream, signals: &libc::sigset_t) -> ! {
@@ -46,7 +46,8 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
         enter_user_namespace()?;
         ask(talk, MAP)?;
     }
-    limit(inside)?;
+    ask(talk, LIMIT)?;
+    limited(inside)?;
     privileges::drop_all(options.uid, options.gid)?;
     die_with_parent(true)?;
     // The change of the user took the signal away: the parent may have gone meanwhile.
@@ -60,8 +61,15 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
     // SAFETY: clears permissions of files that this process makes.
     unsafe { libc::umask(0o077) };
     close_others(inside)?;
+    // The monitor takes these two from a descriptor: one that is sent before it does must wait, as process 1 of a pid namespace never
+    // sees what it does not listen to.
+    let mut waiting = *signals;
+    for signal in [libc::SIGTERM, libc::SIGINT] {
+        // SAFETY: adds a signal that exists to the set.
+        unsafe { libc::sigaddset(&raw mut waiting, signal) };
+    }
     // SAFETY: the set is a valid one, and nobody wants the old mask.
-    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, signals, std::ptr::null_mut()) })
+    check(unsafe { libc::sigprocmask(libc::SIG_SETMASK, &raw const waiting, std::ptr::null_mut()) })
         .map_err(Error::io("restoring the signal mask"))?;
     die_with_parent(!options.daemonize)?;
     talk.write_all(&[EXECUTE]).map_err(Error::io("talking to the parent"))?;
@@ -152,23 +160,16 @@ fn enter_user_namespace() -> Result<()> {
     })
 }
 
-/// After the user namespace was made: the kernel counts threads and locked memory per namespace, and the limits that its maker
-/// had then would be held against all that root has.
-fn limit(inside: &Inside) -> Result<()> {
-    let limits = inside.options.limits;
-    let handed = u64::try_from(inside.handed.len()).unwrap_or(0);
-    for (name, resource, value) in [
-        ("core", libc::RLIMIT_CORE, Some(0)),
-        ("no-file", libc::RLIMIT_NOFILE, Some(limits.no_file.unwrap_or(handed + OWN_FILES))),
-        ("nproc", libc::RLIMIT_NPROC, Some(limits.nproc)),
-        ("memlock", libc::RLIMIT_MEMLOCK, Some(limits.memlock)),
-        ("fsize", libc::RLIMIT_FSIZE, limits.fsize),
-    ] {
-        let Some(value) = value else { continue };
-        let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
-        // SAFETY: reads the struct that it is given.
-        check(unsafe { libc::setrlimit(resource, &raw const limit) })
-            .map_err(Error::io(format!("setting the limit {name} to {value}")))?;
+/// The limits are there (the parent has set them): a machine without them is not started.
+fn limited(inside: &Inside) -> Result<()> {
+    for (name, resource, value) in limits(inside) {
+        let mut found = libc::rlimit { rlim_cur: 0, rlim_max: 0 };
+        // SAFETY: fills the struct that it is given.
+        check(unsafe { libc::getrlimit(resource, &raw mut found) })
+            .map_err(Error::io(format!("reading the limit {name}")))?;
+        if (found.rlim_cur, found.rlim_max) != (value, value) {
+            return Err(Error::Jail(format!("the limit {name} is {}, not {value}", found.rlim_max)));
+        }
     }
     Ok(())
 }

@@ -35,6 +35,7 @@ use std::os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
+use crate::cli::Run;
 use crate::config::VmConfig;
 use crate::descriptors::Descriptors;
 use crate::error::{Error, Result};
@@ -46,6 +47,7 @@ pub use options::{Limits, Options};
 const JOIN: u8 = b'j';
 /// The child is in its user namespace, and wants ids there.
 const MAP: u8 = b'm';
+const LIMIT: u8 = b'l';
 /// The child executes its program next.
 const EXECUTE: u8 = b'x';
 /// What follows is why the child gave up.
@@ -93,7 +95,7 @@ pub fn run(options: Options) -> Result<i32> {
         pid => pid,
     };
     drop(theirs);
-    if let Err(error) = accompany(&talk, pid, &inside.options) {
+    if let Err(error) = accompany(&talk, pid, &inside) {
         waiter::end(pid);
         return Err(error);
     }
@@ -112,8 +114,26 @@ fn prepare(options: Options) -> Result<Inside> {
     if let Some(path) = &options.netns {
         enter_network(path)?;
     }
+    // Each option of `run` is here, so that none is forgotten.
+    let Run {
+        config: _,
+        config_fd: _,
+        fds,
+        api_sock: _,
+        api_fd: _,
+        hold,
+        open_paths: _,
+        id,
+        logger,
+        metrics_path,
+    } = &options.run;
     let run = &options.run;
-    let descriptors = Descriptors::from_options(&run.fds)?;
+    let descriptors = Descriptors::from_options(fds)?;
+    for (name, what) in [(&logger.log_path, "log"), (metrics_path, "metrics")] {
+        if let Some(name) = name.as_ref().filter(|name| !descriptors.has(name)) {
+            descriptors.insert(name, descriptors.output(name, what)?)?;
+        }
+    }
     let text = stand_alone::config_text(run)?;
     let config = text.as_deref().map(VmConfig::from_json).transpose()?;
     if let Some(config) = config {
@@ -151,8 +171,19 @@ fn prepare(options: Options) -> Result<Inside> {
         folders.push((name, mount.as_raw_fd()));
         hand("--fd", &option, mount);
     }
-    words.extend(run.hold.then(|| "--hold".to_owned()));
-    words.extend(run.id.iter().flat_map(|id| ["--id".to_owned(), id.clone()]));
+    words.extend(hold.then(|| "--hold".to_owned()));
+    words.extend(logger.show_level.unwrap_or(false).then(|| "--show-level".to_owned()));
+    words.extend(logger.show_log_origin.unwrap_or(false).then(|| "--show-log-origin".to_owned()));
+    let level = logger.level.map(|level| format!("{level:?}"));
+    for (option, value) in [
+        ("--id", id),
+        ("--log-path", &logger.log_path),
+        ("--level", &level),
+        ("--module", &logger.module),
+        ("--metrics-path", metrics_path),
+    ] {
+        words.extend(value.iter().flat_map(|value| [option.to_owned(), value.clone()]));
+    }
     let arguments = words.into_iter().map(CString::new).collect::<std::result::Result<_, _>>();
     let arguments = arguments.map_err(|_| Error::Config("a name holds a NUL byte".into()))?;
     Ok(Inside { options, program, arguments, handed, folders, log })
@@ -184,7 +215,8 @@ fn memory_file(text: &str) -> io::Result<File> {
 }
 
 /// Does for the child what it cannot do from where it is, until it has executed its program.
-fn accompany(mut talk: &UnixStream, pid: libc::pid_t, options: &Options) -> Result<()> {
+fn accompany(mut talk: &UnixStream, pid: libc::pid_t, inside: &Inside) -> Result<()> {
+    let options = &inside.options;
     let mut last = 0;
     loop {
         let mut word = [0];
@@ -201,6 +233,7 @@ fn accompany(mut talk: &UnixStream, pid: libc::pid_t, options: &Options) -> Resu
         match last {
             JOIN => join(pid, options)?,
             MAP => map(pid, options).map_err(Error::io("mapping ids in the user namespace"))?,
+            LIMIT => limit(pid, inside)?,
             EXECUTE => continue,
             _ => {
                 let mut why = String::new();
@@ -230,6 +263,36 @@ fn map(pid: libc::pid_t, options: &Options) -> io::Result<()> {
     write("setgroups", "deny".into())?;
     write("gid_map", format!("{gid} {gid} 1\n"))?;
     write("uid_map", format!("{uid} {uid} 1\n"))
+}
+
+/// Descriptors that the monitor opens itself: devices' events, timers, queues.
+const OWN_FILES: u64 = 512;
+
+/// What the monitor's process may have at most.
+fn limits(inside: &Inside) -> impl Iterator<Item = (&'static str, libc::__rlimit_resource_t, u64)> {
+    let limits = inside.options.limits;
+    let handed = u64::try_from(inside.handed.len()).unwrap_or(0);
+    let all = [
+        // Not 0, with which a program that takes core dumps is still started (core(5)).
+        ("core", libc::RLIMIT_CORE, Some(1)),
+        ("no-file", libc::RLIMIT_NOFILE, Some(limits.no_file.unwrap_or(handed + OWN_FILES))),
+        ("nproc", libc::RLIMIT_NPROC, Some(limits.nproc)),
+        ("memlock", libc::RLIMIT_MEMLOCK, Some(limits.memlock)),
+        ("fsize", libc::RLIMIT_FSIZE, limits.fsize),
+    ];
+    all.into_iter().filter_map(|(name, resource, value)| Some((name, resource, value?)))
+}
+
+/// Sets them from outside, as only root there may raise one, and after the user namespace was made: the kernel counts threads and locked
+/// memory per namespace, and the limits that its maker had then would be held against all that root has.
+fn limit(pid: libc::pid_t, inside: &Inside) -> Result<()> {
+    for (name, resource, value) in limits(inside) {
+        let limit = libc::rlimit { rlim_cur: value, rlim_max: value };
+        // SAFETY: reads the struct that it is given; the old limit is not asked for.
+        check(unsafe { libc::prlimit(pid, resource, &raw const limit, std::ptr::null_mut()) })
+            .map_err(Error::io(format!("setting the limit {name} to {value}")))?;
+    }
+    Ok(())
 }
 
 fn unshare(flags: libc::c_int, what: &str) -> Result<()> {

@@ -13,15 +13,26 @@ fn signals() -> libc::sigset_t {
     let mut set = unsafe { std::mem::zeroed() };
     // SAFETY: empties the set that it is given.
     unsafe { libc::sigemptyset(&raw mut set) };
-    for signal in SIGNALS {
+    for signal in SIGNALS.into_iter().filter(|signal| !ignored(*signal)) {
         // SAFETY: adds a signal that exists to the set.
         unsafe { libc::sigaddset(&raw mut set, signal) };
     }
     set
 }
 
+/// Whether the caller ignores a signal, as nohup(1) does; blocked, it would be queued all the same.
+fn ignored(signal: libc::c_int) -> bool {
+    // SAFETY: a zeroed sigaction is a valid value.
+    let mut action: libc::sigaction = unsafe { std::mem::zeroed() };
+    // SAFETY: fills the struct that it is given.
+    let asked = unsafe { libc::sigaction(signal, std::ptr::null(), &raw mut action) };
+    asked == 0 && action.sa_sigaction == libc::SIG_IGN
+}
+
 /// Lets signals wait, and gives the mask that was before.
 pub(super) fn block() -> io::Result<libc::sigset_t> {
+    // SAFETY: the default. Whoever ignores it gets none, and never hears of its children's ends.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_DFL) };
     // SAFETY: as above.
     let (set, mut before) = (signals(), unsafe { std::mem::zeroed() });
     // SAFETY: reads one set and fills another.

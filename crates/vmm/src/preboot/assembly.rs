@@ -132,7 +132,7 @@ impl Preboot {
             let bells: Vec<EventFd> = (0..queues)
                 .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))
                 .collect::<Result<_>>()?;
-            connect(&device, memory, &bells, &interrupt)?;
+            connect(&device, &reach, &bells, &interrupt)?;
             event_loop.add_device(&device, &bells)?;
             let transport = Arc::new(Transport::new(device, reach.clone(), interrupt, bells));
             buses.mmio.insert(window.address, layout::VIRTIO_MMIO_SIZE, Arc::clone(&transport) as _);

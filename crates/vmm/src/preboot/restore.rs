@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use vm_memory::{Bytes, GuestAddress};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Preboot, USERFAULTFD_NAME};
 use crate::cpu::model::CpuModel;
@@ -71,9 +71,17 @@ impl Preboot {
         {
             return Err(Error::Snapshot("the state of its CPUs cannot be".into()));
         }
+        model.check_addresses(assembly.reach.last_addr().raw_value())?;
+        if saved.vcpus.len() != usize::from(model.vcpus()) {
+            return Err(Error::Snapshot(format!("the state holds {} CPUs", saved.vcpus.len())));
+        }
         let vcpus = assembly.vcpus(&model)?;
         for (vcpu, state) in vcpus.iter().zip(saved.vcpus) {
             vcpu.load(state, passed)?;
+        }
+        // What was raised before the interrupt controllers had their state is gone; an interrupt too many does no harm.
+        for transport in &assembly.transports {
+            transport.remind().map_err(Error::io("raising a device's interrupt"))?;
         }
         // The guest learns that it is not the only one that comes from this snapshot.
         memory

@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::config::{DriveFormat, SerialConfig, VmConfig};
+use crate::config::{DriveFormat, SerialConfig, VmConfig, is_false};
 use crate::error::{Error, Result};
 
 /// Which pages a snapshot has.
@@ -112,6 +112,9 @@ pub struct DriveOverride {
     /// The base below it, if it is another.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub backing: Option<String>,
+    /// For whoever opens it in the monitor's place (`roost-vmm jail`): the guest does not write to it.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub is_read_only: bool,
 }
 
 /// Another file in the guest's memory.
@@ -122,6 +125,9 @@ pub struct PmemOverride {
     pub id: String,
     /// Its file from now on.
     pub path_on_host: String,
+    /// As of a disk.
+    #[serde(default, skip_serializing_if = "is_false")]
+    pub read_only: bool,
 }
 
 /// Another place for vsock's sockets.

@@ -18,6 +18,8 @@ const COMPONENTS: [(u64, &str); 7] = [
     (1 << 19, "apx_f"),
     (1 << 62, "lwp"),
 ];
+/// Features whose instructions work on AVX's state, beside AVX-512's.
+const ON_YMM: [&str; 5] = ["avx2", "fma", "f16c", "vaes", "vpclmulqdq"];
 /// CET's two components of IA32_XSS.
 const CET: u64 = 3 << 11;
 const XSAVEC: u32 = 1 << 1;
@@ -48,6 +50,19 @@ pub fn settle(table: &mut [kvm_cpuid_entry2]) -> Result<(), String> {
     }
     if xsave && xcr0 & LEGACY != LEGACY {
         return Err(format!("leaf 0xd.0 eax leaves out what every XSAVE has (bits {LEGACY:#x}: x87, SSE)"));
+    }
+
+    for (bit, below) in [(7 << 5, 1 << 2), (1 << 2, LEGACY)] {
+        if xcr0 & bit != 0 && xcr0 & below != below {
+            return Err(format!(
+                "leaf 0xd.0 has state {bit:#x} without {below:#x}, which no CPU can switch on: leave both out"
+            ));
+        }
+    }
+    if xcr0 & (1 << 2) == 0
+        && let Some(name) = ON_YMM.iter().find(|name| has(table, name))
+    {
+        return Err(format!("{name} is left in, but avx and its state are left out"));
     }
 
     let kinds = if xsave { of(table, Register::Eax, 1) } else { 0 };
@@ -138,6 +153,16 @@ mod tests {
     fn leaf(table: &[kvm_cpuid_entry2], index: u32) -> [u32; 4] {
         let entry = find(table, 0xd, index).unwrap();
         [entry.eax, entry.ebx, entry.ecx, entry.edx]
+    }
+
+    #[test]
+    fn state_that_no_cpu_can_switch_on_is_refused() {
+        let without_avx = 1 << 26;
+        let why = settle(&mut table(without_avx, [AVX512F, 0, 0])).unwrap_err();
+        assert!(why.contains("without 0x4"), "{why}");
+        let avx2 = 1 << 5;
+        let why = settle(&mut table(without_avx, [avx2, 0, 0])).unwrap_err();
+        assert!(why.contains("avx2"), "{why}");
     }
 
     #[test]

@@ -14,6 +14,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use super::{Active, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{BusDevice, Outcome};
+use crate::log::Limited;
 use crate::memory::Memory;
 
 const MAGIC: u32 = 0x7472_6976; // "virt"
@@ -221,7 +222,8 @@ impl Transport {
     fn activate_with(&self, registers: &mut Registers, queues: Vec<Queue>) {
         let mut device = lock(&self.device);
         if queues.iter().any(|queue| queue.ready() && !queue.is_valid(&self.memory)) {
-            crate::log::line(&format!("{}: the guest's queues are invalid", device.name()));
+            static LOG: Limited = Limited::new();
+            LOG.line(|| format!("{}: the guest's queues are invalid", device.name()));
             self.interrupt.needs_reset();
             return;
         }
@@ -241,7 +243,8 @@ impl Transport {
                 }
             }
             Err(error) => {
-                crate::log::line(&format!("{}: cannot be activated: {error}", device.name()));
+                static LOG: Limited = Limited::new();
+                LOG.line(|| format!("{}: cannot be activated: {error}", device.name()));
                 self.interrupt.needs_reset();
             }
         }

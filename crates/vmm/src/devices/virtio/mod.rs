@@ -27,6 +27,7 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::log::Limited;
 use crate::memory::Memory;
 
 /// `VIRTIO_F_VERSION_1`.
@@ -87,7 +88,8 @@ impl Interrupt {
                 Some(turn.more)
             }
             Err(broken) => {
-                crate::log::line(&format!("{name}: {broken}"));
+                static LOG: Limited = Limited::new();
+                LOG.line(|| format!("{name}: {broken}"));
                 self.needs_reset();
                 None
             }
@@ -98,6 +100,12 @@ impl Interrupt {
     pub fn config_changed(&self) {
         self.generation.fetch_add(1, Ordering::SeqCst);
         self.raise(STATUS_CONFIG);
+    }
+
+    /// Whether the guest may have used buffers or a change to look at.
+    #[must_use]
+    pub fn may_be_due(&self) -> bool {
+        self.by_kernel.load(Ordering::SeqCst) || self.status.load(Ordering::SeqCst) != 0
     }
 
     /// The eventfd, for whoever raises it in the device's place.

@@ -38,6 +38,7 @@ use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::config::{Drive, IoEngine, RateLimiter};
 use crate::devices::limiter::SavedLimiter;
 use crate::error::{Error, Result};
+use crate::log::Limited;
 use backend::Backend;
 use config::Opened;
 use engine::Engine;
@@ -179,7 +180,8 @@ impl Block {
 
     fn round(&mut self, queues: u64) -> u64 {
         self.try_round(queues).unwrap_or_else(|broken| {
-            crate::log::line(&format!("disk {:?}: {broken}", self.id));
+            static LOG: Limited = Limited::new();
+            LOG.line(|| format!("disk {:?}: {broken}", self.id));
             if let Some(active) = self.active.take() {
                 active.interrupt.needs_reset();
             }

@@ -76,7 +76,9 @@ pub fn process(
         let (bytes, answer) = match request(memory, chain, disk, metrics) {
             Request::Answered(written) => (0, Answer::Used(written)),
             Request::Work(ticket, work) => {
-                let bytes = if matches!(ticket.what, What::Read | What::Write) { ticket.bytes } else { 0 };
+                // Where the host cannot make a hole, zeroes are written like anything else.
+                let moves = matches!(ticket.what, What::Read | What::Write | What::Zero);
+                let bytes = if moves { ticket.bytes } else { 0 };
                 (bytes, begin(memory, ticket, work, disk, metrics))
             }
         };

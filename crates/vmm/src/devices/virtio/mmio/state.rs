@@ -136,4 +136,16 @@ impl Transport {
         }
         Ok(())
     }
+
+    /// Raises the interrupt again if there may be something to look at.
+    ///
+    /// # Errors
+    /// The host's.
+    pub fn remind(&self) -> std::io::Result<()> {
+        if self.registers().active && self.interrupt.may_be_due() {
+            self.interrupt.line().write(1)
+        } else {
+            Ok(())
+        }
+    }
 }

@@ -36,6 +36,7 @@ use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, Interrupt, VirtioDevice};
 use crate::config::RateLimiter;
 use crate::devices::limiter::SavedLimiter;
+use crate::log::Limited;
 use crate::memory::Memory;
 use kernel::Kernel;
 use metrics::Metrics;
@@ -189,7 +190,8 @@ impl Net {
                 true
             }
             Err(error) => {
-                crate::log::line(&format!("interface {id:?}: {count} pairs of queues: {error}"));
+                static LOG: Limited = Limited::new();
+                LOG.line(|| format!("interface {id:?}: {count} pairs of queues: {error}"));
                 false
             }
         });

@@ -22,7 +22,7 @@ const RINGS: usize = 2;
 /// Features that are about rings and headers, which the kernel must have; all others are the tap's.
 const KERNELS: u64 = F_VERSION_1 | F_EVENT_IDX | F_INDIRECT_DESC | 1 << VIRTIO_NET_F_MRG_RXBUF;
 /// Most pieces of guest memory (the kernel's own default limit is 64).
-const MAX_REGIONS: usize = 8;
+const MAX_REGIONS: usize = 32;
 /// Lets go of the tap.
 const NO_TAP: RawFd = -1;
 

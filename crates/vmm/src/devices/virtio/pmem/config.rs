@@ -19,7 +19,7 @@ pub struct PmemConfig {
     pub id: String,
     /// The file.
     pub path_on_host: String,
-    /// It holds the root file system: `root=/dev/pmemN ro rootflags=dax` is added to a command line that has no `root=`.
+    /// It holds the root file system: `root=/dev/pmemN ro rootflags=dax rootwait` is added to a command line that has no `root=`.
     #[serde(default)]
     pub root_device: bool,
     /// The guest may not write. All machines with this file share its pages then.
@@ -128,7 +128,9 @@ pub fn root_words(pmem: &[PmemConfig], cmdline: &str) -> String {
     let mode = if root.read_only { "ro" } else { "rw" };
     // Without DAX the guest would read the file into pages of its own.
     let flags = if has("rootflags=") { "" } else { " rootflags=dax" };
-    format!(" root=/dev/pmem{place} {mode}{flags}")
+    // Linux finds it beside its own start (nvdimm's bus is scanned by a worker).
+    let wait = if has("rootwait") { "" } else { " rootwait" };
+    format!(" root=/dev/pmem{place} {mode}{flags}{wait}")
 }
 
 #[cfg(test)]
@@ -146,10 +148,13 @@ mod tests {
         let root = pmem(r#"{"id":"root","path_on_host":"r","root_device":true,"read_only":true}"#);
         let writable = PmemConfig { read_only: false, ..root.clone() };
         let words = |pmem: &[PmemConfig], line| root_words(pmem, line);
-        assert_eq!(words(&[data.clone(), root.clone()], "quiet"), " root=/dev/pmem1 ro rootflags=dax");
-        assert_eq!(words(&[writable], ""), " root=/dev/pmem0 rw rootflags=dax");
+        assert_eq!(
+            words(&[data.clone(), root.clone()], "quiet"),
+            " root=/dev/pmem1 ro rootflags=dax rootwait"
+        );
+        assert_eq!(words(&[writable], ""), " root=/dev/pmem0 rw rootflags=dax rootwait");
         let root = [root];
-        assert_eq!(words(&root, "rootflags=norecovery"), " root=/dev/pmem0 ro");
+        assert_eq!(words(&root, "rootflags=norecovery"), " root=/dev/pmem0 ro rootwait");
         assert_eq!(words(&root, "quiet root=/dev/vda"), "");
         assert_eq!(words(&[data], "quiet"), "");
     }

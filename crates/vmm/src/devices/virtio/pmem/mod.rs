@@ -35,6 +35,7 @@ use super::queue::{Broken, Turn};
 use super::{Active, F_EVENT_IDX, F_INDIRECT_DESC, VirtioDevice};
 use crate::bus::{BusDevice, Outcome};
 use crate::config::RateLimiter;
+use crate::devices::limiter::SavedLimiter;
 use crate::memory::{self, Slice};
 use config::PmemConfig;
 use image::Image;
@@ -60,10 +61,11 @@ pub struct Pmem {
 }
 
 /// What a snapshot holds.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Serialize, Deserialize)]
 struct PmemState {
     start: u64,
     size: u64,
+    limiter: SavedLimiter,
 }
 
 impl Pmem {
@@ -277,13 +279,14 @@ impl VirtioDevice for Pmem {
 
     fn save(&self) -> Value {
         let memory::Range { start, size } = self.image.range();
-        json!(PmemState { start, size })
+        json!(PmemState { start, size, limiter: self.pace.save() })
     }
 
     fn restore(&mut self, state: &Value) -> Result<(), String> {
         let state = PmemState::deserialize(state).map_err(|error| error.to_string())?;
         let memory::Range { start, size } = self.image.range();
-        if state == (PmemState { start, size }) {
+        if (state.start, state.size) == (start, size) {
+            self.pace.restore(&state.limiter);
             return Ok(());
         }
         Err(format!(
