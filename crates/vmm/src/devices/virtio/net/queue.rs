@@ -131,13 +131,8 @@ pub fn receive(
                 metrics.rx_bytes += bytes;
             }
             Delivery::TooLong => metrics.rx_dropped += 1,
-            Delivery::NoBuffers => {
-                // Ask for a bell, then look once more: buffers may have come in between.
-                if !queue.enable_notification(memory)? {
-                    return finish(queue, memory, any, false);
-                }
-                continue;
-            }
+            // The guest rings when it adds buffers.
+            Delivery::Later => return finish(queue, memory, any, false),
         }
         // Lost or not: it was work.
         if let Some(pace) = &mut pace {
@@ -155,7 +150,9 @@ fn finish(queue: &mut Queue, memory: &Memory, any: bool, more: bool) -> Result<T
 
 enum Delivery {
     Done,
-    NoBuffers,
+    /// There are too few buffers now.
+    Later,
+    /// All the buffers that the queue can hold are too few.
     TooLong,
 }
 
@@ -176,12 +173,16 @@ fn deliver(
             return Ok(Delivery::TooLong);
         }
         let Some(chain) = next(queue, memory)? else {
-            // Some buffers, but too few: waiting for more could wait for ever, as the guest rings no bell for what it
-            // added before. The packet is lost, as packets may be, and the buffers stay.
+            // A bell for what comes behind the buffers that are there; it is asked for from behind them, as the guest has rung for those.
+            // Then a second look: more may have come in between.
+            if queue.enable_notification(memory)? {
+                continue;
+            }
             for _ in &used {
                 queue.go_to_previous_position();
             }
-            return Ok(if used.is_empty() { Delivery::NoBuffers } else { Delivery::TooLong });
+            let full = used.len() >= usize::from(queue.size());
+            return Ok(if full { Delivery::TooLong } else { Delivery::Later });
         };
         let head = chain.head_index();
         let buffers = Buffers::new(memory, chain, u64::from(u32::MAX)).unwrap_or_default();

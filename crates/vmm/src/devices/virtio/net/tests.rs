@@ -117,12 +117,33 @@ fn packets_that_are_dropped_count_against_the_limit() {
 }
 
 #[test]
-fn too_few_mergeable_buffers_lose_the_packet_but_not_the_buffers() {
+fn with_too_few_mergeable_buffers_a_packet_waits_for_more() {
     let mut driver = Driver::new(16);
+    let (mut queue, mut waiting, mut metrics) = (driver.queue(), Waiting::default(), Metrics::default());
     let mut tap = Cable::default();
     tap.to_guest.extend([packet(500), packet(50)]);
-    let buffer = driver.want(100);
-    driver.add(&[buffer]);
+    for (added, packets) in [(1, 0), (3, 0), (2, 1)] {
+        for _ in 0..added {
+            let buffer = driver.want(100);
+            driver.add(&[buffer]);
+        }
+        let memory = driver.memory.clone();
+        receive(&mut queue, &memory, &mut tap, &mut waiting, None, true, &mut metrics).unwrap();
+        assert_eq!((metrics.rx_dropped, metrics.rx_packets), (0, packets), "{added} more");
+    }
+    // 512 bytes in six buffers of 100 are five and a sixth of 12; the second packet finds none.
+    assert_eq!(driver.used().len(), 6);
+}
+
+#[test]
+fn a_packet_for_which_a_whole_queue_of_buffers_is_too_little_is_lost_and_the_buffers_stay() {
+    let mut driver = Driver::new(4);
+    let mut tap = Cable::default();
+    tap.to_guest.extend([packet(500), packet(50)]);
+    for _ in 0..4 {
+        let buffer = driver.want(100);
+        driver.add(&[buffer]);
+    }
     let mut metrics = Metrics::default();
     receive(&mut driver.queue(), &driver.memory, &mut tap, &mut Waiting::default(), None, true, &mut metrics)
         .unwrap();
