@@ -26,6 +26,8 @@ impl Server {
             signals: nothing.into(),
             connections: HashMap::new(),
             id: id.to_owned(),
+            resume_due: false,
+            outputs: super::outputs::Outputs::new().expect("a timer"),
             machine: Some(Machine::Preboot(Preboot::new(VmConfig::default(), Descriptors::default()))),
         }
     }

@@ -3,7 +3,7 @@
 use std::ops::Deref;
 
 use virtio_queue::{DescriptorChain, Queue, QueueOwnedT, QueueT};
-use vm_memory::{Address, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, Bytes, GuestAddress, GuestMemory, GuestMemoryBackend, GuestMemoryRegion};
 
 use crate::memory::{Memory, Slice};
 
@@ -128,6 +128,51 @@ pub fn next<'m>(
     memory: &'m Memory,
 ) -> Result<Option<DescriptorChain<&'m Memory>>, Broken> {
     Ok(queue.iter(memory)?.next())
+}
+
+/// Where the entries of a used ring begin, and how long each is; where those of an available ring begin (virtio 1.2, 2.7.6, 2.7.8).
+const USED_ENTRIES: u64 = 4;
+const USED_ENTRY: u64 = 8;
+const AVAILABLE_ENTRIES: u64 = 4;
+
+/// Gives several chains back at once, each with the bytes written to it: the guest, which may be looking meanwhile, finds all of them or
+/// none (virtio 1.2, 5.1.6.4: a packet in several buffers).
+///
+/// # Errors
+/// [`Broken`]: the ring is nowhere.
+pub fn add_used_together(queue: &mut Queue, memory: &Memory, used: &[(u16, u32)]) -> Result<(), Broken> {
+    let Some(((head, length), before)) = used.split_last() else { return Ok(()) };
+    let first = queue.next_used();
+    for ((head, length), place) in before.iter().zip(0..) {
+        let place = u64::from(first.wrapping_add(place) % queue.size());
+        let mut entry = [0; 8];
+        entry[..4].copy_from_slice(&u32::from(*head).to_le_bytes());
+        entry[4..].copy_from_slice(&length.to_le_bytes());
+        let address = queue.used_ring().wrapping_add(USED_ENTRIES + USED_ENTRY * place);
+        memory
+            .write_slice(&entry, GuestAddress(address))
+            .map_err(|error| Broken(format!("the used ring: {error}")))?;
+    }
+    // The last one moves the index over all of them.
+    queue.set_next_used(first.wrapping_add(u16::try_from(before.len()).unwrap_or(0)));
+    Ok(queue.add_used(memory, *head, *length)?)
+}
+
+/// Whether the guest wants an interrupt for what was used since the used ring's index was `before`.
+///
+/// # Errors
+/// [`Broken`]: the ring is nowhere.
+pub fn wants_interrupt(queue: &mut Queue, memory: &Memory, before: u16) -> Result<bool, Broken> {
+    // Counts each call of `add_used` once, and is the barrier before the guest's word is read.
+    if queue.needs_notification(memory)? {
+        return Ok(true);
+    }
+    // virtio 1.2, 2.7.10: used_event stands behind the available ring's entries.
+    let address = queue.avail_ring().wrapping_add(AVAILABLE_ENTRIES + 2 * u64::from(queue.size()));
+    let event: u16 =
+        memory.read_obj(GuestAddress(address)).map_err(|error| Broken(format!("the used event: {error}")))?;
+    let now = queue.next_used();
+    Ok(now.wrapping_sub(u16::from_le(event)).wrapping_sub(1) < now.wrapping_sub(before))
 }
 
 /// A chain as two lists of memory: what the guest gives (readable), then what it wants filled (writable).

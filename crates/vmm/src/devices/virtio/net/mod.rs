@@ -59,6 +59,9 @@ const TUN_F_CSUM: u32 = 1;
 const TUN_F_TSO4: u32 = 2;
 const TUN_F_TSO6: u32 = 4;
 
+/// Turns in the direction to the guest, one after the other.
+const TURNS: usize = 16;
+
 /// How much an interface may carry.
 pub struct Limits {
     /// To the guest.
@@ -166,7 +169,12 @@ impl Net {
         self.finish(result)
     }
 
+    /// Several turns, after each of which the guest is told; then it is another device's turn.
     fn receive(&mut self, pair: usize) -> bool {
+        (0..TURNS).all(|_| self.receive_some(pair))
+    }
+
+    fn receive_some(&mut self, pair: usize) -> bool {
         if self.kernel.is_some() {
             return false;
         }

@@ -9,7 +9,8 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use super::metrics::Metrics;
 use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::queue::{
-    BUDGET, Broken, Buffers, Turn, copy_in, copy_out, drain_while, length, next,
+    BUDGET, Broken, Buffers, Turn, add_used_together, copy_in, copy_out, drain_while, length, next,
+    wants_interrupt,
 };
 use crate::memory::Memory;
 
@@ -17,6 +18,8 @@ use crate::memory::Memory;
 pub const HEADER: usize = 12;
 /// The longest packet: 64 KiB of IP with its Ethernet and virtio headers.
 pub const MAX_PACKET: usize = 65_536 + 18 + HEADER;
+/// Bytes to the guest after which it is told: it looks at them while the next ones are copied.
+const TOLD: u64 = 64 << 10;
 /// Where the header's count of buffers is.
 const NUM_BUFFERS: usize = 10;
 
@@ -97,7 +100,8 @@ pub fn transmit(
     })
 }
 
-/// Gives the guest packets until it has no more buffers or the tap no more packets, as far as the pace allows. What must wait stays
+/// Gives the guest packets until it has no more buffers, the tap no more packets or the guest enough to be told of, as far as the pace
+/// allows. What must wait stays
 /// in the tap, whose queue is the host's to bound.
 ///
 /// # Errors
@@ -111,17 +115,20 @@ pub fn receive(
     mergeable: bool,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
-    let mut any = false;
+    let (before, mut moved) = (queue.next_used(), 0);
     for _ in 0..BUDGET {
+        if moved >= TOLD {
+            break;
+        }
         if !pace.as_mut().is_none_or(|pace| pace.may_pass()) {
             metrics.rx_limited += 1;
-            return finish(queue, memory, any, false);
+            return finish(queue, memory, before, false);
         }
         if waiting.length == 0 {
             match tap.receive(&mut waiting.packet) {
                 Ok(Some(length)) if length >= HEADER => waiting.length = length,
                 Ok(Some(_)) => continue,
-                Ok(None) | Err(_) => return finish(queue, memory, any, false),
+                Ok(None) | Err(_) => return finish(queue, memory, before, false),
             }
         }
         let bytes = (waiting.length - HEADER) as u64;
@@ -132,20 +139,22 @@ pub fn receive(
             }
             Delivery::TooLong => metrics.rx_dropped += 1,
             // The guest rings when it adds buffers.
-            Delivery::Later => return finish(queue, memory, any, false),
+            Delivery::Later => return finish(queue, memory, before, false),
         }
         // Lost or not: it was work.
         if let Some(pace) = &mut pace {
             pace.charge(bytes);
         }
         waiting.length = 0;
-        any = true;
+        moved += bytes;
     }
-    finish(queue, memory, any, true)
+    finish(queue, memory, before, true)
 }
 
-fn finish(queue: &mut Queue, memory: &Memory, any: bool, more: bool) -> Result<Turn, Broken> {
-    Ok(Turn { interrupt: any && queue.needs_notification(memory)?, more })
+/// What was used since the index was `before` is told, if the guest wants to hear of it.
+fn finish(queue: &mut Queue, memory: &Memory, before: u16, more: bool) -> Result<Turn, Broken> {
+    let any = queue.next_used() != before;
+    Ok(Turn { interrupt: any && wants_interrupt(queue, memory, before)?, more })
 }
 
 enum Delivery {
@@ -197,11 +206,11 @@ fn deliver(
     let count = u16::try_from(used.len()).unwrap_or(u16::MAX);
     packet[NUM_BUFFERS..HEADER].copy_from_slice(&count.to_le_bytes());
     let mut at = 0;
-    for (list, (head, here)) in lists.iter().zip(&used) {
+    for (list, (_, here)) in lists.iter().zip(&used) {
         let end = at + *here as usize;
         let _ = copy_in(list, &packet[at..end]);
         at = end;
-        queue.add_used(memory, *head, *here)?;
     }
+    add_used_together(queue, memory, &used)?;
     Ok(Delivery::Done)
 }
