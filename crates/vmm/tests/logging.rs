@@ -103,8 +103,8 @@ fn a_full_log_stops_nobody_and_is_counted() {
     client.force_stop().unwrap();
     assert_eq!(machine.wait().stderr, "");
     let lines = lines(&read(&machine, "metrics"));
-    // At the start, as asked for, at the end.
-    assert_eq!(lines.len(), 3);
+    // At the start, as asked for, at the end; one that was born from a snapshot had an end before.
+    let lines = &lines[lines.len() - 3..];
     let missed: Vec<u64> =
         lines.iter().map(|line| line["logger"]["missed_log_count"].as_u64().unwrap()).collect();
     assert!(missed[0] < missed[1] && missed[1] < missed[2], "{missed:?}");
