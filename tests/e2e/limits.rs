@@ -36,6 +36,9 @@ const PIN: &str = "pin() { for p in $(cat $(find /sys/fs/cgroup -type d -name $1
 /// Rounds, and the seconds in which a limited guest works alone: more than 30 s in all.
 const ROUNDS: u32 = 2;
 const WINDOW: u32 = 22;
+/// Seconds of an emulated CPU that a guest may lose each time it was held back. One machine measured 1 to 5 ms, another 10 to 18,
+/// while `cpu.stat` was within a percent on both.
+const LOST: f64 = 0.015;
 /// Seconds in which the unlimited guest works, before and after each of those, and both limited ones at once.
 const SHORT: u32 = 8;
 
@@ -249,6 +252,7 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
         (share, work)
     };
     line(whole.name, 1.0, baseline, baseline);
+    let emulated = if rig.host("systemd-detect-virt").stdout.trim() == "qemu" { LOST } else { 0.0 };
     let mut missed = Vec::new();
     for (worker, done) in limited.iter().zip(done) {
         let (name, promised) = (worker.name, worker.promised);
@@ -257,7 +261,8 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
         if (share / promised - 1.0).abs() > 0.05 {
             missed.push(format!("{name} got {share:.3} of a core's time, promised {promised}"));
         }
-        if (work / promised - 1.0).abs() > 0.05 {
+        let (short, by_emulator) = (promised - work, emulated * done.holds / done.cpu_time);
+        if work > promised * 1.05 || short > promised * 0.05 + by_emulator {
             missed.push(format!("{name} did {work:.3} of an unlimited one's work, promised {promised}"));
         }
     }
@@ -276,11 +281,11 @@ fn measure(rig: &Rig, limited: &mut [Worker; 2], whole: &mut Worker) -> Vec<Stri
 
 /// Time and work are asserted of each limited guest alone, time also of both at once. Two guests that take turns on one emulated CPU
 /// lose by it: both at once did 0.48 and 0.22 of the work, with a period of `cpu.max` of 100 ms as of 400 (half a millisecond per turn, if it is
-/// the turns: computed, not seen). A guest that was held back loses 1 to 5 ms of an emulated CPU, plain processes
+/// the turns: computed, not seen). A guest that was held back loses 1 to 18 ms of an emulated CPU, plain processes
 /// nearly nothing; on hardware nobody has measured it. In the virtual host the agent therefore holds guests back more rarely (`scripts/lib/stack`).
 ///
 /// What takes this machine's CPUs away meanwhile (another program outside the virtual host) shows in a measurement, not in the
-/// limit: one that misses is taken again, twice at most, and all are printed.
+/// limit: one that misses is taken again, once, and both are printed. What a hold costs an emulated CPU is not held against the limit ([`LOST`]).
 #[test]
 fn limited_instances_get_their_share_of_a_core_within_five_percent() {
     let rig = Rig::get();
@@ -292,11 +297,9 @@ fn limited_instances_get_their_share_of_a_core_within_five_percent() {
     let mut whole = launch("home1.micro", 1.0);
 
     let mut missed = measure(&rig, &mut limited, &mut whole);
-    for _ in 0..2 {
-        if !missed.is_empty() {
-            println!("missed: {missed:?}; once more");
-            missed = measure(&rig, &mut limited, &mut whole);
-        }
+    if !missed.is_empty() {
+        println!("missed: {missed:?}; once more");
+        missed = measure(&rig, &mut limited, &mut whole);
     }
     assert!(missed.is_empty(), "{missed:?}");
     let [half, quarter] = limited;
