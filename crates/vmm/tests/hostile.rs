@@ -10,6 +10,7 @@
 mod common;
 
 use common::balloon::{REPORTING, STATISTICS, give, list, send};
+use common::hostile::{BUFFER, CANARY, LOOKS, canary, queue};
 use common::mem::{self, ask};
 use common::pmem;
 use common::virtio::{
@@ -30,24 +31,11 @@ const VSOCK: Device = Device(4);
 const MEM: Device = Device(5);
 const PMEM: Device = Device(6);
 const DEVICES: [Device; 7] = [DISK, NET, ENTROPY, BALLOON, VSOCK, MEM, PMEM];
-/// Looks that a device is given to answer to an attack, which it mostly does not.
-const LOOKS: u32 = 2_000;
-const BUFFER: u32 = 0x80_0000;
 /// A page that a good driver gives back.
 const GIVEN: u32 = 0x90_0000;
 const DISK_BYTES: u64 = 1 << 20;
 /// What a good driver writes there at the end.
 const WRITTEN: u32 = 0x600d_600d;
-/// Behind the used ring: no device may write there.
-const CANARY: u32 = 0x5afe_5afe;
-
-fn queue(queue: u32) -> Ring {
-    Ring { queue, size: 8, base: 0x20_0000 + 0x10_0000 * queue }
-}
-
-fn canary(ring: Ring) -> u32 {
-    ring.used() + 4 + 8 * u32::from(ring.size) + 4
-}
 
 /// How many queues a device has.
 fn queues(device: Device) -> u32 {

@@ -8,6 +8,7 @@ mod common;
 
 use std::fs::File;
 
+use common::hostile::{BUFFER, CANARY, LOOKS, canary, queue};
 use common::machines::{SEVERAL_PAIRS, use_pairs};
 use common::virtio::{Device, INDIRECT, NEXT, Ring, WINDOW, WRITE, register};
 use common::{Code, Machine, hand_over, tap};
@@ -18,24 +19,11 @@ const NET: Device = Device(0);
 const CONTROL: u32 = 4;
 const QUEUES: u32 = 5;
 const FEATURES: u32 = SEVERAL_PAIRS | 1 << 28;
-/// Looks that a device is given to answer to an attack, which it mostly does not.
-const LOOKS: u32 = 2_000;
-const BUFFER: u32 = 0x80_0000;
 /// Where commands are, and what the device answers to them.
 const COMMAND: u32 = 0x90_0000;
 const ANSWER: u32 = COMMAND + 0x1000;
 const UNANSWERED: u32 = 0xa5;
 const REFUSED: u32 = 1;
-/// Behind the used ring: no device may write there.
-const CANARY: u32 = 0x5afe_5afe;
-
-fn queue(queue: u32) -> Ring {
-    Ring { queue, size: 8, base: 0x20_0000 + 0x10_0000 * queue }
-}
-
-fn canary(ring: Ring) -> u32 {
-    ring.used() + 4 + 8 * u32::from(ring.size) + 4
-}
 
 /// Sets these queues up, empty.
 fn set_up(code: Code, features: u32, queues: impl Iterator<Item = u32>) -> Code {

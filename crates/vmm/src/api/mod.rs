@@ -273,9 +273,7 @@ impl Server {
         }
         end
     }
-}
 
-impl Server {
     fn resume_if_due(&mut self, status: &mut StatusWriter) -> Option<End> {
         if !std::mem::take(&mut self.resume_due) {
             return None;

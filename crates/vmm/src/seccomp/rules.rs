@@ -146,7 +146,7 @@ mod unseen {
     pub const DEBUG: &str = "only debug builds of the standard library check descriptors";
     pub const WATCH: &str = "the tests' own watch is set up with it, and lets it pass";
     pub const FORMAT: &str = "depends on the image's format, size and caches";
-    pub const VHOST: &str = "only where the host has vhost-net (tests/e2e/monitor.rs makes it)";
+    pub const VHOST: &str = "only where the host has vhost-net (tests/e2e/monitor makes it)";
     pub const UNDER_WAY: &str = "only if a disk's work is under way at that moment";
 }
 

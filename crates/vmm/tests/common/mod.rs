@@ -11,6 +11,7 @@ pub mod elf;
 pub mod faults;
 pub mod footprint;
 pub mod hold;
+pub mod hostile;
 pub mod machines;
 pub mod mem;
 pub mod notify;

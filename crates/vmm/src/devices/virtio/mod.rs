@@ -117,7 +117,7 @@ impl Interrupt {
     /// Says whether the host's kernel raises the line for used buffers. It knows nothing of the status register, which has that bit
     /// always then: an interrupt may always come without used buffers (virtio 1.2, 2.7.7: suppressing them is a hint), so drivers look
     /// into their queues. This spares the wake-up of a thread of the monitor for each interrupt, and none can be lost between
-    /// the bit and the line. Firecracker does the same for devices of vhost-user.
+    /// the bit and the line.
     pub fn leave_to_kernel(&self, by_kernel: bool) {
         self.by_kernel.store(by_kernel, Ordering::SeqCst);
     }
@@ -155,13 +155,12 @@ impl Interrupt {
         }
     }
 
-    /// What the guest has not acknowledged is raised once more: the first time may have been under way.
+    /// What the guest has not acknowledged is raised once more ([`Transport::remind`](mmio::Transport::remind)): the first time may have
+    /// been under way.
     fn restore(&self, saved: &SavedInterrupt) {
         self.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
         self.generation.store(saved.generation, Ordering::SeqCst);
-        if saved.status != 0 {
-            self.raise(saved.status);
-        }
+        self.status.store(saved.status, Ordering::SeqCst);
     }
 }
 

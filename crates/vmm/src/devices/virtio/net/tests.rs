@@ -2,6 +2,7 @@
 
 use std::collections::VecDeque;
 use std::io;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use proptest::prelude::*;
 use virtio_queue::QueueT;
@@ -11,7 +12,7 @@ use super::metrics::Metrics;
 use super::queue::{HEADER, MAX_PACKET, Tap, Waiting, receive, transmit};
 use crate::config::{RateLimiter, TokenBucket};
 use crate::devices::virtio::pace::Pace;
-use crate::devices::virtio::testing::{Driver, hostile, pieces};
+use crate::devices::virtio::testing::{AVAILABLE, Driver, USED, hostile, pieces};
 
 #[derive(Default)]
 struct Cable {
@@ -140,30 +141,57 @@ fn with_too_few_mergeable_buffers_a_packet_waits_for_more() {
 /// A guest that looks while a packet of several buffers comes must find all of them (Linux drops what is incomplete).
 #[test]
 fn a_guest_that_looks_meanwhile_never_finds_a_part_of_a_packet() {
-    let mut driver = Driver::new(16);
-    let buffers: Vec<_> = (0..12).map(|_| driver.want(100)).collect();
-    for buffer in &buffers {
-        driver.add(&[*buffer]);
-    }
-    let (memory, mut queue) = (driver.memory.clone(), driver.queue());
-    let index = GuestAddress(queue.used_ring() + 2);
-    let before: u16 = memory.read_obj(index).unwrap();
-    let looking = std::thread::spawn({
-        let memory = memory.clone();
-        move || loop {
-            let now: u16 = memory.read_obj(index).unwrap();
-            match now.wrapping_sub(before) {
-                0 => std::hint::spin_loop(),
-                seen => return seen,
-            }
+    for _ in 0..200 {
+        let mut driver = Driver::new(16);
+        for _ in 0..12 {
+            let buffer = driver.want(100);
+            driver.add(&[buffer]);
         }
-    });
-    let mut tap = Cable::default();
-    tap.to_guest.push_back(packet(1000));
-    let mut metrics = Metrics::default();
-    receive(&mut queue, &memory, &mut tap, &mut Waiting::default(), None, true, &mut metrics).unwrap();
-    // 1012 bytes in buffers of 100.
-    assert_eq!((looking.join().unwrap(), driver.used().len(), metrics.rx_packets), (11, 11, 1));
+        let (memory, mut queue, looks) = (driver.memory.clone(), driver.queue(), AtomicBool::new(false));
+        let mut tap = Cable::default();
+        tap.to_guest.push_back(packet(1000));
+        let mut metrics = Metrics::default();
+        let seen = std::thread::scope(|scope| {
+            let looking = scope.spawn(|| {
+                looks.store(true, Ordering::SeqCst);
+                loop {
+                    match memory.read_obj::<u16>(GuestAddress(USED + 2)).unwrap() {
+                        0 => std::hint::spin_loop(),
+                        seen => return seen,
+                    }
+                }
+            });
+            while !looks.load(Ordering::SeqCst) {
+                std::hint::spin_loop();
+            }
+            receive(&mut queue, &memory, &mut tap, &mut Waiting::default(), None, true, &mut metrics)
+                .unwrap();
+            looking.join().unwrap()
+        });
+        // 1012 bytes in buffers of 100.
+        assert_eq!((seen, driver.used().len(), metrics.rx_packets), (11, 11, 1));
+    }
+}
+
+/// virtio 1.2, 2.7.10: `used_event` may name any of the buffers that come together.
+#[test]
+fn a_guest_that_waits_for_one_of_the_buffers_of_a_packet_hears_of_it() {
+    for (event, wanted) in [(0_u16, true), (4, true), (10, true), (11, false), (15, false)] {
+        let mut driver = Driver::new(16);
+        for _ in 0..12 {
+            let buffer = driver.want(100);
+            driver.add(&[buffer]);
+        }
+        let mut queue = driver.queue();
+        queue.set_event_idx(true);
+        driver.memory.write_obj(event, GuestAddress(AVAILABLE + 4 + 2 * 16)).unwrap();
+        let mut tap = Cable::default();
+        tap.to_guest.push_back(packet(1000));
+        let (mut waiting, mut metrics) = (Waiting::default(), Metrics::default());
+        let memory = driver.memory.clone();
+        let turn = receive(&mut queue, &memory, &mut tap, &mut waiting, None, true, &mut metrics).unwrap();
+        assert_eq!((turn.interrupt, driver.used().len()), (wanted, 11), "event {event}");
+    }
 }
 
 #[test]
