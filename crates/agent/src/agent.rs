@@ -203,7 +203,13 @@ impl<H: Host> Agent<H> {
                 None => instances.push(nothing_yet(id, *incarnation, why)),
             }
         }
-        Report { host: self.host.facts(), boot_id: boot.clone(), agent_run: self.run_id.clone(), instances }
+        Report {
+            host: self.host.facts(),
+            boot_id: boot.clone(),
+            agent_run: self.run_id.clone(),
+            instances,
+            last: false,
+        }
     }
 
     /// The newest accepted `ensure` of an instance.

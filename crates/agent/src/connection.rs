@@ -6,7 +6,7 @@ use crate::controller::Controller;
 use crate::error::{Error, Result};
 use crate::real::RealHost;
 use crate::streams::Streams;
-use roost_types::agent::{HelloRequest, PROTOCOL};
+use roost_types::agent::{HelloRequest, PROTOCOL, Report};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -16,6 +16,9 @@ const PAUSE_FIRST: Duration = Duration::from_millis(250);
 const PAUSE_MAX: Duration = Duration::from_secs(10);
 /// Changes that come together are reported together.
 const GATHER: Duration = Duration::from_millis(5);
+
+/// How long the end of the agent waits for an answer.
+const PARTING: Duration = Duration::from_secs(3);
 
 /// Talks for ever.
 pub async fn run(agent: Arc<Agent<RealHost>>, controller: Controller, streams: Arc<Streams>) {
@@ -87,6 +90,19 @@ async fn report(agent: &Agent<RealHost>, controller: &Controller, every: Duratio
             tokio::time::sleep(GATHER).await;
         }
     }
+}
+
+/// Says for the last time what is seen here: a host that goes down in order is billed to that moment, and not to the last report that
+/// happened to be made durable.
+pub async fn part(agent: &Agent<RealHost>, controller: &Controller) {
+    let report = Report { last: true, ..agent.report() };
+    let told = tokio::time::timeout(PARTING, controller.observed(&report)).await;
+    let why = match told {
+        Ok(Ok(_)) => return,
+        Ok(Err(error)) => error.chain(),
+        Err(_) => format!("no answer within {} s", PARTING.as_secs()),
+    };
+    tracing::warn!(error = %why, "the last report was not taken");
 }
 
 async fn requests(controller: &Controller, streams: &Arc<Streams>) -> Error {

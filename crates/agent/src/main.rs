@@ -232,12 +232,14 @@ fn run(serve: &Serve) -> Result<()> {
                     tracing::error!(error = %error.chain(), "no instance can have a network here");
                 }
             });
-            tokio::spawn(connection::run(agent, controller, streams));
+            tokio::spawn(connection::run(Arc::clone(&agent), controller.clone(), streams));
             tracing::info!("ready");
             if let Err(error) = sd_notify::notify(&[sd_notify::NotifyState::Ready]) {
                 tracing::debug!(%error, "nobody was told that we are ready");
             }
-            stopped().await
+            stopped().await?;
+            connection::part(&agent, &controller).await;
+            Ok(())
         })
 }
 

@@ -208,6 +208,34 @@ fn a_reboot_of_the_host_brings_instances_back_as_a_new_incarnation() {
 }
 
 #[test]
+fn a_host_that_goes_down_in_order_is_billed_to_its_last_word() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    // Whenever it happens, between two reports that are made durable: the controller forgets all that is not.
+    for incarnation in 1..=12 {
+        for _ in 0..3 + incarnation {
+            world.tick();
+        }
+        let last = world.now();
+        world.shut_down(0);
+        for _ in 0..20 {
+            world.tick();
+        }
+        world.start_controller();
+        world.hosts[0].start_agent();
+        world.until("the next incarnation runs", |world| {
+            let row = world.record(&id).row;
+            row.incarnation == incarnation + 1 && row.step == Step::Run
+        });
+        let (of, _, close) = world.intervals(&id)[usize::try_from(incarnation).unwrap() - 1];
+        assert_eq!((of, close), (incarnation, Some(last)));
+    }
+    assert_eq!(world.intervals(&id)[0].1, began);
+    world.check();
+}
+
+#[test]
 fn a_stopped_instance_stays_stopped_when_its_host_reboots() {
     let mut world = World::new();
     let id = world.one();

@@ -203,6 +203,21 @@ impl SimHost {
         self.agent = None;
     }
 
+    /// Stops the agent in order: it says for the last time what it sees. Monitors go on.
+    ///
+    /// # Errors
+    /// What the controller answered, or that it is not reached; the agent is gone all the same.
+    pub fn stop_agent(&mut self, controller: &dyn Controller) -> Result<(), ApiError> {
+        let report = Report { last: true, ..self.report() };
+        if self.agent.take().is_none() {
+            return Ok(());
+        }
+        if !self.connected {
+            return Err(unreachable());
+        }
+        self.tell(controller, report)
+    }
+
     /// Ends an instance's monitor now, if it has one.
     pub fn end_monitor(&mut self, instance: &InstanceId, death: Death) {
         if let Some(monitor) = self.monitors.remove(instance) {
@@ -281,13 +296,17 @@ impl SimHost {
         instances.iter().for_each(|instance| self.work_on(instance));
         heard?;
         let report = self.report();
+        self.tell(controller, report)
+    }
+
+    fn tell(&mut self, controller: &dyn Controller, report: Report) -> Result<(), ApiError> {
         let running: Vec<_> = report
             .instances
             .iter()
             .filter(|word| word.state == Observed::Running)
             .map(|word| (word.instance_id.clone(), word.incarnation))
             .collect();
-        controller.report(&id, report)?;
+        controller.report(&self.facts.host_id, report)?;
         for run in &mut self.runs {
             if running.contains(&(run.instance_id.clone(), run.incarnation)) {
                 run.last_told = Some(self.now);
@@ -477,6 +496,7 @@ impl SimHost {
             boot_id: format!("boot-{}", self.boot),
             agent_run: run,
             instances: self.memory.values().map(|memory| self.observe(memory)).collect(),
+            last: false,
         }
     }
 

@@ -238,6 +238,9 @@ pub struct Report {
     pub agent_run: String,
     /// Every instance that the agent knows of.
     pub instances: Vec<Observation>,
+    /// The agent stops, and this is the last that it says: it must not be lost, as it may be the end of the bill.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub last: bool,
 }
 
 named_enum! {

@@ -100,7 +100,7 @@ impl EventLoop {
         Ok(())
     }
 
-    /// Serves a virtio device: its queues' bells and its backend.
+    /// Serves a virtio device: its queues' bells and its timers, and its backend as soon as it is prepared.
     ///
     /// # Errors
     /// [`Error::Io`].
@@ -114,17 +114,6 @@ impl EventLoop {
             let source = Source::Bell { device: Arc::clone(device), queue, bell };
             let Source::Bell { bell, .. } = &source else { continue };
             self.add(bell.as_raw_fd(), EventSet::IN, source)?;
-        }
-        let backend = lock(device).backend_fds();
-        if !backend.is_empty() {
-            let again = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
-            for descriptor in backend {
-                let again = again.try_clone().map_err(Error::io("duplicating an eventfd"))?;
-                // Edge-triggered: a packet that finds no buffers must not keep the thread spinning.
-                let source = Source::Backend { device: Arc::clone(device), again };
-                self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
-            }
-            self.add(again.as_raw_fd(), EventSet::IN, Source::Again { device: Arc::clone(device), again })?;
         }
         let timers = lock(device).timers();
         for (queue, descriptor) in timers {
@@ -163,12 +152,26 @@ impl EventLoop {
     }
 
     /// What devices do on this thread while it may still do everything.
-    fn prepare(&self) -> Result<()> {
-        self.devices.iter().try_for_each(|device| {
-            let mut device = lock(device);
-            device
-                .prepare()
-                .map_err(|source| Error::Io { what: format!("preparing {}", device.name()), source })
+    fn prepare(&mut self) -> Result<()> {
+        let devices = self.devices.clone();
+        devices.iter().try_for_each(|device| {
+            let backend = {
+                let mut device = lock(device);
+                let name = device.name().to_owned();
+                device.prepare().map_err(Error::io(format!("preparing {name}")))?;
+                device.backend_fds()
+            };
+            if backend.is_empty() {
+                return Ok(());
+            }
+            let again = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
+            for descriptor in backend {
+                let again = again.try_clone().map_err(Error::io("duplicating an eventfd"))?;
+                // Edge-triggered: a packet that finds no buffers must not keep the thread spinning.
+                let source = Source::Backend { device: Arc::clone(device), again };
+                self.add(descriptor, EventSet::IN | EventSet::EDGE_TRIGGERED, source)?;
+            }
+            self.add(again.as_raw_fd(), EventSet::IN, Source::Again { device: Arc::clone(device), again })
         })
     }
 

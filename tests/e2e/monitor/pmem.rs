@@ -34,7 +34,7 @@ impl<'a> Images<'a> {
 
 impl Drop for Images<'_> {
     fn drop(&mut self) {
-        self.rig.host(&format!("umount {0}/mounted; rm -rf {0}", self.dir));
+        self.rig.host(&format!("rm -rf {}", self.dir));
     }
 }
 
@@ -98,7 +98,10 @@ fn linux_guests_share_a_root_file_system_in_their_memory() {
         let ran = rig.host(&format!("cat {}/code", first.dir));
         if ran.stdout.is_empty() { Err(ran.stderr) } else { Ok(()) }
     });
-    let look =
-        format!("cd {} && mkdir mounted && mount -o loop data mounted && cat mounted/note", images.dir);
+    // No loop device is needed: the journal is played back into the file, and the file is read. 1 is "corrected".
+    let look = format!(
+        "cd {} && {{ e2fsck -fy data > check || [ $? = 1 ]; }} && debugfs -R 'cat /note' data 2>> check",
+        images.dir
+    );
     assert_eq!(rig.host(&look).ok(), "from the guest\n");
 }

@@ -92,7 +92,8 @@ impl Engine {
             self.store.put_host(&report.host, now).map_err(errors::of_store)?;
         }
         self.with_proofs(|_| ())?;
-        let durable = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let due = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let durable = due || report.last;
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
         let sight = Sight { boot_id: &report.boot_id, now, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };

@@ -284,6 +284,14 @@ impl World {
         }
     }
 
+    /// A host goes down in order, and so does the controller that runs on it: its agent has the last word.
+    pub fn shut_down(&mut self, host: usize) {
+        let wire = Wire { engine: self.engine.as_deref(), lose_answer: false };
+        let _ = self.hosts[host].stop_agent(&wire);
+        self.kill_controller();
+        self.hosts[host].reboot();
+    }
+
     /// One generation has one spec, always.
     fn watch_specs(&mut self) {
         let engine = self.engine.clone().expect("just used");

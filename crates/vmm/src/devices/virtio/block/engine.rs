@@ -1,6 +1,7 @@
 //! Who does a disk's work while the device thread goes on: [`super::uring`] or [`super::worker`]. What both take is here.
 
 use std::io;
+use std::os::fd::RawFd;
 
 use vm_memory::VolatileSlice;
 use vm_memory::bitmap::Bitmap;
@@ -94,8 +95,13 @@ pub trait Engine: Send {
     fn submit(&mut self, token: u16, work: Work<Vec<Slice<'_>>>);
     /// Lets the host begin with what was submitted.
     fn start(&mut self);
-    /// What is finished, one by one, in any order. The engine's bell rings when there is something again.
+    /// What is finished, one by one, in any order. To be looked at after each [`Engine::start`] too, until there is none: what is finished
+    /// later is told, by [`Engine::descriptor`] or the bell that the engine was made with.
     fn finished(&mut self) -> Option<(u16, io::Result<()>)>;
+    /// Becomes readable when there is something finished again (edge-triggered), if no bell is rung for that.
+    fn descriptor(&self) -> Option<RawFd> {
+        None
+    }
     /// Waits until all that was submitted is finished.
     fn wait_all(&mut self);
 }

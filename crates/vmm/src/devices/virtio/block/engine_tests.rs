@@ -2,14 +2,16 @@
 
 use std::collections::VecDeque;
 use std::fs::File;
-use std::io;
-use std::os::fd::{AsRawFd, FromRawFd};
+use std::io::{self, ErrorKind, Read};
+use std::os::fd::{AsRawFd, FromRawFd, RawFd};
 use std::os::unix::fs::FileExt;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use proptest::prelude::*;
 use virtio_queue::Queue;
+use vm_memory::{GuestAddress, GuestMemoryBackend};
+use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::SharedImage;
@@ -112,7 +114,7 @@ proptest! {
         // So many of the guest's own are there already that few have room.
         for n in 0..ROOM - room {
             let ticket = super::flying::Ticket {
-                head: 0, status: vm_memory::GuestAddress(0), what: super::flying::What::Flush, offset: n as u64, bytes: 0,
+                head: 0, status: GuestAddress(0), what: super::flying::What::Flush, offset: n as u64, bytes: 0,
             };
             flying.add(0, ticket).unwrap();
         }
@@ -177,28 +179,43 @@ fn image(content: &[u8]) -> (File, SharedImage) {
     (file, Arc::new(Mutex::new(Box::new(image))))
 }
 
-/// Both engines, each with its bell and the file that it works on.
-fn engines() -> Vec<(&'static str, Box<dyn Engine>, EventFd, File)> {
+/// Both engines, each with what tells of finished work and the file that it works on.
+fn engines() -> Vec<(&'static str, Box<dyn Engine>, File, File)> {
     let content: Vec<u8> = (0..DISK_BYTES).map(|n| (n / 512) as u8).collect();
-    let bell = || EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let mut engines: Vec<(&str, Box<dyn Engine>, EventFd, File)> = Vec::new();
-    let (own, (file, shared)) = (bell(), image(&content));
-    let worker = Worker::new(shared, own.try_clone().unwrap()).unwrap();
-    engines.push(("a thread", Box::new(worker), own, file));
-    let (own, (file, _)) = (bell(), image(&content));
-    match Ring::new(&file, own.try_clone().unwrap()) {
-        Ok(ring) => engines.push(("io_uring", Box::new(ring), own, file)),
+    let mut engines: Vec<(&str, Box<dyn Engine>, File, File)> = Vec::new();
+    let (bell, (file, shared)) = (EventFd::new(libc::EFD_NONBLOCK).unwrap(), image(&content));
+    let worker = Worker::new(shared, bell.try_clone().unwrap()).unwrap();
+    engines.push(("a thread", Box::new(worker), again(bell.as_raw_fd()), file));
+    let (file, _) = image(&content);
+    match Ring::new(&file) {
+        Ok(ring) => {
+            let bell = again(ring.descriptor().unwrap());
+            engines.push(("io_uring", Box::new(ring), bell, file));
+        }
         Err(error) => eprintln!("not tested, as this host has no io_uring for us: {error}"),
     }
     engines
 }
 
-/// Waits for the bell.
-fn wait(bell: &EventFd) {
+/// The same descriptor once more.
+fn again(descriptor: RawFd) -> File {
+    // SAFETY: the caller has it open.
+    let borrowed = unsafe { std::os::fd::BorrowedFd::borrow_raw(descriptor) };
+    borrowed.try_clone_to_owned().unwrap().into()
+}
+
+/// Whether there is something within so many milliseconds.
+fn tells(bell: &File, within: i32) -> bool {
     let mut poll = libc::pollfd { fd: bell.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     // SAFETY: one pollfd, which lives until the call returns.
-    assert_eq!(unsafe { libc::poll(&raw mut poll, 1, 20_000) }, 1, "no bell");
-    let _ = bell.read();
+    unsafe { libc::poll(&raw mut poll, 1, within) == 1 }
+}
+
+/// Waits for finished work.
+fn wait(mut bell: &File) {
+    assert!(tells(bell, 20_000), "nobody tells");
+    // A ring is not read: its entries are taken.
+    let _ = bell.read(&mut [0; 8]);
 }
 
 #[test]
@@ -296,8 +313,7 @@ fn what_the_host_cannot_zero_is_written() {
     // SAFETY: memfd_create just made this descriptor, and nothing else owns it.
     let file = File::from(unsafe { std::os::fd::OwnedFd::from_raw_fd(descriptor) });
     file.write_all_at(&vec![7; 1 << 20], 0).unwrap();
-    let bell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let Ok(mut ring) = Ring::new(&file, bell) else { return };
+    let Ok(mut ring) = Ring::new(&file) else { return };
     let ranges = vec![Range { offset: 512, length: 300 << 10, unmap: false }];
     ring.submit(0, Work::Clear { kind: Kind::Zero, ranges, stable: true });
     ring.wait_all();
@@ -332,6 +348,45 @@ fn a_file_that_became_shorter_is_an_error_of_the_disk() {
     }
 }
 
+/// What the host finishes while it takes the work is there to be looked at, and wakes nobody afterwards; of all else the end is told, however
+/// close it is to the look.
+#[test]
+fn no_end_is_missed_and_none_is_told_twice() {
+    let (file, _) = image(&[0; 4096]);
+    let Ok(mut ring) = Ring::new(&file) else { return };
+    let epoll = Epoll::new().unwrap();
+    let edge = EpollEvent::new(EventSet::IN | EventSet::EDGE_TRIGGERED, 0);
+    let bell = again(ring.descriptor().unwrap());
+    epoll.ctl(ControlOperation::Add, bell.as_raw_fd(), edge).unwrap();
+    let mut driver = Driver::new(16);
+    let data = driver.want(512);
+    let slice = || driver.memory.get_slice(GuestAddress(data.address), 512).unwrap();
+    ring.attach(&driver.memory);
+    let mut at_once = 0;
+    for n in 0..5000 {
+        // Reads of what is in memory end inside the call, flushes in a thread of the kernel's.
+        if n % 2 == 0 {
+            ring.submit(0, Work::Flush);
+        } else {
+            ring.submit(0, Work::Read { offset: 0, data: vec![slice()] });
+        }
+        ring.start();
+        let mut events = [EpollEvent::default(); 1];
+        let mut turns = 0;
+        while ring.finished().is_none() {
+            turns += 1;
+            match epoll.wait(20_000, &mut events) {
+                Ok(count) => assert_eq!(count, 1, "nobody told of work {n}"),
+                Err(error) => assert_eq!(error.kind(), ErrorKind::Interrupted),
+            }
+        }
+        at_once += i32::from(turns == 0);
+        assert!(ring.finished().is_none());
+        assert!(!tells(&bell, 0), "told of work {n} after the look");
+    }
+    assert!(at_once >= 2500, "{at_once} ended inside the call");
+}
+
 /// What is under way when an engine goes is finished first: memory may go then.
 #[test]
 fn an_engine_that_goes_waits_for_its_work() {
@@ -361,8 +416,7 @@ fn an_engine_that_goes_waits_for_its_work() {
 fn a_ring_is_restricted_for_good() {
     use io_uring::{opcode, types};
     let (file, _) = image(&[0; 4096]);
-    let bell = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let Ok(mut ring) = Ring::new(&file, bell) else { return };
+    let Ok(mut ring) = Ring::new(&file) else { return };
     let path = c"/dev/null";
     let mut byte = [0_u8; 1];
     let fd = types::Fd(file.as_raw_fd());

@@ -339,12 +339,14 @@ impl VirtioDevice for Block {
         let Worked::Soon(bell) = &self.worked else { return Ok(()) };
         let (bell, theirs) = (bell.try_clone()?, bell.try_clone()?);
         let ring = self.raw.as_ref().and_then(|file| {
-            let ring = theirs.try_clone().and_then(|bell| Ring::new(file, bell));
-            ring.inspect_err(|error| {
-                let id = &self.id;
-                crate::log::line(&format!("disk {id:?}: no io_uring ({error}), so it has a thread instead"));
-            })
-            .ok()
+            Ring::new(file)
+                .inspect_err(|error| {
+                    let id = &self.id;
+                    crate::log::line(&format!(
+                        "disk {id:?}: no io_uring ({error}), so it has a thread instead"
+                    ));
+                })
+                .ok()
         });
         self.worked = match ring {
             Some(ring) => Worked::Ring(Box::new(ring), bell),
@@ -379,7 +381,11 @@ impl VirtioDevice for Block {
     }
 
     fn backend_fds(&self) -> Vec<RawFd> {
-        self.bell().map(AsRawFd::as_raw_fd).into_iter().collect()
+        let ring = match &self.worked {
+            Worked::Ring(ring, _) => ring.descriptor(),
+            _ => None,
+        };
+        self.bell().map(AsRawFd::as_raw_fd).into_iter().chain(ring).collect()
     }
 
     fn backend_event(&mut self) -> bool {

@@ -7,12 +7,11 @@
 use std::collections::VecDeque;
 use std::fs::File;
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::register::Restriction;
 use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode, squeue};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::clear::{Call, Clear};
 use super::engine::{Engine, Pieces, ROOM, Work};
@@ -41,22 +40,19 @@ pub struct Ring {
     /// How many there are, without those that are `done`.
     flying: usize,
     done: VecDeque<(u16, io::Result<()>)>,
-    /// Rings for what is finished; the kernel has it.
-    _bell: EventFd,
     memory: Option<Memory>,
 }
 
 impl Ring {
-    /// A ring for a raw file. `bell` rings when something is finished.
+    /// A ring for a raw file. Its descriptor is readable while something is finished that nobody looked at.
     ///
     /// # Errors
     /// The host has no io_uring, or not for us.
-    pub fn new(file: &File, bell: EventFd) -> io::Result<Self> {
+    pub fn new(file: &File) -> io::Result<Self> {
         let entries = u32::try_from(ROOM).unwrap_or(u32::MAX);
         let ring = IoUring::builder().setup_r_disabled().dontfork().build(entries)?;
         let submitter = ring.submitter();
         submitter.register_files(&[file.as_raw_fd()])?;
-        submitter.register_eventfd(bell.as_raw_fd())?;
         submitter.register_iowq_max_workers(&mut KERNEL_THREADS.clone())?;
         let mut restrictions = [
             Restriction::sqe_op(opcode::Read::CODE),
@@ -70,7 +66,7 @@ impl Ring {
         ];
         submitter.register_restrictions(&mut restrictions)?;
         submitter.register_enable_rings()?;
-        Ok(Self { ring, jobs: Vec::new(), flying: 0, done: VecDeque::new(), _bell: bell, memory: None })
+        Ok(Self { ring, jobs: Vec::new(), flying: 0, done: VecDeque::new(), memory: None })
     }
 
     /// Works on another file from here on. Nothing is under way.
@@ -237,12 +233,9 @@ impl Engine for Ring {
         }
     }
 
-    /// What is finished while it is handed over (what the host has in memory) is looked at right after, and needs no bell.
     fn start(&mut self) {
         if !self.ring.submission().is_empty() {
-            self.ring.completion().disable_eventfd();
             self.enter(0);
-            self.ring.completion().enable_eventfd();
         }
     }
 
@@ -251,6 +244,13 @@ impl Engine for Ring {
             self.reap();
         }
         self.done.pop_front()
+    }
+
+    /// The ring itself, and no eventfd that it rings: whoever takes what is finished while it is handed over (what the host has in memory) is
+    /// not woken for it a second time. An eventfd that is switched off meanwhile could miss one: the kernel makes an entry and looks at
+    /// the switch with no barrier between (6.1, `io_eventfd_signal`).
+    fn descriptor(&self) -> Option<RawFd> {
+        Some(self.ring.as_raw_fd())
     }
 
     fn wait_all(&mut self) {
@@ -282,7 +282,7 @@ impl Ring {
 
     /// Registers something that is not the file.
     pub fn try_registration(&self) -> io::Result<()> {
-        let bell = EventFd::new(0)?;
+        let bell = vmm_sys_util::eventfd::EventFd::new(0)?;
         self.ring.submitter().register_eventfd(bell.as_raw_fd())
     }
 }

@@ -129,23 +129,27 @@ impl Pmem {
             return queue::serve_read_only(queue, memory, &mut self.metrics);
         }
         let mut turn = self.flushes.take(queue, memory, &mut self.metrics)?;
-        self.begin(true);
         turn.interrupt |= interrupt;
+        // What is finished at once must be looked at here.
+        while self.begin(true) {
+            turn.interrupt |= self.complete()?;
+        }
         Ok(turn)
     }
 
-    /// Lets the host begin with what waits, if it is not at work.
-    fn begin(&mut self, limited: bool) {
-        let Some(engine) = self.engine.as_mut().filter(|_| self.flushes.may_begin()) else { return };
+    /// Lets the host begin with what waits, if it is not at work. Says whether it did.
+    fn begin(&mut self, limited: bool) -> bool {
+        let Some(engine) = self.engine.as_mut().filter(|_| self.flushes.may_begin()) else { return false };
         if limited && !self.pace.may_pass() {
             self.metrics.limited += 1;
-            return;
+            return false;
         }
         self.pace.charge(self.image.range().size);
         self.metrics.syncs += 1;
         self.flushes.begin();
         engine.submit(0, Work::Flush);
         engine.start();
+        true
     }
 
     /// Answers what is finished; says whether the guest wants an interrupt.
@@ -201,8 +205,7 @@ impl VirtioDevice for Pmem {
         if self.image.read_only() {
             return Ok(());
         }
-        let ring = Ring::new(self.image.file(), self.bell.try_clone()?);
-        self.engine = Some(match ring {
+        self.engine = Some(match Ring::new(self.image.file()) {
             Ok(ring) => Box::new(ring),
             Err(error) => {
                 let id = &self.id;
@@ -232,7 +235,8 @@ impl VirtioDevice for Pmem {
     }
 
     fn backend_fds(&self) -> Vec<RawFd> {
-        vec![self.bell.as_raw_fd()]
+        let engine = self.engine.as_ref().and_then(|engine| engine.descriptor());
+        [Some(self.bell.as_raw_fd()), engine].into_iter().flatten().collect()
     }
 
     fn backend_event(&mut self) -> bool {

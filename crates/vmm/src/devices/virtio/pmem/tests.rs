@@ -104,6 +104,39 @@ fn one_call_of_the_hosts_answers_all_that_came_before_it() {
     assert_eq!((pmem.metrics.flushes, pmem.metrics.syncs, pmem.metrics.failed), (5, 2, 1));
 }
 
+/// A host that is done before it is waited for, and tells nobody.
+struct Quick(VecDeque<io::Result<()>>);
+
+impl Engine for Quick {
+    fn attach(&mut self, _: &ram::Memory) {}
+
+    fn submit(&mut self, _: u16, _: Work<Vec<Slice<'_>>>) {
+        self.0.push_back(Ok(()));
+    }
+
+    fn start(&mut self) {}
+
+    fn finished(&mut self) -> Option<(u16, io::Result<()>)> {
+        self.0.pop_front().map(|result| (0, result))
+    }
+
+    fn wait_all(&mut self) {}
+}
+
+#[test]
+fn a_flush_that_is_done_at_once_is_answered_at_once() {
+    let mut driver = Driver::new(16);
+    let mut pmem = pmem(image(ALIGNMENT, false));
+    pmem.engine = Some(Box::new(Quick(VecDeque::new())));
+    activate(&mut pmem, &driver);
+    for count in 1..=3 {
+        let answer = flush(&mut driver);
+        pmem.queue_event(0);
+        assert_eq!((driver.used().len(), answered(&driver, answer)), (count, OK));
+    }
+    assert_eq!((pmem.metrics.flushes, pmem.metrics.syncs), (3, 3));
+}
+
 #[test]
 fn no_more_wait_than_there_is_room_for_and_none_is_forgotten() {
     let (mut driver, host) = (Driver::new(16), Slow::default());
