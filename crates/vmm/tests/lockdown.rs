@@ -6,10 +6,12 @@
 use std::process::Command;
 
 use roost_vmm::exit::ExitCode;
+use roost_vmm::log::{self, LoggerConfig};
 use roost_vmm::seccomp::{Kind, compile, install, sigsys};
 use roost_vmm::threads;
 
 const CASE: &str = "ROOST_VMM_LOCKDOWN_CASE";
+const LOG: &str = "ROOST_VMM_LOCKDOWN_LOG";
 
 /// The child's part: locks itself down and breaks the rule.
 #[test]
@@ -43,6 +45,9 @@ fn child() {
         }),
         other => panic!("no case {other}"),
     };
+    if let Some(path) = std::env::var_os(LOG) {
+        log::configure(LoggerConfig::default(), Some(std::fs::File::create(path).unwrap()));
+    }
     sigsys::install(None).unwrap();
     sigsys::note_thread_name(name);
     install(&compile(kind).unwrap()).unwrap();
@@ -54,12 +59,16 @@ fn child() {
 
 fn breaks(case: &str, thread: &str, call: &str) {
     let program = std::env::current_exe().unwrap();
-    let output =
-        Command::new(program).args(["--exact", "child", "--nocapture"]).env(CASE, case).output().unwrap();
+    let log = tempfile::NamedTempFile::new().unwrap();
+    let mut command = Command::new(program);
+    command.args(["--exact", "child", "--nocapture"]).env(CASE, case).env(LOG, log.path());
+    let output = command.output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr);
     assert_eq!(output.status.code(), Some(ExitCode::Seccomp.code()), "{case}: {message}");
     let expected = format!("thread {thread} made the forbidden system call {call}");
     assert!(message.contains(&expected), "{case}: {message}");
+    let logged = std::fs::read_to_string(log.path()).unwrap();
+    assert!(logged.contains(&expected) && logged.ends_with('\n'), "{case}: {logged}");
 }
 
 #[test]

@@ -442,26 +442,30 @@ fn a_program_brings_memory_page_by_page() {
     freeze(&mut machine, "1");
 
     let socket = machine.path("faults");
-    let listener = UnixListener::bind(&socket).unwrap();
-    let mut faults = Faults::serve(listener, File::open(machine.path("memory")).unwrap());
-    let (mut clone, client) = bare();
-    let body = json!({
-        "snapshot_path": machine.path("state"), "resume_vm": true,
-        "mem_backend": { "backend_type": "Uffd", "backend_path": socket },
-        "serial_override": { "output": clone.text("console") },
-    });
-    client.put("PUT", "/snapshot/load", &body).unwrap();
-    types(&clone, &client, "x", "23");
-    assert_eq!(clone.console(), "23");
-    let pages = faults.pages.load(Ordering::SeqCst);
-    assert!((5..100).contains(&pages), "{pages} of 4096 pages were brought");
-    // Without it, a guest would wait for ever.
-    faults.end();
-    let ended = clone.wait();
-    assert_eq!(ended.code, ExitCode::HostIo.code());
-    assert!(ended.stderr.contains("page-fault handler"), "{}", ended.stderr);
+    let body = |clone: &Machine| {
+        json!({
+            "snapshot_path": machine.path("state"), "resume_vm": true,
+            "mem_backend": { "backend_type": "Uffd", "backend_path": socket },
+            "serial_override": { "output": clone.text("console") },
+        })
+    };
+    for at_a_time in [1, 32] {
+        let memory = File::open(machine.path("memory")).unwrap();
+        let mut faults = Faults::serve(UnixListener::bind(&socket).unwrap(), memory, at_a_time);
+        let (mut clone, client) = bare();
+        client.put("PUT", "/snapshot/load", &body(&clone)).unwrap();
+        types(&clone, &client, "x", "23");
+        assert_eq!(clone.console(), "23");
+        let answered = faults.answered.load(Ordering::SeqCst);
+        assert!((3..100).contains(&answered), "{answered} faults for 4096 pages, {at_a_time} at a time");
+        // Without it, a guest would wait for ever.
+        faults.end();
+        let ended = clone.wait();
+        assert_eq!(ended.code, ExitCode::HostIo.code());
+        assert!(ended.stderr.contains("page-fault handler"), "{}", ended.stderr);
+        std::fs::remove_file(&socket).unwrap();
+    }
 
-    let (_bare, client) = bare();
-    std::fs::remove_file(&socket).unwrap();
-    assert!(refusal(client.put("PUT", "/snapshot/load", &body)).contains("page-fault handler"));
+    let (clone, client) = bare();
+    assert!(refusal(client.put("PUT", "/snapshot/load", &body(&clone))).contains("page-fault handler"));
 }

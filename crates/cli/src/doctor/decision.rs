@@ -54,6 +54,8 @@ pub struct Findings {
     pub kvm: Kvm,
     /// Controllers of the mounted cgroup v2 hierarchy; `None` where none is mounted.
     pub controllers: Option<Vec<String>>,
+    /// How many user namespaces there may be (`user.max_user_namespaces`): each instance's jail is one. 0 where the kernel has none.
+    pub user_namespaces: u64,
     /// The nft program.
     pub nft: bool,
     /// Whether the kernel answers nft; `None` where that takes root.
@@ -139,6 +141,11 @@ fn not_bare(findings: &Findings) -> Vec<String> {
             }
         }
     }
+    if findings.user_namespaces == 0 {
+        reasons.push(
+            "user namespaces are off (user.max_user_namespaces), and each instance's jail is one".to_owned(),
+        );
+    }
     if !findings.nft {
         reasons.push("the program nft is missing".to_owned());
     }
@@ -209,6 +216,7 @@ pub mod tests {
             kernel: Some((6, 1)),
             kvm: Kvm::Probed { cpl0_per_second: 1_800_000_000, failed: vec![] },
             controllers: Some(["cpuset", "cpu", "io", "memory", "pids"].map(str::to_owned).to_vec()),
+            user_namespaces: 31_000,
             nft: true,
             nftables: Some(true),
             tun: true,
@@ -281,6 +289,7 @@ pub mod tests {
             Expected::Virtual,
             "cpu, memory, io",
         ),
+        ("no user namespaces", |f| f.user_namespaces = 0, Expected::Virtual, "user.max_user_namespaces"),
         (
             "no cpuset is only a pity",
             |f| f.controllers.as_mut().unwrap().retain(|c| c != "cpuset"),

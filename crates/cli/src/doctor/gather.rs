@@ -30,6 +30,10 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         kernel: version(&text(uname.as_ref().map(nix::sys::utsname::UtsName::release))),
         kvm: kvm(args.vmm.as_deref(), &cpu).await,
         controllers: controllers(),
+        user_namespaces: fs::read_to_string("/proc/sys/user/max_user_namespaces")
+            .ok()
+            .and_then(|text| text.trim().parse().ok())
+            .unwrap_or(0),
         nft: program("nft").is_some(),
         nftables,
         tun: Path::new("/dev/net/tun").exists(),

@@ -78,6 +78,7 @@ pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
         kvm(findings, remedies),
         cgroups(findings),
         cpuset(findings),
+        user_namespaces(findings),
         check("nft", findings.nft, if findings.nft { "installed" } else { "not installed" }, || {
             remedies.install("nftables", "nftables", "nftables", "nftables")
         }),
@@ -182,6 +183,19 @@ fn cpuset(findings: &Findings) -> Check {
     check("cpuset", missing.is_empty(), detail, || UNIFIED.to_owned())
 }
 
+fn user_namespaces(findings: &Findings) -> Check {
+    let most = findings.user_namespaces;
+    let detail = if most > 0 {
+        format!("up to {most}")
+    } else {
+        "none may be made; each instance's jail is one".to_owned()
+    };
+    check("user namespaces", most > 0, detail, || {
+        "echo user.max_user_namespaces=30000 | sudo tee /etc/sysctl.d/60-roost.conf && sudo sysctl --system"
+            .to_owned()
+    })
+}
+
 fn nftables(findings: &Findings, remedies: &Remedies) -> Check {
     let why = remedies.nft_error.as_deref().unwrap_or("it does not answer");
     match findings.nftables {
@@ -264,6 +278,7 @@ mod tests {
             kernel: Some((4, 19)),
             kvm: Kvm::Forbidden,
             controllers: Some(vec![]),
+            user_namespaces: 0,
             nft: false,
             nftables: Some(false),
             tun: false,
@@ -279,7 +294,7 @@ mod tests {
         }
         assert!(of(&good()).iter().all(|check| check.ok));
         let failing = of(&bad).iter().filter(|check| !check.ok).count();
-        assert_eq!(failing, 12, "{:#?}", of(&bad));
+        assert_eq!(failing, 13, "{:#?}", of(&bad));
     }
 
     #[test]

@@ -25,6 +25,8 @@ pub const HANDLED: &str = "lazy restore → first reply, memory from a handler";
 pub const MAPPED_RATIO: &str = "the same, mapped, of the cold boot";
 pub const HANDLED_RATIO: &str = "the same, from a handler, of the cold boot";
 
+/// Pages that the handler brings at each fault: 128 KiB, as the host reads ahead of a mapping.
+const AT_A_TIME: u64 = 32;
 const API: &str = "/tmp/restore-api";
 const VSOCK: &str = "/tmp/restore-vsock";
 const HANDLER: &str = "/tmp/restore-handler";
@@ -59,7 +61,8 @@ pub fn measure(runs: u64) {
         figure(MAPPED_RATIO, Who::Roost, mapped / took);
 
         let _ = fs::remove_file(HANDLER);
-        let mut faults = Faults::serve(UnixListener::bind(HANDLER).unwrap(), File::open(MEMORY).unwrap());
+        let listener = UnixListener::bind(HANDLER).unwrap();
+        let mut faults = Faults::serve(listener, File::open(MEMORY).unwrap(), AT_A_TIME);
         let (clone, handled) = Monitor::start(&from("Uffd", HANDLER));
         drop(clone);
         faults.end();

@@ -7,8 +7,9 @@ mod time;
 
 use std::fs::File;
 use std::io::Write;
+use std::os::fd::{AsRawFd, RawFd};
 use std::panic::Location;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicI32, AtomicU64, Ordering};
 use std::sync::{Mutex, OnceLock, PoisonError};
 
 pub use config::{Level, LoggerConfig};
@@ -19,6 +20,8 @@ const MAX_LINE: usize = 4096;
 static ID: OnceLock<String> = OnceLock::new();
 static LOGGER: Mutex<Option<Logger>> = Mutex::new(None);
 static MISSED: AtomicU64 = AtomicU64::new(0);
+/// The log's descriptor, for signal handlers, which may take no lock; -1: there is none.
+static DESCRIPTOR: AtomicI32 = AtomicI32::new(-1);
 
 /// Where lines go and what they look like, if anybody has said so.
 struct Logger {
@@ -35,8 +38,17 @@ pub fn set_id(id: &str) {
 /// Sets the log. A file of before that is not replaced stays.
 pub fn configure(config: LoggerConfig, file: Option<File>) {
     let mut logger = LOGGER.lock().unwrap_or_else(PoisonError::into_inner);
-    let file = file.or_else(|| logger.take().and_then(|before| before.file));
+    let before = logger.take().and_then(|before| before.file);
+    let (file, replaced) = if file.is_some() { (file, before) } else { (before, None) };
+    DESCRIPTOR.store(file.as_ref().map_or(-1, AsRawFd::as_raw_fd), Ordering::SeqCst);
     *logger = Some(Logger { config, file });
+    // A handler may have been at it until here.
+    drop(replaced);
+}
+
+/// Where a signal handler says what ends the machine, beside stderr.
+pub(crate) fn descriptor() -> Option<RawFd> {
+    Some(DESCRIPTOR.load(Ordering::SeqCst)).filter(|descriptor| *descriptor >= 0)
 }
 
 /// Lines that could not be written.

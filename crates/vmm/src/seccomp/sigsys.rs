@@ -71,7 +71,7 @@ pub fn note_thread_name(name: &str) {
     NAME.with(|cell| cell.set(bytes));
 }
 
-/// Says what the calling thread did, on stderr and in the status file. Inside a signal handler, too.
+/// Says what the calling thread did, on stderr, in the log and in the status file. Inside a signal handler, too.
 pub(crate) fn report(reason: &[u8], code: ExitCode, what: impl Fn(&mut Line)) {
     let mut name = [0_u8; 16];
     let thread = thread_name(&mut name).map_or(&b"?"[..], |length| &name[..length]);
@@ -79,6 +79,9 @@ pub(crate) fn report(reason: &[u8], code: ExitCode, what: impl Fn(&mut Line)) {
     line.text(b"roost-vmm: thread ").text(thread);
     what(&mut line);
     line.text(b"; the machine ends\n").write(libc::STDERR_FILENO);
+    if let Some(log) = crate::log::descriptor() {
+        line.write(log);
+    }
     let status = STATUS_FD.load(Ordering::SeqCst);
     if status >= 0 {
         let mut line = Line::default();
