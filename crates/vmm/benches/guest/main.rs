@@ -58,8 +58,10 @@ fn report_of(console: &str) -> Report {
     let lines = || console.lines().filter_map(|line| line.split_once("FIGURE ")).map(|(_, text)| text);
     let figures: Vec<Value> = lines().filter_map(|text| serde_json::from_str(text).ok()).collect();
     let about = figures.iter().filter_map(|figure| {
+        let costs = [throughput::COST_OF_ROOST, throughput::COST_OF_QEMU];
         let name = ["virtual host", "kernel", "QEMU", "mode", "exits of Roost", "exits of QEMU"]
             .into_iter()
+            .chain(costs)
             .find(|name| figure["about"] == *name)?;
         Some((name, figure["text"].as_str()?.to_owned()))
     });

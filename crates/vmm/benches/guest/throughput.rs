@@ -1,18 +1,21 @@
 //! What goes through a guest's disk and interface, beside QEMU's: both machines are up at the same time and work in turn, so that
 //! what else this machine does meets both alike.
 
+use std::cell::RefCell;
+use std::collections::BTreeMap;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpStream};
 use std::os::fd::AsRawFd;
 use std::time::{Duration, Instant};
 
-use crate::host::figure;
+use crate::host::{about, figure};
 use crate::link;
 use crate::load::{PIECE, PORT, Work};
 use crate::monitors::{Devices, Does, Machine, Up, command};
 use crate::report::Who;
 
+const COUNTERS: [&str; 3] = ["exits", "mmio_exits", "irq_injections"];
 const EVERYONE: [Who; 2] = [Who::Roost, Who::Qemu];
 const DISK_BYTES: u64 = 256 << 20;
 /// Threads of the guest that use the disk.
@@ -20,6 +23,10 @@ const THREADS: u64 = 4;
 const TUNSETIFF: libc::Ioctl = 0x4004_54ca;
 /// `IFF_TAP | IFF_NO_PI | IFF_VNET_HDR`.
 const TAP: libc::c_short = 2 | 0x1000 | 0x4000;
+
+/// Names of what the rows cost.
+pub const COST_OF_ROOST: &str = "cost of each, Roost";
+pub const COST_OF_QEMU: &str = "cost of each, QEMU";
 
 /// Every row's name and unit.
 pub fn rows() -> Vec<(String, &'static str)> {
@@ -69,6 +76,7 @@ pub fn measure(what: &str, pairs: u64, milliseconds: u64) {
                 }
             }
         }
+        say_costs(&guests);
     }
     for vhost in [false, true].into_iter().filter(|_| what != "disk") {
         let guests = EVERYONE.map(|who| Guest::start(who, 1, vhost));
@@ -79,14 +87,58 @@ pub fn measure(what: &str, pairs: u64, milliseconds: u64) {
                 }
             }
         }
+        say_costs(&guests);
     }
 }
 
 struct Guest {
     who: Who,
     address: Ipv4Addr,
-    _up: Up,
+    up: Up,
     _tap: File,
+    /// What each row has cost so far.
+    costs: RefCell<BTreeMap<String, Cost>>,
+}
+
+/// What KVM counted and threads used, for so many units of a row.
+#[derive(Clone, Copy, Default)]
+struct Cost {
+    units: f64,
+    counters: [u64; COUNTERS.len()],
+    /// Of the vCPUs' threads, and of all others.
+    nanoseconds: [u64; 2],
+}
+
+impl Cost {
+    fn of(up: &Up) -> Self {
+        let mut nanoseconds = [0; 2];
+        for (name, time) in up.threads() {
+            // QEMU calls them `CPU 0/KVM`.
+            nanoseconds[usize::from(!(name.starts_with("vcpu") || name.starts_with("CPU")))] += time;
+        }
+        Self { units: 0.0, counters: COUNTERS.map(|name| up.counter(name)), nanoseconds }
+    }
+
+    fn add(&mut self, before: &Self, after: &Self, units: f64) {
+        self.units += units;
+        for (n, sum) in self.counters.iter_mut().enumerate() {
+            *sum += after.counters[n] - before.counters[n];
+        }
+        for (n, sum) in self.nanoseconds.iter_mut().enumerate() {
+            *sum += after.nanoseconds[n].saturating_sub(before.nanoseconds[n]);
+        }
+    }
+
+    /// For one unit.
+    fn text(&self) -> String {
+        let counted = COUNTERS.iter().zip(self.counters);
+        let mut text: Vec<String> =
+            counted.map(|(name, sum)| format!("{name} {:.2}", sum as f64 / self.units)).collect();
+        for (name, sum) in ["vCPUs", "other threads"].iter().zip(self.nanoseconds) {
+            text.push(format!("{name} {:.0} µs", sum as f64 / 1e3 / self.units));
+        }
+        text.join(", ")
+    }
 }
 
 impl Guest {
@@ -106,7 +158,15 @@ impl Guest {
         let machine =
             Machine { cpus: queues, memory_mib: 256, does: Does::Load(address), devices: Some(devices) };
         let up = Up::start(command(who, machine));
-        Self { who, address, _up: up, _tap: tap }
+        Self { who, address, up, _tap: tap, costs: RefCell::default() }
+    }
+
+    /// A figure: how many units in how many seconds `work` says.
+    fn row(&self, row: String, work: impl FnOnce() -> (f64, f64)) {
+        let before = Cost::of(&self.up);
+        let (units, seconds) = work();
+        self.costs.borrow_mut().entry(row.clone()).or_default().add(&before, &Cost::of(&self.up), units);
+        figure(&row, self.who, units / seconds);
     }
 
     fn ask(&self, request: &str) -> TcpStream {
@@ -119,48 +179,63 @@ impl Guest {
     }
 
     fn disk(&self, work: Work, queues: u32, time: Duration) {
-        let stream = self.ask(&format!("disk {} {THREADS} {}", work.name(), time.as_millis()));
-        let mut line = String::new();
-        BufReader::new(stream).read_line(&mut line).unwrap();
-        let rate: f64 = line.trim().parse().unwrap_or_else(|_| panic!("the guest says {line:?}"));
-        figure(&disk_row(work, queues), self.who, rate);
+        self.row(disk_row(work, queues), || {
+            let stream = self.ask(&format!("disk {} {THREADS} {}", work.name(), time.as_millis()));
+            let mut line = String::new();
+            BufReader::new(stream).read_line(&mut line).unwrap();
+            let rate: f64 = line.trim().parse().unwrap_or_else(|_| panic!("the guest says {line:?}"));
+            (rate * time.as_secs_f64(), time.as_secs_f64())
+        });
     }
 
     fn take(&self, vhost: bool, time: Duration) {
-        let mut stream = self.ask("take");
-        let piece = vec![0; PIECE];
-        let begin = Instant::now();
-        while begin.elapsed() < time {
-            stream.write_all(&piece).unwrap();
-        }
-        stream.shutdown(Shutdown::Write).unwrap();
-        let mut taken = [0; 8];
-        stream.read_exact(&mut taken).unwrap();
-        let mebibytes = u64::from_le_bytes(taken) as f64 / f64::from(1 << 20);
-        figure(&net_row("to the guest", vhost), self.who, mebibytes / begin.elapsed().as_secs_f64());
+        self.row(net_row("to the guest", vhost), || {
+            let mut stream = self.ask("take");
+            let piece = vec![0; PIECE];
+            let begin = Instant::now();
+            while begin.elapsed() < time {
+                stream.write_all(&piece).unwrap();
+            }
+            stream.shutdown(Shutdown::Write).unwrap();
+            let mut taken = [0; 8];
+            stream.read_exact(&mut taken).unwrap();
+            (u64::from_le_bytes(taken) as f64 / f64::from(1 << 20), begin.elapsed().as_secs_f64())
+        });
     }
 
     fn give(&self, vhost: bool, time: Duration) {
-        let mut stream = self.ask("give");
-        let mut piece = vec![0; PIECE];
-        let (begin, mut taken) = (Instant::now(), 0);
-        while begin.elapsed() < time {
-            taken += stream.read(&mut piece).unwrap();
-        }
-        let rate = taken as f64 / f64::from(1 << 20) / begin.elapsed().as_secs_f64();
-        figure(&net_row("from the guest", vhost), self.who, rate);
+        self.row(net_row("from the guest", vhost), || {
+            let mut stream = self.ask("give");
+            let mut piece = vec![0; PIECE];
+            let (begin, mut taken) = (Instant::now(), 0);
+            while begin.elapsed() < time {
+                taken += stream.read(&mut piece).unwrap();
+            }
+            (taken as f64 / f64::from(1 << 20), begin.elapsed().as_secs_f64())
+        });
     }
 
     fn reply(&self, vhost: bool, time: Duration) {
-        let mut stream = self.ask("reply");
-        let (begin, mut times, mut byte) = (Instant::now(), 0_u32, [0]);
-        while begin.elapsed() < time {
-            stream.write_all(&byte).unwrap();
-            stream.read_exact(&mut byte).unwrap();
-            times += 1;
+        self.row(net_row("there and back", vhost), || {
+            let mut stream = self.ask("reply");
+            let (begin, mut times, mut byte) = (Instant::now(), 0_u32, [0]);
+            while begin.elapsed() < time {
+                stream.write_all(&byte).unwrap();
+                stream.read_exact(&mut byte).unwrap();
+                times += 1;
+            }
+            (f64::from(times), begin.elapsed().as_secs_f64())
+        });
+    }
+}
+
+/// What the rows cost: for one request, one MiB, one byte there and back.
+fn say_costs(guests: &[Guest]) {
+    for guest in guests {
+        let whose = if guest.who == Who::Roost { COST_OF_ROOST } else { COST_OF_QEMU };
+        for (row, cost) in guest.costs.borrow().iter() {
+            about(whose, &format!("{row}: {}", cost.text()));
         }
-        let rate = f64::from(times) / begin.elapsed().as_secs_f64();
-        figure(&net_row("there and back", vhost), self.who, rate);
     }
 }
 
