@@ -22,7 +22,7 @@ use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::mem::Mem;
-use crate::devices::virtio::mmio::{QUEUE_NOTIFY, Shared, Transport};
+use crate::devices::virtio::mmio::{ACKNOWLEDGE, QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::pmem::Pmem;
@@ -132,6 +132,8 @@ impl Preboot {
             let bells: Vec<EventFd> = (0..queues)
                 .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))
                 .collect::<Result<_>>()?;
+            let (register, value) = ACKNOWLEDGE;
+            vm.swallow(window.address + register, value)?;
             connect(&device, &reach, &bells, &interrupt)?;
             event_loop.add_device(&device, &bells)?;
             let transport = Arc::new(Transport::new(device, reach.clone(), interrupt, bells));

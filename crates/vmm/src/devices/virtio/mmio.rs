@@ -24,6 +24,8 @@ const VENDOR: u32 = 0x5453_4f52; // "ROST"
 const CONFIG: u64 = 0x100;
 /// Offset of the register that rings a queue's bell.
 pub const QUEUE_NOTIFY: u64 = 0x50;
+/// Offset of the register that acknowledges an interrupt, and the acknowledgement that KVM takes.
+pub const ACKNOWLEDGE: (u64, u32) = (0x64, super::STATUS_USED);
 
 const STATUS_ACKNOWLEDGE: u32 = 1;
 const STATUS_DRIVER: u32 = 2;
@@ -233,6 +235,7 @@ impl Transport {
             features: registers.driver_features,
             interrupt: Arc::clone(&self.interrupt),
         };
+        self.interrupt.start();
         match device.activate(active) {
             Ok(()) => {
                 registers.active = true;

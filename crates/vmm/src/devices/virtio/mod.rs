@@ -48,8 +48,8 @@ pub struct Interrupt {
     status: AtomicU32,
     needs_reset: AtomicBool,
     generation: AtomicU32,
-    /// The host's kernel raises the line for used buffers.
-    by_kernel: AtomicBool,
+    /// A driver is at work.
+    active: AtomicBool,
     line: EventFd,
 }
 
@@ -61,14 +61,14 @@ impl Interrupt {
             status: AtomicU32::new(0),
             needs_reset: AtomicBool::new(false),
             generation: AtomicU32::new(0),
-            by_kernel: AtomicBool::new(false),
+            active: AtomicBool::new(false),
             line,
         }
     }
 
-    /// Tells the guest that there are used buffers.
+    /// Tells the guest that there are used buffers. Of that the status register says nothing new: see [`Interrupt::start`].
     pub fn used(&self) {
-        self.raise(STATUS_USED);
+        self.ring();
     }
 
     /// Tells the guest that the device is broken until it resets it (virtio 1.2, 2.1.2: `DEVICE_NEEDS_RESET`).
@@ -105,7 +105,7 @@ impl Interrupt {
     /// Whether the guest may have used buffers or a change to look at.
     #[must_use]
     pub fn may_be_due(&self) -> bool {
-        self.by_kernel.load(Ordering::SeqCst) || self.status.load(Ordering::SeqCst) != 0
+        self.active.load(Ordering::SeqCst) || self.status.load(Ordering::SeqCst) != 0
     }
 
     /// The eventfd, for whoever raises it in the device's place.
@@ -114,12 +114,12 @@ impl Interrupt {
         &self.line
     }
 
-    /// Says whether the host's kernel raises the line for used buffers. It knows nothing of the status register, which has that bit
-    /// always then: an interrupt may always come without used buffers (virtio 1.2, 2.7.7: suppressing them is a hint), so drivers look
-    /// into their queues. This spares the wake-up of a thread of the monitor for each interrupt, and none can be lost between
-    /// the bit and the line.
-    pub fn leave_to_kernel(&self, by_kernel: bool) {
-        self.by_kernel.store(by_kernel, Ordering::SeqCst);
+    /// A driver is at work. From here to the reset the status register has the bit for used buffers, whether or not there are some: an
+    /// interrupt may always come without (virtio 1.2, 2.7.7: suppressing them is a hint), so drivers look into their queues. So the
+    /// guest's acknowledgement of that bit changes nothing, and KVM takes it without waking anybody ([`mmio::ACKNOWLEDGE`]); the host's
+    /// kernel can raise the line in the device's place; and no interrupt can be lost between the bit and the line.
+    fn start(&self) {
+        self.active.store(true, Ordering::SeqCst);
     }
 
     fn generation(&self) -> u32 {
@@ -128,12 +128,16 @@ impl Interrupt {
 
     fn raise(&self, bit: u32) {
         self.status.fetch_or(bit, Ordering::SeqCst);
+        self.ring();
+    }
+
+    fn ring(&self) {
         // An eventfd write fails only when its counter is full, and then the interrupt is pending anyway.
         let _ = self.line.write(1);
     }
 
     fn status(&self) -> u32 {
-        let always = if self.by_kernel.load(Ordering::SeqCst) { STATUS_USED } else { 0 };
+        let always = if self.active.load(Ordering::SeqCst) { STATUS_USED } else { 0 };
         self.status.load(Ordering::SeqCst) | always
     }
 
@@ -144,7 +148,7 @@ impl Interrupt {
     fn reset(&self) {
         self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
-        self.leave_to_kernel(false);
+        self.active.store(false, Ordering::SeqCst);
     }
 
     fn save(&self) -> SavedInterrupt {

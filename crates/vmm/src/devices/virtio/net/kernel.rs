@@ -1,7 +1,7 @@
 //! The data path in the host's kernel: one [`Vhost`] for each tap of an interface.
 //!
 //! The kernel waits for the guest's bells itself, and raises the interrupt line itself, so that no thread of the monitor takes part. What
-//! it does not have is the transport's interrupt status; see [`Interrupt::leave_to_kernel`].
+//! it does not have is the transport's interrupt status; see [`Interrupt::start`].
 
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
@@ -56,12 +56,10 @@ impl Kernel {
     /// # Errors
     /// A sentence; the kernel does nothing then.
     pub fn start(&mut self, active: &Active, taps: impl Iterator<Item = RawFd>) -> Result<(), String> {
-        let Active { memory, queues, features, interrupt } = active;
-        interrupt.leave_to_kernel(true);
+        let Active { memory, queues, features, .. } = active;
         for ((pair, queues), tap) in self.pairs.iter_mut().zip(queues.chunks(2)).zip(taps) {
             if let Err(error) = pair.start(*features, memory, queues, tap) {
                 self.stop();
-                interrupt.leave_to_kernel(false);
                 return Err(format!("vhost-net: {error}"));
             }
         }
