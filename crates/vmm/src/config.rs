@@ -326,16 +326,7 @@ impl VmConfig {
         if self.drives.iter().filter(|d| d.is_root_device).count() > 1 {
             return Err(Error::Config("drives: more than one has is_root_device".into()));
         }
-        let single = [
-            self.entropy.is_some(),
-            self.balloon.is_some(),
-            self.vsock.is_some(),
-            self.memory_hotplug.is_some(),
-        ];
-        let devices = self.drives.len()
-            + self.pmem.len()
-            + self.network_interfaces.len()
-            + single.into_iter().filter(|there| *there).count();
+        let devices = self.virtio_devices();
         if devices > layout::MAX_VIRTIO_DEVICES {
             return Err(Error::Config(format!(
                 "{devices} devices, at most {} fit one machine",
@@ -343,6 +334,21 @@ impl VmConfig {
             )));
         }
         Ok(())
+    }
+
+    /// How many virtio devices the machine has.
+    #[must_use]
+    pub fn virtio_devices(&self) -> usize {
+        let single = [
+            self.entropy.is_some(),
+            self.balloon.is_some(),
+            self.vsock.is_some(),
+            self.memory_hotplug.is_some(),
+        ];
+        self.drives.len()
+            + self.pmem.len()
+            + self.network_interfaces.len()
+            + single.into_iter().filter(|there| *there).count()
     }
 }
 

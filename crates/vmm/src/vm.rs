@@ -10,9 +10,10 @@ use kvm_bindings::{
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, VcpuFd, VmFd};
 use serde::{Deserialize, Serialize};
-use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{Address, GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::devices::virtio::mmio::page::Pages;
 use crate::devices::virtio::pmem::image::Image;
 use crate::error::{Error, Result};
 use crate::layout;
@@ -91,6 +92,8 @@ impl std::fmt::Debug for EmptyVm {
 pub struct Vm {
     fd: VmFd,
     start: ChipState,
+    /// After the machine that reads it.
+    _shown: Pages,
 }
 
 /// The state of chips that all vCPUs share.
@@ -101,12 +104,12 @@ pub struct ChipState {
 }
 
 impl Vm {
-    /// Gives a machine this memory, these files in it, and its interrupt controllers. Slots have the numbers of the regions, then
-    /// of the files.
+    /// Gives a machine this memory, these files in it, what it reads of its devices, and its interrupt controllers. Slots have the
+    /// numbers of the regions, then of the files.
     ///
     /// # Errors
     /// [`Error::Kvm`], [`Error::KvmLacks`].
-    pub fn new(empty: EmptyVm, memory: &Memory, files: &[Arc<Image>]) -> Result<(Self, Kvm)> {
+    pub fn new(empty: EmptyVm, memory: &Memory, files: &[Arc<Image>], shown: Pages) -> Result<(Self, Kvm)> {
         let EmptyVm { kvm, fd } = empty;
         if files.iter().any(|file| file.read_only()) && !kvm.check_extension(Cap::ReadonlyMem) {
             return Err(Error::KvmLacks("read-only memory, for pmem with read_only".into()));
@@ -117,18 +120,22 @@ impl Vm {
             .map(|region| (region, if region.bitmap().is_some() { KVM_MEM_LOG_DIRTY_PAGES } else { 0 }));
         let files =
             files.iter().map(|file| (&**file.region(), if file.read_only() { KVM_MEM_READONLY } else { 0 }));
-        for (slot, (region, flags)) in ram.chain(files).enumerate() {
+        let regions = ram.chain(files).map(|(region, flags)| {
             let host = region
-                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .get_host_address(MemoryRegionAddress(0))
                 .map_err(Error::memory("address of a region"))?;
-            let slot = kvm_userspace_memory_region {
-                slot: u32::try_from(slot).unwrap_or(u32::MAX),
-                guest_phys_addr: region.start_addr().raw_value(),
-                memory_size: region.len(),
-                userspace_addr: host as u64,
-                flags,
-            };
-            // SAFETY: the region is one mapping that `memory` or its file keeps; the caller keeps both beside the machine.
+            Ok((region.start_addr().raw_value(), region.len(), host as u64, flags))
+        });
+        let window_pages = shown.region().filter(|_| kvm.check_extension(Cap::ReadonlyMem));
+        let window_pages = window_pages.map(|region| {
+            Ok((layout::VIRTIO_MMIO_START, region.size() as u64, region.as_ptr() as u64, KVM_MEM_READONLY))
+        });
+        for (slot, region) in regions.chain(window_pages).enumerate() {
+            let (guest_phys_addr, memory_size, userspace_addr, flags) = region?;
+            let slot = u32::try_from(slot).unwrap_or(u32::MAX);
+            let slot =
+                kvm_userspace_memory_region { slot, guest_phys_addr, memory_size, userspace_addr, flags };
+            // SAFETY: each region is one mapping that `memory` or its file keeps, and the caller them beside the machine, or that the machine keeps.
             unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.set_tss_address(layout::KVM_TSS_ADDR).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;
@@ -138,7 +145,7 @@ impl Vm {
         let pit = kvm_pit_config { flags: KVM_PIT_SPEAKER_DUMMY, ..kvm_pit_config::default() };
         fd.create_pit2(pit).map_err(Error::kvm("KVM_CREATE_PIT2"))?;
         let start = ChipState::capture(&fd)?;
-        Ok((Self { fd, start }, kvm))
+        Ok((Self { fd, start, _shown: shown }, kvm))
     }
 
     /// Resets what all vCPUs share.

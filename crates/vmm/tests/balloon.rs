@@ -97,11 +97,11 @@ fn a_new_target_raises_an_interrupt_and_is_read_under_a_new_generation() {
     };
     let (status, generation) =
         (BALLOON.register(register::INTERRUPT_STATUS), BALLOON.register(register::CONFIG_GENERATION));
-    let code = set_up(0, &[INFLATE, DEFLATE]).wait32(status, 0).wait32(generation, 0);
+    let code = set_up(0, &[INFLATE, DEFLATE]).wait32(status, 1).wait32(generation, 0);
     let code = code.wait32(BALLOON.register(TARGET), 3 * 256).print("ready");
     let code = interrupted(code).wait_bits(status, 2).print("!");
     let code = code.wait32(generation, 1).wait32(BALLOON.register(TARGET), 5 * 256);
-    let code = code.store(BALLOON.register(register::INTERRUPT_ACKNOWLEDGE), 2).wait32(status, 0);
+    let code = code.store(BALLOON.register(register::INTERRUPT_ACKNOWLEDGE), 2).wait32(status, 1);
     let mut machine = machine(&code.print("told").power_off(), json!({ "amount_mib": 3 }));
     machine.start::<&str>(&[]);
     let client = machine.client();

@@ -106,7 +106,7 @@ fn a_new_size_raises_an_interrupt() {
     // again: mov al, 0x0a; out 0x20, al; in al, 0x20; test al, 1 << 6; jz again
     let interrupted = [0xb0, 0x0a, 0xe6, 0x20, 0xe4, 0x20, 0xa8, 0x40, 0x74, 0xf6];
     let status = MEM.register(register::INTERRUPT_STATUS);
-    let code = set_up().wait32(status, 0).print("r").bytes(&interrupted).wait_bits(status, 2);
+    let code = set_up().wait32(status, 1).print("r").bytes(&interrupted).wait_bits(status, 2);
     let mut machine = machine(&should_have(code, 2).power_off());
     machine.start::<&str>(&[]);
     let client = machine.client();

@@ -12,6 +12,7 @@ use roost_vmm::devices::virtio::balloon::Balloon;
 use roost_vmm::devices::virtio::block::Block;
 use roost_vmm::devices::virtio::block::config::Opened;
 use roost_vmm::devices::virtio::entropy::Entropy;
+use roost_vmm::devices::virtio::mmio::page::Pages;
 use roost_vmm::devices::virtio::mmio::{Shared, Transport, lock};
 use roost_vmm::devices::virtio::pace::Pace;
 use roost_vmm::memory::FilePages;
@@ -67,7 +68,7 @@ fuzz_target!(|input: (Kind, Vec<Step>)| {
     let queues = lock(&device).queue_sizes().len() as u64;
     let bells = (0..queues).map(|_| line()).collect();
     let transport =
-        Transport::new(Arc::clone(&device), memory.clone(), Arc::new(Interrupt::new(line())), bells);
+        Transport::new(Arc::clone(&device), memory.clone(), Arc::new(Interrupt::new(line(), Pages::new(1).unwrap().page(0))), bells);
     let put = |offset: u64, value: u32| {
         let _ = transport.write(offset, &value.to_le_bytes());
     };

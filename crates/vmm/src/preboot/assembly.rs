@@ -22,6 +22,7 @@ use crate::devices::virtio::balloon::Balloon;
 use crate::devices::virtio::block::{self, Block};
 use crate::devices::virtio::entropy::Entropy;
 use crate::devices::virtio::mem::Mem;
+use crate::devices::virtio::mmio::page::Pages;
 use crate::devices::virtio::mmio::{ACKNOWLEDGE, QUEUE_NOTIFY, Shared, Transport};
 use crate::devices::virtio::net::{Limits, Net};
 use crate::devices::virtio::pace::Pace;
@@ -83,7 +84,8 @@ impl Preboot {
         let filters = Filters::new()?;
         let images = self.images()?;
         let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
-        let (vm, kvm) = Vm::new(empty, memory, &images)?;
+        let shown = Pages::new(self.config.virtio_devices())?;
+        let (vm, kvm) = Vm::new(empty, memory, &images, shown.clone())?;
         let reach = image::reach(memory, &images)?;
 
         let mut buses = Buses::default();
@@ -127,7 +129,7 @@ impl Preboot {
                 address: layout::VIRTIO_MMIO_START + layout::VIRTIO_MMIO_SIZE * index as u64,
                 gsi: layout::VIRTIO_GSIS[index],
             };
-            let interrupt = Arc::new(Interrupt::new(vm.interrupt_line(window.gsi)?));
+            let interrupt = Arc::new(Interrupt::new(vm.interrupt_line(window.gsi)?, shown.page(index)));
             let queues = crate::devices::virtio::mmio::lock(&device).queue_sizes().len();
             let bells: Vec<EventFd> = (0..queues)
                 .map(|queue| vm.bell(window.address + QUEUE_NOTIFY, u32::try_from(queue).unwrap_or(0)))

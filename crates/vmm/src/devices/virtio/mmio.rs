@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
 
+use page::Page;
+
 use super::{Active, F_EVENT_IDX, F_VERSION_1, Interrupt, VirtioDevice};
 use crate::bus::{BusDevice, Outcome};
 use crate::log::Limited;
@@ -20,6 +22,10 @@ use crate::memory::Memory;
 const MAGIC: u32 = 0x7472_6976; // "virt"
 const VERSION: u32 = 2;
 const VENDOR: u32 = 0x5453_4f52; // "ROST"
+/// Offsets of registers that others write, too.
+pub(super) const INTERRUPT_STATUS: u64 = 0x60;
+pub(super) const STATUS: u64 = 0x70;
+pub(super) const GENERATION: u64 = 0xfc;
 /// Where the configuration space begins.
 const CONFIG: u64 = 0x100;
 /// Offset of the register that rings a queue's bell.
@@ -31,7 +37,7 @@ const STATUS_ACKNOWLEDGE: u32 = 1;
 const STATUS_DRIVER: u32 = 2;
 const STATUS_DRIVER_OK: u32 = 4;
 const STATUS_FEATURES_OK: u32 = 8;
-const STATUS_NEEDS_RESET: u32 = 64;
+pub(super) const NEEDS_RESET: u32 = 64;
 const STATUS_FAILED: u32 = 128;
 
 /// A device that threads share.
@@ -52,6 +58,20 @@ struct Registers {
     active: bool,
 }
 
+impl Registers {
+    fn fresh(queue_sizes: &[u16]) -> Self {
+        Self {
+            status: 0,
+            device_features_select: 0,
+            driver_features_select: 0,
+            driver_features: 0,
+            queue_select: 0,
+            queues: fresh_queues(queue_sizes),
+            active: false,
+        }
+    }
+}
+
 /// One device's window.
 pub struct Transport {
     registers: Mutex<Registers>,
@@ -61,6 +81,7 @@ pub struct Transport {
     queue_sizes: Vec<u16>,
     bells: Vec<EventFd>,
     interrupt: Arc<Interrupt>,
+    page: Page,
     memory: Memory,
 }
 
@@ -71,16 +92,14 @@ impl Transport {
             let device = lock(&device);
             (device.kind(), device.features() | F_VERSION_1, device.queue_sizes().to_vec())
         };
-        let registers = Registers {
-            status: 0,
-            device_features_select: 0,
-            driver_features_select: 0,
-            driver_features: 0,
-            queue_select: 0,
-            queues: fresh_queues(&queue_sizes),
-            active: false,
-        };
-        Self {
+        let registers = Registers::fresh(&queue_sizes);
+        let page = interrupt.page().clone();
+        for (offset, value) in [(0x00, MAGIC), (0x04, VERSION), (0x08, kind), (0x0c, VENDOR)] {
+            page.set(offset, value);
+        }
+        // No shared memory regions: their length reads as all ones.
+        (0xb0..=0xbc).step_by(4).for_each(|offset| page.set(offset, u32::MAX));
+        let transport = Self {
             registers: Mutex::new(registers),
             device,
             kind,
@@ -88,8 +107,12 @@ impl Transport {
             queue_sizes,
             bells,
             interrupt,
+            page,
             memory,
-        }
+        };
+        transport.show(&transport.registers());
+        transport.show_config();
+        transport
     }
 
     /// The device behind the window.
@@ -111,38 +134,22 @@ impl Transport {
     fn reset_locked(&self, registers: &mut Registers) {
         lock(&self.device).reset();
         self.interrupt.reset();
-        *registers = Registers {
-            status: 0,
-            device_features_select: 0,
-            driver_features_select: 0,
-            driver_features: 0,
-            queue_select: 0,
-            queues: fresh_queues(&self.queue_sizes),
-            active: false,
-        };
+        *registers = Registers::fresh(&self.queue_sizes);
+        self.show(registers);
+        self.show_config();
     }
 
-    fn read_register(&self, offset: u64) -> u32 {
-        let registers = self.registers();
+    /// Shows what the guest reads of the registers that it writes.
+    fn show(&self, registers: &Registers) {
         let queue = registers.queues.get(registers.queue_select as usize);
-        match offset {
-            0x00 => MAGIC,
-            0x04 => VERSION,
-            0x08 => self.kind,
-            0x0c => VENDOR,
-            0x10 => half(self.features, registers.device_features_select),
-            0x34 => queue.map_or(0, |queue| u32::from(queue.max_size())),
-            0x44 => queue.map_or(0, |queue| u32::from(queue.ready())),
-            0x60 => self.interrupt.status(),
-            0x70 => {
-                let broken = self.interrupt.needs_reset.load(std::sync::atomic::Ordering::SeqCst);
-                registers.status | if broken { STATUS_NEEDS_RESET } else { 0 }
-            }
-            0xfc => self.interrupt.generation(),
-            // No shared memory regions: their length reads as all ones.
-            0xb0..=0xbf => u32::MAX,
-            _ => 0,
-        }
+        self.page.set(0x10, half(self.features, registers.device_features_select));
+        self.page.set(0x34, queue.map_or(0, |queue| u32::from(queue.max_size())));
+        self.page.set(0x44, queue.map_or(0, |queue| u32::from(queue.ready())));
+        self.interrupt.show_status(registers.status);
+    }
+
+    fn show_config(&self) {
+        self.interrupt.show_config(&lock(&self.device).config());
     }
 
     fn write_register(&self, offset: u64, value: u32) {
@@ -169,14 +176,20 @@ impl Transport {
                 }
             }
             0x64 => self.interrupt.acknowledge(value),
-            0x70 => self.write_status(&mut registers, value),
+            0x70 => {
+                self.write_status(&mut registers, value);
+                // A driver that begins finds what changed while there was none.
+                self.show_config();
+            }
             _ if configuring => {
                 let select = registers.queue_select as usize;
-                let Some(queue) = registers.queues.get_mut(select) else { return };
-                write_queue_register(queue, offset, value);
+                if let Some(queue) = registers.queues.get_mut(select) {
+                    write_queue_register(queue, offset, value);
+                }
             }
             _ => {}
         }
+        self.show(&registers);
     }
 
     fn write_status(&self, registers: &mut Registers, value: u32) {
@@ -291,17 +304,9 @@ const fn half(features: u64, select: u32) -> u32 {
 }
 
 impl BusDevice for Transport {
+    /// Only where KVM does not let the guest read by itself.
     fn read(&self, offset: u64, data: &mut [u8]) {
-        data.fill(0);
-        if offset >= CONFIG {
-            let config = lock(&self.device).config();
-            let from = usize::try_from(offset - CONFIG).unwrap_or(usize::MAX);
-            for (byte, value) in data.iter_mut().zip(config.iter().skip(from)) {
-                *byte = *value;
-            }
-        } else if data.len() == 4 && offset.is_multiple_of(4) {
-            data.copy_from_slice(&self.read_register(offset).to_le_bytes());
-        }
+        self.page.read(offset, data);
     }
 
     fn write(&self, offset: u64, data: &[u8]) -> Outcome {
@@ -313,11 +318,13 @@ impl BusDevice for Transport {
         } else if offset >= CONFIG {
             let at = usize::try_from(offset - CONFIG).unwrap_or(usize::MAX);
             lock(&self.device).write_config(at, data);
+            self.show_config();
         }
         Outcome::Done
     }
 }
 
+pub mod page;
 mod state;
 #[cfg(test)]
 mod tests;

@@ -22,13 +22,15 @@ pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::log::Limited;
 use crate::memory::Memory;
+use mmio::page::Page;
+use mmio::{GENERATION, INTERRUPT_STATUS, NEEDS_RESET, STATUS};
 
 /// `VIRTIO_F_VERSION_1`.
 pub const F_VERSION_1: u64 = 1 << 32;
@@ -45,25 +47,24 @@ const STATUS_CONFIG: u32 = 2;
 /// A device's interrupt, and what the guest reads about it.
 #[derive(Debug)]
 pub struct Interrupt {
-    status: AtomicU32,
     needs_reset: AtomicBool,
-    generation: AtomicU32,
     /// A driver is at work.
     active: AtomicBool,
     line: EventFd,
+    page: Page,
 }
 
 impl Interrupt {
-    /// `line` is an irqfd.
+    /// `line` is an irqfd, `page` what the guest reads of the device's window.
     #[must_use]
-    pub const fn new(line: EventFd) -> Self {
-        Self {
-            status: AtomicU32::new(0),
-            needs_reset: AtomicBool::new(false),
-            generation: AtomicU32::new(0),
-            active: AtomicBool::new(false),
-            line,
-        }
+    pub const fn new(line: EventFd, page: Page) -> Self {
+        Self { needs_reset: AtomicBool::new(false), active: AtomicBool::new(false), line, page }
+    }
+
+    /// What the guest reads of the window.
+    #[must_use]
+    pub const fn page(&self) -> &Page {
+        &self.page
     }
 
     /// Tells the guest that there are used buffers. Of that the status register says nothing new: see [`Interrupt::start`].
@@ -74,6 +75,7 @@ impl Interrupt {
     /// Tells the guest that the device is broken until it resets it (virtio 1.2, 2.1.2: `DEVICE_NEEDS_RESET`).
     pub fn needs_reset(&self) {
         self.needs_reset.store(true, Ordering::SeqCst);
+        self.page.change(STATUS, NEEDS_RESET, 0);
         self.raise(STATUS_CONFIG);
     }
 
@@ -97,15 +99,21 @@ impl Interrupt {
     }
 
     /// Tells the guest that the configuration space has changed; whoever was reading it finds another generation.
-    pub fn config_changed(&self) {
-        self.generation.fetch_add(1, Ordering::SeqCst);
+    pub fn config_changed(&self, config: &[u8]) {
+        self.show_config(config);
+        self.page.set(GENERATION, self.page.get(GENERATION).wrapping_add(1));
         self.raise(STATUS_CONFIG);
+    }
+
+    /// Shows the configuration space as it is now, of which the guest need not be told.
+    pub fn show_config(&self, config: &[u8]) {
+        self.page.set_config(config);
     }
 
     /// Whether the guest may have used buffers or a change to look at.
     #[must_use]
     pub fn may_be_due(&self) -> bool {
-        self.active.load(Ordering::SeqCst) || self.status.load(Ordering::SeqCst) != 0
+        self.active.load(Ordering::SeqCst) || self.page.get(INTERRUPT_STATUS) != 0
     }
 
     /// The eventfd, for whoever raises it in the device's place.
@@ -120,14 +128,11 @@ impl Interrupt {
     /// kernel can raise the line in the device's place; and no interrupt can be lost between the bit and the line.
     fn start(&self) {
         self.active.store(true, Ordering::SeqCst);
-    }
-
-    fn generation(&self) -> u32 {
-        self.generation.load(Ordering::SeqCst)
+        self.page.change(INTERRUPT_STATUS, STATUS_USED, 0);
     }
 
     fn raise(&self, bit: u32) {
-        self.status.fetch_or(bit, Ordering::SeqCst);
+        self.page.change(INTERRUPT_STATUS, bit, 0);
         self.ring();
     }
 
@@ -136,26 +141,31 @@ impl Interrupt {
         let _ = self.line.write(1);
     }
 
-    fn status(&self) -> u32 {
+    fn acknowledge(&self, bits: u32) {
         let always = if self.active.load(Ordering::SeqCst) { STATUS_USED } else { 0 };
-        self.status.load(Ordering::SeqCst) | always
+        self.page.change(INTERRUPT_STATUS, 0, bits & !always);
     }
 
-    fn acknowledge(&self, bits: u32) {
-        self.status.fetch_and(!bits, Ordering::SeqCst);
+    /// Shows the device's status, and that it is broken if it is.
+    fn show_status(&self, status: u32) {
+        self.page.set(STATUS, status);
+        // After the word: whoever breaks the device meanwhile either finds the word there or is found here.
+        if self.needs_reset.load(Ordering::SeqCst) {
+            self.page.change(STATUS, NEEDS_RESET, 0);
+        }
     }
 
     fn reset(&self) {
-        self.status.store(0, Ordering::SeqCst);
         self.needs_reset.store(false, Ordering::SeqCst);
         self.active.store(false, Ordering::SeqCst);
+        self.page.set(INTERRUPT_STATUS, 0);
     }
 
     fn save(&self) -> SavedInterrupt {
         SavedInterrupt {
-            status: self.status(),
+            status: self.page.get(INTERRUPT_STATUS),
             needs_reset: self.needs_reset.load(Ordering::SeqCst),
-            generation: self.generation(),
+            generation: self.page.get(GENERATION),
         }
     }
 
@@ -163,8 +173,8 @@ impl Interrupt {
     /// been under way.
     fn restore(&self, saved: &SavedInterrupt) {
         self.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
-        self.generation.store(saved.generation, Ordering::SeqCst);
-        self.status.store(saved.status, Ordering::SeqCst);
+        self.page.set(GENERATION, saved.generation);
+        self.page.set(INTERRUPT_STATUS, saved.status);
     }
 }
 

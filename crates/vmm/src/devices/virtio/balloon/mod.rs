@@ -95,7 +95,7 @@ impl Balloon {
     pub fn set_target(&mut self, amount_mib: u64) {
         self.target = u32::try_from(amount_mib.saturating_mul(PAGES_PER_MIB)).unwrap_or(u32::MAX);
         if let Some(active) = &self.active {
-            active.interrupt.config_changed();
+            active.interrupt.config_changed(&self.config());
         }
     }
 

@@ -12,6 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::config::StatisticsUpdate;
 use super::*;
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::mmio::page::Pages;
 use crate::devices::virtio::testing::{AVAILABLE, Driver, hostile};
 use crate::memory::{PAGE, Range};
 
@@ -179,7 +180,7 @@ fn the_buffer_for_statistics_comes_back_when_they_are_asked_for() {
 fn device(config: BalloonConfig, driver: &Driver) -> (Balloon, EventFd) {
     let mut balloon = Balloon::new(&config, FilePages::default()).unwrap();
     let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
+    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap(), Pages::new(1).unwrap().page(0)));
     let queues = balloon.queue_sizes().iter().map(|_| driver.queue()).collect();
     let features = balloon.features();
     balloon.activate(Active { memory: driver.memory.clone(), queues, features, interrupt }).unwrap();
@@ -201,7 +202,7 @@ fn the_target_is_in_the_configuration_space_and_a_change_interrupts() {
     assert!(line.read().is_err(), "nothing has changed yet");
     balloon.set_target(2);
     assert_eq!(line.read().unwrap(), 1);
-    let generation = balloon.active.as_ref().unwrap().interrupt.generation();
+    let generation = balloon.active.as_ref().unwrap().interrupt.page().get(0xfc);
     assert_eq!((generation, balloon.config()[..4].to_vec()), (1, vec![0, 2, 0, 0]));
     assert_eq!(balloon.statistics()["actual_pages"], json!(77));
     assert_eq!(balloon.statistics()["target_mib"], json!(2));

@@ -146,7 +146,7 @@ impl Block {
         self.raw = raw;
         self.metrics.replaced += 1;
         if let Some(active) = &self.active {
-            active.interrupt.config_changed();
+            active.interrupt.config_changed(&self.config());
         }
         Ok(())
     }

@@ -52,7 +52,7 @@ impl Mem {
     pub fn request(&mut self, mib: u64) {
         self.blocks.request(mib.saturating_mul(1 << 20));
         if let Some(active) = &self.active {
-            active.interrupt.config_changed();
+            active.interrupt.config_changed(&self.config());
         }
     }
 
@@ -122,6 +122,8 @@ impl VirtioDevice for Mem {
     fn queue_event(&mut self, _index: usize) -> bool {
         let result = self.serve();
         let Some(active) = &self.active else { return false };
+        // Before the answer: the driver may look how much it has.
+        active.interrupt.show_config(&self.config());
         active.interrupt.end_turn("mem", result).unwrap_or_else(|| {
             self.reset();
             false

@@ -10,6 +10,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::queue::{ACK, ANSWER, ERROR, NACK, PLUG, REQUEST, STATE, UNPLUG, UNPLUG_ALL};
 use super::*;
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::mmio::page::Pages;
 use crate::devices::virtio::testing::{AVAILABLE, Buffer, Driver, hostile};
 
 const CONFIG: MemoryHotplugConfig =
@@ -164,7 +165,7 @@ fn the_guest_reads_what_it_should_have_and_a_change_interrupts() {
     let driver = Driver::new(16);
     let mut mem = Mem::new(CONFIG, REGION, FilePages::default());
     let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
+    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap(), Pages::new(1).unwrap().page(0)));
     mem.request(4);
     assert!(line.read().is_err(), "there is no driver yet");
     let queues = vec![driver.queue()];
@@ -189,7 +190,7 @@ fn a_broken_queue_stops_the_device_until_it_is_reset() {
     let driver = Driver::new(16);
     let mut mem = Mem::new(CONFIG, REGION, FilePages::default());
     let line = EventFd::new(libc::EFD_NONBLOCK).unwrap();
-    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap()));
+    let interrupt = Arc::new(Interrupt::new(line.try_clone().unwrap(), Pages::new(1).unwrap().page(0)));
     let queues = vec![driver.queue()];
     mem.activate(Active { memory: driver.memory.clone(), queues, features: 0, interrupt }).unwrap();
     driver.memory.write_obj(1000_u16, GuestAddress(AVAILABLE + 2)).unwrap();

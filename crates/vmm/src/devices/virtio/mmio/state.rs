@@ -134,6 +134,8 @@ impl Transport {
         if let Some(working) = &saved.working {
             self.activate_with(&mut registers, queues(working)?);
         }
+        self.show(&registers);
+        self.show_config();
         Ok(())
     }
 

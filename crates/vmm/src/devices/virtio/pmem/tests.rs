@@ -8,6 +8,7 @@ use super::image::ALIGNMENT;
 use super::queue::{FAILED, OK, ROOM};
 use super::*;
 use crate::devices::virtio::Interrupt;
+use crate::devices::virtio::mmio::page::Pages;
 use crate::devices::virtio::testing::{Buffer, Driver, hostile, pieces};
 use crate::memory::{self as ram, PAGE};
 
@@ -29,7 +30,8 @@ fn pmem(image: Arc<Image>) -> Pmem {
 }
 
 fn activate(pmem: &mut Pmem, driver: &Driver) {
-    let interrupt = Arc::new(Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap()));
+    let interrupt =
+        Arc::new(Interrupt::new(EventFd::new(libc::EFD_NONBLOCK).unwrap(), Pages::new(1).unwrap().page(0)));
     let active =
         Active { memory: driver.memory.clone(), queues: vec![driver.queue()], features: 0, interrupt };
     pmem.activate(active).unwrap();
