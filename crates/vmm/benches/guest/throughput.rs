@@ -162,11 +162,11 @@ impl Guest {
     }
 
     /// A figure: how many units in how many seconds `work` says.
-    fn row(&self, row: String, work: impl FnOnce() -> (f64, f64)) {
+    fn row(&self, row: &str, work: impl FnOnce() -> (f64, f64)) {
         let before = Cost::of(&self.up);
         let (units, seconds) = work();
-        self.costs.borrow_mut().entry(row.clone()).or_default().add(&before, &Cost::of(&self.up), units);
-        figure(&row, self.who, units / seconds);
+        self.costs.borrow_mut().entry(row.to_owned()).or_default().add(&before, &Cost::of(&self.up), units);
+        figure(row, self.who, units / seconds);
     }
 
     fn ask(&self, request: &str) -> TcpStream {
@@ -179,7 +179,7 @@ impl Guest {
     }
 
     fn disk(&self, work: Work, queues: u32, time: Duration) {
-        self.row(disk_row(work, queues), || {
+        self.row(&disk_row(work, queues), || {
             let stream = self.ask(&format!("disk {} {THREADS} {}", work.name(), time.as_millis()));
             let mut line = String::new();
             BufReader::new(stream).read_line(&mut line).unwrap();
@@ -189,7 +189,7 @@ impl Guest {
     }
 
     fn take(&self, vhost: bool, time: Duration) {
-        self.row(net_row("to the guest", vhost), || {
+        self.row(&net_row("to the guest", vhost), || {
             let mut stream = self.ask("take");
             let piece = vec![0; PIECE];
             let begin = Instant::now();
@@ -204,7 +204,7 @@ impl Guest {
     }
 
     fn give(&self, vhost: bool, time: Duration) {
-        self.row(net_row("from the guest", vhost), || {
+        self.row(&net_row("from the guest", vhost), || {
             let mut stream = self.ask("give");
             let mut piece = vec![0; PIECE];
             let (begin, mut taken) = (Instant::now(), 0);
@@ -216,7 +216,7 @@ impl Guest {
     }
 
     fn reply(&self, vhost: bool, time: Duration) {
-        self.row(net_row("there and back", vhost), || {
+        self.row(&net_row("there and back", vhost), || {
             let mut stream = self.ask("reply");
             let (begin, mut times, mut byte) = (Instant::now(), 0_u32, [0]);
             while begin.elapsed() < time {
