@@ -67,8 +67,12 @@ fuzz_target!(|input: (Kind, Vec<Step>)| {
     let line = || EventFd::new(0).unwrap();
     let queues = lock(&device).queue_sizes().len() as u64;
     let bells = (0..queues).map(|_| line()).collect();
-    let transport =
-        Transport::new(Arc::clone(&device), memory.clone(), Arc::new(Interrupt::new(line(), Pages::new(1).unwrap().page(0))), bells);
+    let transport = Transport::new(
+        Arc::clone(&device),
+        memory.clone(),
+        Arc::new(Interrupt::new(line(), Pages::new(1).unwrap().page(0))),
+        bells,
+    );
     let put = |offset: u64, value: u32| {
         let _ = transport.write(offset, &value.to_le_bytes());
     };
