@@ -130,7 +130,8 @@ fn limits_come_and_go_at_once_and_what_cannot_be_is_refused() {
     let capacity = DISK.register(register::CONFIG);
     let code = read(read(set_up(), 0, "a"), 1, "b").wait32(capacity, 4096);
     let code = read(read(code, 2, "c"), 3, "d").wait32(capacity, 2048);
-    let code = read(code, 4, "e");
+    // It stays until the host has looked.
+    let code = read(code, 4, "e").wait32(capacity, 4096);
     let drive = json!({ "drive_id": "d", "path_on_host": "", "is_read_only": false });
     let mut machine = machine(&code.power_off(), &drive);
     machine.config["drives"][0]["path_on_host"] = json!(machine.text("disk"));
@@ -175,6 +176,8 @@ fn limits_come_and_go_at_once_and_what_cannot_be_is_refused() {
     assert_eq!(machine.console(), "abcd");
     patch(&client, &json!({ "drive_id": "d", "rate_limiter": limit(0, 0) }));
     assert!(drive().get("rate_limiter").is_none());
+    File::options().write(true).open(machine.path("disk")).unwrap().set_len(2 << 20).unwrap();
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": path }));
     let ended = machine.wait();
     assert_eq!((ended.code, ended.console.as_str()), (0, "abcde"), "{}", ended.stderr);
 }
