@@ -5,7 +5,7 @@
 
 mod common;
 
-use common::cpus::{CPUS, EJECT, EVENT, EVENT_CPUS, INSERTING, PLUGGED, REMOVING, STARTED};
+use common::cpus::{CPUS, EJECT, EVENT, INSERTING, PLUGGED, REMOVING, STARTED};
 use common::{Code, Machine, refusal, says, wait_for};
 use roost_vmm::client::{Client, ClientError};
 use serde_json::{Value, json};
@@ -37,9 +37,9 @@ fn a_cpu_comes_runs_goes_and_comes_again() {
     let code = code.see_cpu(1, PLUGGED | REMOVING).eject_cpu(1).print("e");
     // A CPU that is not there (the next event comes when it has been put away) does not start, nor does it when it comes: what was
     // sent to it before is over.
-    let code = code.wait_port(EVENT, EVENT_CPUS).start_cpu(1);
+    let code = code.wait_cpus_event().start_cpu(1);
     let code = code.look16(STARTED, 1, 10_000).expect32(STARTED, 0).print("n");
-    let code = code.wait_port(EVENT, EVENT_CPUS).look16(STARTED, 1, 10_000).expect32(STARTED, 0);
+    let code = code.wait_cpus_event().look16(STARTED, 1, 10_000).expect32(STARTED, 0);
     let code = code.wait_port(CPUS + 1, added).out(CPUS + 1, INSERTING).started_cpu(1).print("a");
     let mut machine = machine(&code.power_off(), 1, Some(2));
     machine.start::<&str>(&[]);

@@ -50,6 +50,13 @@ impl Code {
         code.bytes(&[0xec, 0x3c, value, 0x75, 0xfb])
     }
 
+    /// Waits for the event of CPUs, whatever else is told with it (a machine from a snapshot hears that it is one):
+    /// mov edx, EVENT; again: in al, dx; test al, EVENT_CPUS; jz again
+    pub fn wait_cpus_event(self) -> Self {
+        let code = self.bytes(&[0xba]).bytes(&u32::from(EVENT).to_le_bytes());
+        code.bytes(&[0xec, 0xa8, EVENT_CPUS, 0x74, 0xfb])
+    }
+
     /// Puts the code of other CPUs in its place: it says which CPU it is by its APIC's id, `0` and up, and halts. Switches this
     /// CPU's APIC on, as every guest does: KVM looks anew then which CPUs there are to send to.
     pub fn other_cpus(self) -> Self {
@@ -132,7 +139,7 @@ impl Code {
     /// Waits for the event of CPUs, for a CPU's register to be as it should, and says that it was seen.
     pub fn see_cpu(self, id: u8, register: u8) -> Self {
         let port = CPUS + u16::from(id);
-        let code = self.wait_port(EVENT, EVENT_CPUS).wait_port(port, register);
+        let code = self.wait_cpus_event().wait_port(port, register);
         code.out(port, register & (INSERTING | REMOVING)).wait_port(port, PLUGGED)
     }
 
