@@ -135,7 +135,8 @@ impl Vm {
             let slot = u32::try_from(slot).unwrap_or(u32::MAX);
             let slot =
                 kvm_userspace_memory_region { slot, guest_phys_addr, memory_size, userspace_addr, flags };
-            // SAFETY: each region is one mapping that `memory` or its file keeps, and the caller them beside the machine, or that the machine keeps.
+            // SAFETY: each region is one mapping, which `memory` or a file keeps, and the caller keeps these beside the machine; or the
+            // machine keeps it.
             unsafe { fd.set_user_memory_region(slot) }.map_err(Error::kvm("KVM_SET_USER_MEMORY_REGION"))?;
         }
         fd.set_tss_address(layout::KVM_TSS_ADDR).map_err(Error::kvm("KVM_SET_TSS_ADDR"))?;

@@ -154,6 +154,17 @@ END
         self.rig.host(&look).ok().trim().parse::<u64>().unwrap() / 1024
     }
 
+    /// What KVM has counted of this machine.
+    #[track_caller]
+    pub fn counter(&self, name: &str) -> u64 {
+        let look = format!(
+            "mountpoint -q /sys/kernel/debug || mount -t debugfs none /sys/kernel/debug
+             pid=$(pgrep -f '^[^ ]*roost-vmm run --config {}/') && cat /sys/kernel/debug/kvm/$pid-*/{name}",
+            self.dir
+        );
+        self.rig.host(&look).ok().trim().parse().unwrap()
+    }
+
     #[track_caller]
     pub fn wait_balloon(&self, mib: u64) {
         wait_for(&format!("a balloon of {mib} MiB"), SOON, || {

@@ -14,6 +14,12 @@ fn a_linux_guest_talks_over_vsock() {
     let rig = Rig::get();
     let monitor = ByHand::start(&rig, "vsock", &json!({}));
     assert_eq!(monitor.ask("upper from the host"), "FROM THE HOST");
+    // The driver reads and acknowledges the interrupt status for each of these, and leaves the guest for none of it.
+    let counters = || ["mmio_exits", "irq_injections"].map(|name| monitor.counter(name));
+    let [exits, interrupts] = counters();
+    (0..5).for_each(|_| assert_eq!(monitor.ask("upper again"), "AGAIN"));
+    let [exits_then, interrupts_then] = counters();
+    assert!(exits_then == exits && interrupts_then > interrupts + 5, "{exits_then} exits, {exits} before");
     // More than the ring and the credit of one connection hold.
     let long = "x".repeat(200_000);
     let file = TempFile::new("long", &format!("CONNECT 52\nupper {long}\n"));

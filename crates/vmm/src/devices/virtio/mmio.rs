@@ -31,7 +31,8 @@ const CONFIG: u64 = 0x100;
 /// Offset of the register that rings a queue's bell.
 pub const QUEUE_NOTIFY: u64 = 0x50;
 /// Offset of the register that acknowledges an interrupt, and the acknowledgement that KVM takes.
-pub const ACKNOWLEDGE: (u64, u32) = (0x64, super::STATUS_USED);
+pub const ACKNOWLEDGE: (u64, u32) = (INTERRUPT_ACK, super::STATUS_USED);
+const INTERRUPT_ACK: u64 = 0x64;
 
 const STATUS_ACKNOWLEDGE: u32 = 1;
 const STATUS_DRIVER: u32 = 2;
@@ -169,14 +170,14 @@ impl Transport {
             },
             0x24 => registers.driver_features_select = value,
             0x30 => registers.queue_select = value,
-            0x50 => {
+            QUEUE_NOTIFY => {
                 // Only without an ioeventfd for this value.
                 if let Some(bell) = self.bells.get(value as usize) {
                     let _ = bell.write(1);
                 }
             }
-            0x64 => self.interrupt.acknowledge(value),
-            0x70 => {
+            INTERRUPT_ACK => self.interrupt.acknowledge(value),
+            STATUS => {
                 self.write_status(&mut registers, value);
                 // A driver that begins finds what changed while there was none.
                 self.show_config();

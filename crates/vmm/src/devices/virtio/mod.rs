@@ -22,7 +22,6 @@ pub mod vsock;
 
 use std::os::fd::RawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use virtio_queue::Queue;
 use vmm_sys_util::eventfd::EventFd;
@@ -47,9 +46,6 @@ const STATUS_CONFIG: u32 = 2;
 /// A device's interrupt, and what the guest reads about it.
 #[derive(Debug)]
 pub struct Interrupt {
-    needs_reset: AtomicBool,
-    /// A driver is at work.
-    active: AtomicBool,
     line: EventFd,
     page: Page,
 }
@@ -58,7 +54,7 @@ impl Interrupt {
     /// `line` is an irqfd, `page` what the guest reads of the device's window.
     #[must_use]
     pub const fn new(line: EventFd, page: Page) -> Self {
-        Self { needs_reset: AtomicBool::new(false), active: AtomicBool::new(false), line, page }
+        Self { line, page }
     }
 
     /// What the guest reads of the window.
@@ -74,7 +70,6 @@ impl Interrupt {
 
     /// Tells the guest that the device is broken until it resets it (virtio 1.2, 2.1.2: `DEVICE_NEEDS_RESET`).
     pub fn needs_reset(&self) {
-        self.needs_reset.store(true, Ordering::SeqCst);
         self.page.change(STATUS, NEEDS_RESET, 0);
         self.raise(STATUS_CONFIG);
     }
@@ -113,7 +108,7 @@ impl Interrupt {
     /// Whether the guest may have used buffers or a change to look at.
     #[must_use]
     pub fn may_be_due(&self) -> bool {
-        self.active.load(Ordering::SeqCst) || self.page.get(INTERRUPT_STATUS) != 0
+        self.page.get(INTERRUPT_STATUS) != 0
     }
 
     /// The eventfd, for whoever raises it in the device's place.
@@ -127,7 +122,6 @@ impl Interrupt {
     /// guest's acknowledgement of that bit changes nothing, and KVM takes it without waking anybody ([`mmio::ACKNOWLEDGE`]); the host's
     /// kernel can raise the line in the device's place; and no interrupt can be lost between the bit and the line.
     fn start(&self) {
-        self.active.store(true, Ordering::SeqCst);
         self.page.change(INTERRUPT_STATUS, STATUS_USED, 0);
     }
 
@@ -142,29 +136,23 @@ impl Interrupt {
     }
 
     fn acknowledge(&self, bits: u32) {
-        let always = if self.active.load(Ordering::SeqCst) { STATUS_USED } else { 0 };
-        self.page.change(INTERRUPT_STATUS, 0, bits & !always);
+        self.page.change(INTERRUPT_STATUS, 0, bits & STATUS_CONFIG);
     }
 
-    /// Shows the device's status, and that it is broken if it is.
+    /// Shows the device's status. That it is broken stays until it is reset.
     fn show_status(&self, status: u32) {
-        self.page.set(STATUS, status);
-        // After the word: whoever breaks the device meanwhile either finds the word there or is found here.
-        if self.needs_reset.load(Ordering::SeqCst) {
-            self.page.change(STATUS, NEEDS_RESET, 0);
-        }
+        self.page.change(STATUS, status, !NEEDS_RESET);
     }
 
     fn reset(&self) {
-        self.needs_reset.store(false, Ordering::SeqCst);
-        self.active.store(false, Ordering::SeqCst);
+        self.page.set(STATUS, 0);
         self.page.set(INTERRUPT_STATUS, 0);
     }
 
     fn save(&self) -> SavedInterrupt {
         SavedInterrupt {
             status: self.page.get(INTERRUPT_STATUS),
-            needs_reset: self.needs_reset.load(Ordering::SeqCst),
+            needs_reset: self.page.get(STATUS) & NEEDS_RESET != 0,
             generation: self.page.get(GENERATION),
         }
     }
@@ -172,7 +160,7 @@ impl Interrupt {
     /// What the guest has not acknowledged is raised once more ([`Transport::remind`](mmio::Transport::remind)): the first time may have
     /// been under way.
     fn restore(&self, saved: &SavedInterrupt) {
-        self.needs_reset.store(saved.needs_reset, Ordering::SeqCst);
+        self.page.set(STATUS, if saved.needs_reset { NEEDS_RESET } else { 0 });
         self.page.set(GENERATION, saved.generation);
         self.page.set(INTERRUPT_STATUS, saved.status);
     }

@@ -247,8 +247,8 @@ impl Engine for Ring {
     }
 
     /// The ring itself, and no eventfd that it rings: whoever takes what is finished while it is handed over (what the host has in memory) is
-    /// not woken for it a second time. An eventfd that is switched off meanwhile could miss one: the kernel makes an entry and looks at
-    /// the switch with no barrier between (6.1, `io_eventfd_signal`).
+    /// not woken for it a second time. An eventfd that is switched off meanwhile would do that too, but nothing promises in which order the
+    /// kernel makes an entry and looks at the switch.
     fn descriptor(&self) -> Option<RawFd> {
         Some(self.ring.as_raw_fd())
     }
