@@ -104,6 +104,7 @@ pub(super) fn wait_for_file(path: &Path) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::{Process, start_time};
+    use std::io::Read;
     use std::process::{Command, Stdio};
 
     #[test]
@@ -119,10 +120,13 @@ mod tests {
         let word = format!("roost-test-{}", std::process::id());
         assert_eq!(Process::started_with(&word), None);
         let mut child = Command::new("sh")
-            .args(["-c", "read line; :", &word])
+            .args(["-c", "echo; read line; :", &word])
             .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
             .spawn()
             .expect("sh is there");
+        // A new program's command line is readable a little later than `spawn` returns: once it speaks, it is.
+        child.stdout.take().expect("piped").read_exact(&mut [0]).expect("it says a line");
         let (found, other) = (Process::started_with(&word), Process::started_with(&word[1..]));
         child.kill().and_then(|()| child.wait()).expect("it is ours");
         assert_eq!(found.map(|process| process.pid), Some(child.id()));
