@@ -7,9 +7,13 @@ mod common;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::sync::mpsc::channel;
+use std::time::Duration;
 
-use common::virtio::{Device, NEXT, Ring, WRITE, block, block_clear, block_header, block_request, register};
-use common::{Code, Machine, disk, hand, hand_over, machines, says, tap, wait_for};
+use common::virtio::{
+    Device, NEXT, Ring, WRITE, block, block_clear, block_header, block_offer, block_request, register,
+};
+use common::{Code, Machine, disk, hand, hand_over, machines, notify, says, tap, wait_for};
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use roost_vmm::client::{Client, ClientError};
@@ -35,9 +39,13 @@ fn expect_sector(code: Code, index: u16, sector: u64, value: u32) -> Code {
 
 /// Waits for the interrupt that says that the configuration changed, and for this capacity.
 fn wait_capacity(code: Code, sectors: u32) -> Code {
-    let status = DISK.register(register::INTERRUPT_STATUS);
-    let code = code.wait_bits(status, 2).store(DISK.register(register::INTERRUPT_ACKNOWLEDGE), 2);
-    code.wait32(DISK.register(register::CONFIG), sectors)
+    wait_capacity_of(DISK, code, sectors)
+}
+
+fn wait_capacity_of(disk: Device, code: Code, sectors: u32) -> Code {
+    let status = disk.register(register::INTERRUPT_STATUS);
+    let code = code.wait_bits(status, 2).store(disk.register(register::INTERRUPT_ACKNOWLEDGE), 2);
+    code.wait32(disk.register(register::CONFIG), sectors)
 }
 
 fn machine(code: &Code, drive: &Value) -> Machine {
@@ -92,6 +100,72 @@ fn another_image_takes_the_place_of_a_disks_own_and_grows_under_the_running_gues
     files[1].read_exact_at(&mut bytes, 8191 * 512).unwrap();
     assert_eq!(u32::from_le_bytes(bytes), 0x3333_3333);
     assert!(files[0].metadata().unwrap().len() == 1 << 20);
+}
+
+/// The host's disk does not get on with writing an overlay, which came to a raw disk while the guest was running: another disk serves
+/// the guest meanwhile, and takes another image itself.
+#[test]
+fn an_overlay_in_a_raw_disks_place_holds_no_other_device_up() {
+    const OTHER: Device = Device(1);
+    const OTHERS: Ring = Ring { base: 0x30_0000, ..RING };
+    let (whole, rest) = ((BUFFER, 512), (BUFFER + 512, 512));
+    let code = OTHER.go(OTHER.queue(OTHER.negotiate(set_up(), 0), OTHERS)).store(BUFFER, 0x600d_600d);
+    let code = wait_capacity(code.print("up"), 4096);
+    let code = block_offer(code, DISK, RING, 0, block::OUT, 5, whole);
+    let code = wait_capacity_of(OTHER, code, 8192);
+    let code = block_offer(code, OTHER, OTHERS, 0, block::IN, 8191, rest).wait16(OTHERS.used_index(), 1);
+    let code = code.expect32(OTHERS.base + 0xc010, 0).expect32(RING.used_index(), 0).print("other");
+    let code = code.wait16(RING.used_index(), 1).expect32(STATUS, 0);
+    let code = expect_sector(code, 1, 5, 0x600d_600d).print("done").power_off();
+
+    let mut machine = Machine::new(&code);
+    machine.config["drives"] =
+        ["d", "o"].iter().map(|name| json!({ "drive_id": name, "path_on_host": name })).collect();
+    ["d", "o"].into_iter().for_each(|name| disk(&machine.path(name), 1 << 20));
+    let overlay = File::create_new(machine.path("overlay")).unwrap();
+    let builder = Qcow2::<imago::file::File>::create_builder(overlay.try_into().unwrap());
+    builder.size(2 << 20).create().unwrap();
+    let (files, arguments) = hand(&machine, &["d", "o", "overlay"]);
+
+    let (child, listener) = notify::spawn(&mut machine.command(&arguments), notify::Calls::All).unwrap();
+    machine.adopt(child);
+    let (held, is_held) = channel();
+    let (go_on, may_go_on) = channel();
+    // Holds the first write to a file by any thread but that of the API, which makes the overlay ready.
+    let host = std::thread::spawn(move || {
+        let mut holding = None;
+        loop {
+            // A held call is looked after soon when it may go on.
+            let next = notify::next(&listener, Duration::from_millis(20));
+            if holding.is_some() && may_go_on.try_recv().is_ok() {
+                notify::go_on(&listener, &holding.take().unwrap());
+            }
+            let Ok(call) = next else { continue };
+            let Some(call) = call else { return };
+            let writes = [libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_pwritev2];
+            let name = std::fs::read_to_string(format!("/proc/{}/comm", call.pid)).unwrap_or_default();
+            if writes.contains(&i64::from(call.data.nr))
+                && ["vmm-dev\n", "vmm-disk\n"].contains(&&*name)
+                && held.send(name).is_ok()
+            {
+                holding = Some(call);
+            } else {
+                notify::go_on(&listener, &call);
+            }
+        }
+    });
+    let client = machine.client();
+    says(&machine, "up");
+    patch(&client, &json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2" }));
+    assert_eq!(is_held.recv_timeout(common::DEADLINE).unwrap(), "vmm-disk\n");
+    drop(is_held);
+    files[1].set_len(4 << 20).unwrap();
+    client.put("PATCH", "/drives/o", &json!({ "drive_id": "o", "path_on_host": "o" })).unwrap();
+    says(&machine, "other");
+    go_on.send(()).unwrap();
+    let ended = machine.wait();
+    host.join().unwrap();
+    assert_eq!((ended.code, ended.console.as_str()), (0, "upotherdone"), "{}", ended.stderr);
 }
 
 /// What an overlay still held in memory is written before another takes its place.

@@ -219,6 +219,20 @@ pub fn block_request(
     buffer: u32,
     length: u32,
 ) -> Code {
+    block_offer(code, Device(0), ring, index, kind, sector, (buffer, length))
+        .wait16(ring.used_index(), index.wrapping_add(1))
+}
+
+/// Makes one block request with one buffer, its address and length: `index` counts the queue's requests.
+pub fn block_offer(
+    code: Code,
+    device: Device,
+    ring: Ring,
+    index: u16,
+    kind: u32,
+    sector: u64,
+    (buffer, length): (u32, u32),
+) -> Code {
     let (header, status) = (ring.base + 0xc000, ring.base + 0xc010);
     let code = block_header(code, header, kind, sector);
     let code = ring.descriptor(code, 0, header.into(), 16, NEXT, 1);
@@ -229,8 +243,7 @@ pub fn block_request(
         let code = ring.descriptor(code, 1, buffer.into(), length, NEXT | direction, 2);
         ring.descriptor(code, 2, status.into(), 1, WRITE, 0)
     };
-    let code = Device(0).notify(ring.offer(code, index, 0), ring.queue);
-    code.wait16(ring.used_index(), index.wrapping_add(1))
+    device.notify(ring.offer(code, index, 0), ring.queue)
 }
 
 /// Makes a discard or write-zeroes request of one range and waits for it.

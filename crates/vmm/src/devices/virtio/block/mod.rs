@@ -1,6 +1,6 @@
 //! virtio-block: one disk, with one or several queues.
 //!
-//! The device thread serves all queues of a disk, and they share its ring or thread, its limits, and the room for requests that are
+//! The device thread serves all queues of a disk, and they share its ring and thread, its limits, and the room for requests that are
 //! under way. What several queues save is the guest's: its CPUs do not wait for each other to hand a request in.
 
 pub mod backend;
@@ -71,8 +71,9 @@ enum Worked {
     Here,
     /// Somebody whose bell this is, once the device thread is about to be locked down.
     Soon(EventFd),
-    /// A ring. It may rest, when the image is one that it cannot read.
-    Ring(Box<Ring>, EventFd),
+    /// A ring, and a parked thread for the images that a ring cannot read: one may come while the machine runs, when no thread can be
+    /// started any more.
+    Ring(Box<Ring>, Worker, EventFd),
     /// A thread.
     Thread(Worker, EventFd),
 }
@@ -138,7 +139,7 @@ impl Block {
         let (flushing, registering) = (failed("flushing its image"), failed("giving the ring its image"));
         self.flush().map_err(flushing)?;
         let Opened { image, raw } = open()?;
-        if let (Worked::Ring(ring, _), Some(file)) = (&mut self.worked, &raw) {
+        if let (Worked::Ring(ring, ..), Some(file)) = (&mut self.worked, &raw) {
             ring.set_file(file).map_err(registering)?;
         }
         self.size = image.size();
@@ -154,9 +155,9 @@ impl Block {
     /// The engine, if it has the work.
     fn engine<'a>(worked: &'a mut Worked, raw: Option<&File>) -> Option<&'a mut (dyn Engine + 'static)> {
         match worked {
-            Worked::Ring(ring, _) if raw.is_some() => Some(ring.as_mut()),
-            Worked::Thread(worker, _) => Some(worker),
-            Worked::Here | Worked::Soon(_) | Worked::Ring(..) => None,
+            Worked::Ring(ring, ..) if raw.is_some() => Some(ring.as_mut()),
+            Worked::Ring(_, worker, _) | Worked::Thread(worker, _) => Some(worker),
+            Worked::Here | Worked::Soon(_) => None,
         }
     }
 
@@ -244,11 +245,14 @@ impl Block {
         queue::complete(&mut active.queues, &active.memory, (engine, flying), id, metrics)
     }
 
-    /// Shows the engine the guest's memory.
+    /// Shows who works the guest's memory.
     fn attach(&mut self) {
         let Some(active) = &self.active else { return };
         match &mut self.worked {
-            Worked::Ring(ring, _) => ring.attach(&active.memory),
+            Worked::Ring(ring, worker, _) => {
+                ring.attach(&active.memory);
+                worker.attach(&active.memory);
+            }
             Worked::Thread(worker, _) => worker.attach(&active.memory),
             Worked::Here | Worked::Soon(_) => {}
         }
@@ -257,7 +261,7 @@ impl Block {
     fn bell(&self) -> Option<&EventFd> {
         match &self.worked {
             Worked::Here => None,
-            Worked::Soon(bell) | Worked::Ring(_, bell) | Worked::Thread(_, bell) => Some(bell),
+            Worked::Soon(bell) | Worked::Ring(.., bell) | Worked::Thread(_, bell) => Some(bell),
         }
     }
 
@@ -334,7 +338,7 @@ impl VirtioDevice for Block {
         config
     }
 
-    /// A ring for a raw image, a thread for others.
+    /// A ring for a raw image, and a thread for others.
     fn prepare(&mut self) -> std::io::Result<()> {
         let Worked::Soon(bell) = &self.worked else { return Ok(()) };
         let (bell, theirs) = (bell.try_clone()?, bell.try_clone()?);
@@ -343,14 +347,15 @@ impl VirtioDevice for Block {
                 .inspect_err(|error| {
                     let id = &self.id;
                     crate::log::line(&format!(
-                        "disk {id:?}: no io_uring ({error}), so it has a thread instead"
+                        "disk {id:?}: no io_uring ({error}), so its thread does all the work"
                     ));
                 })
                 .ok()
         });
+        let worker = Worker::new(Arc::clone(&self.image), theirs)?;
         self.worked = match ring {
-            Some(ring) => Worked::Ring(Box::new(ring), bell),
-            None => Worked::Thread(Worker::new(Arc::clone(&self.image), theirs)?, bell),
+            Some(ring) => Worked::Ring(Box::new(ring), worker, bell),
+            None => Worked::Thread(worker, bell),
         };
         // A machine from a snapshot is at work already.
         self.attach();
@@ -382,7 +387,7 @@ impl VirtioDevice for Block {
 
     fn backend_fds(&self) -> Vec<RawFd> {
         let ring = match &self.worked {
-            Worked::Ring(ring, _) => ring.descriptor(),
+            Worked::Ring(ring, ..) => ring.descriptor(),
             _ => None,
         };
         self.bell().map(AsRawFd::as_raw_fd).into_iter().chain(ring).collect()
