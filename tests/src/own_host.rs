@@ -58,6 +58,16 @@ impl OwnHost {
         });
     }
 
+    /// This one as the host of tests, with the programs but without controller and agent.
+    #[must_use]
+    pub fn rig(&self, rig: &Rig) -> Rig {
+        Rig {
+            host: vec![self.script.display().to_string(), "--name".into(), self.name.clone(), "ssh".into()],
+            host_bin: "/opt/roost/bin".into(),
+            ..rig.clone()
+        }
+    }
+
     /// Controller and agent as `scripts/install --in-virtual-host` starts them, and the CLI's configuration, which
     /// is gone with the second value.
     #[track_caller]
@@ -71,13 +81,11 @@ impl OwnHost {
         let admin = TempFile::new(&format!("{}-admin.json", self.name), &admin);
         let config = TempFile::new(&format!("{}-config.toml", self.name), "");
         let own = Rig {
-            host: vec![self.script.display().to_string(), "--name".into(), self.name.clone(), "ssh".into()],
-            host_bin: "/opt/roost/bin".into(),
             state: state.into(),
             run: "/run/roost".into(),
             units: "roost".into(),
             config: config.0.clone(),
-            ..rig.clone()
+            ..self.rig(rig)
         };
         own.admin(&["configure", "--from", admin.path(), "--endpoint", &self.endpoint()]).ok();
         (own, config)

@@ -1,7 +1,8 @@
 //! A monitor on the host and its Linux guest, without agent and controller.
 
-use roost_e2e::{Rig, TempFile, wait_for};
+use roost_e2e::{Ran, Rig, TempFile, wait_for};
 use serde_json::{Value, json};
+use std::process::{Command, Stdio};
 use std::time::Duration;
 
 pub const SOON: Duration = Duration::from_secs(60);
@@ -62,13 +63,41 @@ impl<'a> ByHand<'a> {
     }
 
     pub fn load_with(&self, from: &ByHand<'_>, more: &Value) -> Duration {
+        self.run(&self.snapshot_of(from, more))
+    }
+
+    /// Where a snapshot cannot go on.
+    pub fn try_load(&self, from: &ByHand<'_>) -> Ran {
+        let file = TempFile::new("config.json", &self.snapshot_of(from, &json!({})).to_string());
+        self.rig.copy_to_host(&[&file.0], &self.dir);
+        let (name, program) = (file.0.file_name().unwrap().to_str().unwrap(), self.rig.host_bin.display());
+        self.rig.host(&format!("timeout 60 {program}/roost-vmm run --config {}/{name}", self.dir))
+    }
+
+    fn snapshot_of(&self, from: &ByHand<'_>, more: &Value) -> Value {
         let mut snapshot = json!({
             "snapshot_path": format!("{}/state", from.dir),
             "mem_backend": { "backend_type": "File", "backend_path": format!("{}/memory", from.dir) },
             "vsock_override": { "uds_path": format!("{}/v.sock", self.dir) },
         });
         snapshot.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        self.run(&json!({ "snapshot": snapshot }))
+        json!({ "snapshot": snapshot })
+    }
+
+    /// What this machine's snapshot is in, on another host.
+    #[track_caller]
+    pub fn carry<'b>(&self, to: &'b Rig) -> ByHand<'b> {
+        let on = |rig: &Rig, script: String| {
+            let mut command = Command::new(&rig.host[0]);
+            command.args(&rig.host[1..]).arg(script);
+            command
+        };
+        let mut packs = on(self.rig, format!("tar -C {} -cSf - state memory | gzip -1", self.dir));
+        let mut packs = packs.stdout(Stdio::piped()).spawn().unwrap();
+        let mut unpacks = on(to, format!("mkdir -p {0} && tar -C {0} -xzf -", self.dir));
+        let unpacked = unpacks.stdin(packs.stdout.take().unwrap()).status().unwrap();
+        assert!(packs.wait().unwrap().success() && unpacked.success());
+        ByHand { rig: to, dir: self.dir.clone(), unit: self.unit.clone(), within: String::new() }
     }
 
     pub fn named(rig: &'a Rig, name: &str) -> ByHand<'a> {

@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod pmem;
+mod unlike;
 
 use by_hand::{ByHand, MEMORY_MIB, SOON};
 use roost_e2e::{Rig, TempFile, wait_for};

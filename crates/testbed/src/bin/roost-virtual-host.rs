@@ -26,6 +26,7 @@ usage: scripts/virtual-host [OPTIONS] COMMAND
 
   --name NAME         which one (default: main; run and with make their own)
   --cpus N            virtual CPUs (2)           --memory-mib N   memory (6144)
+  --lacks FEATURE,... its CPUs lack these features of a CPU (avx2,bmi2): an older host, to move guests to
   --data-gib N        capacity of its data disk when that is made (40; the file is sparse)
   --share SRC[=NAME]  also put the folder SRC at /opt/roost/NAME; bin (release programs) and scripts are there
   --no-default-shares leave those two out
@@ -94,6 +95,7 @@ fn parse(mut args: impl Iterator<Item = String>) -> Result<Arguments, String> {
             "-h" | "--help" => return Err(String::new()),
             "--name" => (parsed.options.name, parsed.named) = (value()?, true),
             "--cpus" => parsed.options.cpus = number(&arg, &value()?, 1, 64)?,
+            "--lacks" => parsed.options.lacks = features(&value()?)?,
             "--memory-mib" => parsed.options.memory_mib = number(&arg, &value()?, 1024, 1 << 20)?,
             "--data-gib" => parsed.options.data_gib = number(&arg, &value()?, 1, 1 << 14)?,
             "--share" => parsed.shares.push(value()?),
@@ -119,6 +121,19 @@ fn number(what: &str, text: &str, least: u32, most: u32) -> Result<u32, String> 
         .ok()
         .filter(|n| (least..=most).contains(n))
         .ok_or(format!("{what} takes a whole number from {least} to {most}, not '{text}'"))
+}
+
+/// They become a part of one of QEMU's words.
+fn features(text: &str) -> Result<Vec<String>, String> {
+    let is_name = |word: &str| {
+        !word.is_empty() && word.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.'))
+    };
+    let words: Vec<String> = text.split(',').map(str::to_owned).collect();
+    if words.iter().all(|word| is_name(word)) {
+        Ok(words)
+    } else {
+        Err(format!("--lacks takes names of features with commas between them, not '{text}'"))
+    }
 }
 
 fn forward(text: &str) -> Result<(Option<u16>, u16), String> {

@@ -22,13 +22,16 @@ impl Accelerator {
         choose_accelerator(usable, nested("amd").or_else(|| nested("intel")).as_deref())
     }
 
-    /// The arguments that select it.
-    pub(super) fn arguments(self) -> [&'static str; 4] {
-        match self {
-            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+    /// The arguments that select it, for CPUs that lack these features.
+    pub(super) fn arguments(self, lacks: &[String]) -> [String; 4] {
+        let (accelerator, cpu) = match self {
+            Self::Kvm => ("kvm", "host"),
             // No 5-level paging: a nested page walk through five levels is paid for at each TLB miss.
-            Self::Tcg => ["-accel", "tcg,thread=multi,tb-size=512", "-cpu", "max,-la57"],
-        }
+            Self::Tcg => ("tcg,thread=multi,tb-size=512", "max,-la57"),
+        };
+        // A feature that others need takes those with it, and QEMU warns of it.
+        let cpu = lacks.iter().fold(cpu.to_owned(), |cpu, feature| format!("{cpu},-{feature}"));
+        ["-accel".to_owned(), accelerator.to_owned(), "-cpu".to_owned(), cpu]
     }
 }
 

@@ -310,6 +310,7 @@ impl VirtualHost {
             name: &options.name,
             accelerator: options.accelerator.unwrap_or_else(Accelerator::probe),
             cpus: options.cpus,
+            lacks: &options.lacks,
             memory_mib: options.memory_mib,
             image: Path::new(&image),
             boot_args: &boot_args,

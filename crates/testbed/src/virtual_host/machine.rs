@@ -9,6 +9,8 @@ pub(super) struct Machine<'a> {
     pub name: &'a str,
     pub accelerator: Accelerator,
     pub cpus: u32,
+    /// Features that its CPUs do not have.
+    pub lacks: &'a [String],
     pub memory_mib: u32,
     /// Folder with `kernel`, `initrd` and `root.ext4`.
     pub image: &'a Path,
@@ -33,7 +35,7 @@ impl Machine<'_> {
         let mut all: Vec<String> = Vec::new();
         let mut add = |words: &[&str]| all.extend(words.iter().map(|&word| word.to_owned()));
         add(&["-name", &format!("roost-{}", self.name), "-M", "q35"]);
-        add(&self.accelerator.arguments());
+        add(&self.accelerator.arguments(self.lacks).each_ref().map(String::as_str));
         add(&["-smp", &self.cpus.to_string(), "-m", &self.memory_mib.to_string()]);
         add(&["-nodefaults", "-no-user-config", "-display", "none", "-monitor", "none", "-no-reboot"]);
         add(&["-serial", &console_word(self.console)]);
@@ -89,6 +91,7 @@ mod tests {
             name: "t",
             accelerator: Accelerator::Tcg,
             cpus: 3,
+            lacks: &["avx2".to_owned(), "bmi1".to_owned()],
             memory_mib: 2048,
             image: Path::new("/i"),
             boot_args: "root=/dev/vda",
@@ -109,6 +112,12 @@ mod tests {
         assert!(kept.contains("file=/i/root.ext4,snapshot=on"), "{kept}");
         assert!(kept.contains("id=data,format=raw,file=/s,,x/data.img,cache=writeback"), "{kept}");
         assert!(arguments(false).contains("/s,,x/data.img,cache=unsafe"));
+    }
+
+    #[test]
+    fn what_its_cpus_lack_is_taken_from_what_there_is() {
+        let all = arguments(true);
+        assert!(all.contains("-cpu max,-la57,-avx2,-bmi1 "), "{all}");
     }
 
     #[test]

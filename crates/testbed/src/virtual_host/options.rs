@@ -20,6 +20,8 @@ pub struct HostOptions {
     pub name: String,
     /// Virtual CPUs, 1 or more.
     pub cpus: u32,
+    /// Features of a CPU, by QEMU's names, that these do not have: an older host, to move guests to.
+    pub lacks: Vec<String>,
     /// Memory in MiB, 1024 or more.
     pub memory_mib: u32,
     /// Capacity of the data disk in GiB (a sparse file).
@@ -44,6 +46,7 @@ impl Default for HostOptions {
         Self {
             name: "main".to_owned(),
             cpus: 2,
+            lacks: Vec::new(),
             memory_mib: 6144,
             data_gib: 40,
             data: Data::ThrowAway,
