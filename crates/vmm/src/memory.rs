@@ -148,8 +148,15 @@ pub fn create_with(mem_size_mib: u64, hotplug: Option<Range>, tracking: Tracking
     Ok(memory)
 }
 
-/// Asks the host for huge pages from here on. What was touched before stays as it is: the first 2 MiB, of which the
-/// monitor writes a few pages, need not be cleared as a whole before the guest can start.
+/// Refuses huge pages until [`use_huge_pages`], where the host gives them to all (`transparent_hugepage/enabled`: `always`):
+/// what the monitor writes a few pages of need not be cleared as a whole before the guest can start.
+pub fn use_small_pages(memory: &Memory) {
+    for region in memory.iter() {
+        advise(region, libc::MADV_NOHUGEPAGE);
+    }
+}
+
+/// Asks the host for huge pages from here on. What was touched before stays as it is.
 pub fn use_huge_pages(memory: &Memory) {
     for region in memory.iter() {
         advise(region, libc::MADV_HUGEPAGE);
@@ -377,6 +384,24 @@ mod tests {
         assert_eq!(file_starts(16, None, &[2 << 20]).unwrap(), [HIGH_RAM_START + block]);
         assert!(file_starts(16, None, &[]).unwrap().is_empty());
         assert_eq!(file_starts(16, None, &[2 << 40, 2 << 40, 2 << 40, 2 << 40]), None);
+    }
+
+    /// `VmFlags` of proc(5) of the mapping at this address of ours.
+    fn flags(address: usize) -> String {
+        let smaps = std::fs::read_to_string("/proc/self/smaps").unwrap();
+        let from = smaps.find(&format!("{address:x}-")).unwrap();
+        let line = smaps[from..].lines().find(|line| line.starts_with("VmFlags:")).unwrap();
+        format!("{line} ")
+    }
+
+    #[test]
+    fn huge_pages_are_refused_until_they_are_asked_for() {
+        let memory = create(4).unwrap();
+        let host = memory.get_host_address(GuestAddress(0)).unwrap() as usize;
+        use_small_pages(&memory);
+        assert!(flags(host).contains(" nh ") && !flags(host).contains(" hg "), "{}", flags(host));
+        use_huge_pages(&memory);
+        assert!(flags(host).contains(" hg ") && !flags(host).contains(" nh "), "{}", flags(host));
     }
 
     #[test]

@@ -251,6 +251,9 @@ impl Preboot {
         let machine = &config.machine_config;
         let mut payload = self.payload()?;
         let memory = self.memory()?;
+        if machine.huge_pages {
+            memory::use_small_pages(&memory);
+        }
         let pages = payload.pages.clone();
         let assembly = self.assemble(&memory, &pages)?;
         payload.cmdline = self.cmdline(&assembly.windows);
