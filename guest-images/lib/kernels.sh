@@ -5,6 +5,7 @@
 #   initrd-host   the same for the virtual host (debian only)
 #   modules/      all its modules (debian only)
 #   release       as uname -r says
+#   System.map    where its functions are (fast only)
 #
 # shellcheck shell=bash
 
@@ -122,6 +123,7 @@ _build_kernel_fast() {
         step "compiling Linux $(make -s kernelversion) with $(grep -c '=y' .config) options (some minutes)"
         nice -n 19 make -s -j "$(nproc)" vmlinux
         strip -o "$out/kernel" vmlinux
+        cp System.map "$out/"
         make -s kernelrelease > "$out/release"
         cp .config "$out/config"
     )

@@ -2,7 +2,7 @@
 # measured: a kernel, KVM, the monitors, the guest. All of it is one initial RAM disk.
 # shellcheck shell=bash
 
-# measure_guests MODE FORMAT WORD...: MODE is counted, restore, idle or throughput; words go to the benchmark (runs=5, seconds=60, pairs=10).
+# measure_guests MODE FORMAT WORD...: MODE is counted, profile, restore, idle or throughput; words go to the benchmark (runs=5, seconds=60, pairs=10).
 measure_guests() {
     local mode=$1 format=$2 debian fast qemu root program libraries loader accelerator work disk=()
     shift 2
@@ -47,7 +47,7 @@ measure_guests() {
         > "$work/host/about/kernel"
     case $mode in
     # One instruction is one nanosecond of the virtual host's time, whatever else this machine does.
-    counted) accelerator=(-accel "tcg,thread=single,tb-size=512" -smp 1 -icount "shift=0,sleep=on") ;;
+    counted | profile) accelerator=(-accel "tcg,thread=single,tb-size=512" -smp 1 -icount "shift=0,sleep=on") ;;
     idle | restore | throughput) accelerator=(-accel "tcg,thread=multi,tb-size=512" -smp 2) ;;
     esac
     # The guests' disks are files of a file system; the disk beneath it is in no measurement, as all of them stay in the page cache.
@@ -60,11 +60,27 @@ measure_guests() {
     (cd "$work/host" && find . -mindepth 1 | cpio --create --format=newc --quiet) > "$work/initrd"
 
     step "Measure"
-    timeout "${ROOST_BENCH_LIMIT:-1500}" "$qemu/qemu-system-x86_64" -M q35 "${accelerator[@]}" -cpu max,-la57 -m 3072 -nodefaults -no-user-config \
-        "${disk[@]}" -display none -monitor none -no-reboot -serial "file:$work/console" -kernel "$debian/bzImage" -initrd "$work/initrd" \
-        -append "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init bench=$mode $*" < /dev/null >&2 ||
-        warn "the virtual host was ended: it took longer than ${ROOST_BENCH_LIMIT:-1500} s"
-    [[ -z ${ROOST_BENCH_CONSOLE:-} ]] || cp "$work/console" "$ROOST_BENCH_CONSOLE"
-    grep -aq '^MEASURED' "$work/console" || { tail -n 30 "$work/console" >&2; die "the measurement did not come to its end"; }
+    if [[ $mode == profile ]]; then
+        gcc -O2 -shared -fPIC -o "$work/count.so" crates/vmm/benches/guest/count.c
+        local boots
+        for boots in 2 8; do
+            run_bench_host "$work/after-$boots" "runs=$boots $*" -plugin "file=$work/count.so,out=$work/after-$boots.counts"
+        done
+        "$program" profile "$format" "$work/after-2" "$work/after-8" "$(dirname "$fast")/System.map"
+        return
+    fi
+    run_bench_host "$work/console" "$*"
     "$program" "$work/console" "$format"
+}
+
+# run_bench_host CONSOLE WORDS OPTION...: a boot of the virtual host that measure_guests has put together, to its end.
+run_bench_host() {
+    local console=$1 words=$2
+    shift 2
+    timeout "${ROOST_BENCH_LIMIT:-1500}" "$qemu/qemu-system-x86_64" -M q35 "${accelerator[@]}" -cpu max,-la57 -m 3072 -nodefaults -no-user-config \
+        "${disk[@]}" "$@" -display none -monitor none -no-reboot -serial "file:$console" -kernel "$debian/bzImage" -initrd "$work/initrd" \
+        -append "console=ttyS0 quiet panic=-1 mitigations=off rdinit=/init bench=$mode $words" < /dev/null >&2 ||
+        warn "the virtual host was ended: it took longer than ${ROOST_BENCH_LIMIT:-1500} s"
+    [[ -z ${ROOST_BENCH_CONSOLE:-} ]] || cp "$console" "$ROOST_BENCH_CONSOLE"
+    grep -aq '^MEASURED' "$console" || { tail -n 30 "$console" >&2; die "the measurement did not come to its end"; }
 }

@@ -49,6 +49,21 @@ pub fn measure(runs: u64) {
     }
 }
 
+/// Begins a line that says where a function of the host's kernel is.
+pub const SYMBOL: &str = "SYMBOL ";
+
+/// Says where the functions of the host's kernel are, and boots guests, of which others look at the instructions.
+pub fn watched(runs: u64, who: Who) {
+    for line in fs::read_to_string("/proc/kallsyms").unwrap().lines() {
+        if line.contains(" t ") || line.contains(" T ") {
+            println!("{SYMBOL}{line}");
+        }
+    }
+    for _ in 0..runs {
+        drop(Up::start(command(who, Machine::PLAIN)));
+    }
+}
+
 /// Counts the exits of one boot by reason, and its faults by place.
 fn profile(who: Who) {
     let counts =

@@ -18,6 +18,10 @@ pub fn run(what: &str) -> ! {
                 boots::measure(number("runs", 5));
                 snapshots::measure(number("runs", 5));
             }
+            "profile" => {
+                let qemu = std::env::var("of").is_ok_and(|of| of == "qemu");
+                boots::watched(number("runs", 1), if qemu { Who::Qemu } else { Who::Roost });
+            }
             "idle" => idle::measure(number("seconds", 60)),
             "restore" => restore::measure(number("runs", 5)),
             "throughput" => throughput::measure(
@@ -25,7 +29,7 @@ pub fn run(what: &str) -> ! {
                 number("pairs", 10),
                 number("milliseconds", 1000),
             ),
-            other => println!("bench={other}: counted, restore, idle and throughput are there"),
+            other => println!("bench={other}: counted, profile, restore, idle and throughput are there"),
         });
         println!("{}", if measured.is_ok() { "MEASURED" } else { "FAILED" });
     });

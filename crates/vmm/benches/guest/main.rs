@@ -1,7 +1,7 @@
 //! What a Linux guest costs, measured in a virtual host, where there is one on any machine. QEMU's microvm runs beside ours.
 //! `scripts/bench --counted` and `--idle` put it together and run it.
 //!
-//! The same static program is three: the init of the virtual host, where it measures ([`host`], [`boots`],
+//! The same static program is three: the init of the virtual host, where it measures ([`host`], [`boots`], [`profile`],
 //! [`snapshots`], [`restore`], [`idle`], [`throughput`]);
 //! the init of a guest that works ([`load`]); and outside it makes a table of what the virtual host printed, and the init of a
 //! guest that does nothing ([`guest`]).
@@ -21,6 +21,7 @@ mod idle;
 mod link;
 mod load;
 mod monitors;
+mod profile;
 mod restore;
 mod snapshots;
 mod throughput;
@@ -38,6 +39,17 @@ fn main() {
         }
     }
     let mut arguments = std::env::args().skip(1).filter(|word| word != "--bench");
+    let words: Vec<String> = arguments.by_ref().collect();
+    if let [what, format, first, second, map] = &words[..]
+        && what == "profile"
+    {
+        if let Err(problem) = profile::print(format, first, second, map.as_ref()) {
+            eprintln!("error: {problem}");
+            std::process::exit(1);
+        }
+        return;
+    }
+    let mut arguments = words.into_iter();
     let (Some(log), Some(output)) = (arguments.next(), arguments.next()) else {
         // `cargo bench` without a filter comes here.
         println!("this measures in a virtual host: scripts/bench --counted, --idle, --throughput");
