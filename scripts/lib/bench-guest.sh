@@ -62,11 +62,11 @@ measure_guests() {
     step "Measure"
     if [[ $mode == profile ]]; then
         gcc -O2 -shared -fPIC -o "$work/count.so" crates/vmm/benches/guest/count.c
-        local boots
-        for boots in 2 8; do
+        local boots few=2 many=8
+        for boots in $few $many; do
             run_bench_host "$work/after-$boots" "runs=$boots $*" -plugin "file=$work/count.so,out=$work/after-$boots.counts"
         done
-        "$program" profile "$format" "$work/after-2" "$work/after-8" "$(dirname "$fast")/System.map"
+        "$program" profile "$format" "$work/after-$few" "$work/after-$many" $((many - few)) "$(dirname "$fast")/System.map"
         return
     fi
     run_bench_host "$work/console" "$*"

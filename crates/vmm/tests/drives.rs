@@ -17,6 +17,7 @@ use common::{Code, Machine, disk, hand, hand_over, machines, notify, says, tap, 
 use imago::FormatCreateBuilder;
 use imago::qcow2::Qcow2;
 use roost_vmm::client::{Client, ClientError};
+use roost_vmm::threads;
 use serde_json::{Value, json};
 
 const DISK: Device = Device(0);
@@ -145,7 +146,7 @@ fn an_overlay_in_a_raw_disks_place_holds_no_other_device_up() {
             let writes = [libc::SYS_pwrite64, libc::SYS_pwritev, libc::SYS_pwritev2];
             let name = std::fs::read_to_string(format!("/proc/{}/comm", call.pid)).unwrap_or_default();
             if writes.contains(&i64::from(call.data.nr))
-                && ["vmm-dev\n", "vmm-disk\n"].contains(&&*name)
+                && [threads::DEVICES, threads::DISK].contains(&name.trim_end())
                 && held.send(name).is_ok()
             {
                 holding = Some(call);
@@ -157,7 +158,7 @@ fn an_overlay_in_a_raw_disks_place_holds_no_other_device_up() {
     let client = machine.client();
     says(&machine, "up");
     patch(&client, &json!({ "drive_id": "d", "path_on_host": "overlay", "format": "qcow2" }));
-    assert_eq!(is_held.recv_timeout(common::DEADLINE).unwrap(), "vmm-disk\n");
+    assert_eq!(is_held.recv_timeout(common::DEADLINE).unwrap().trim_end(), threads::DISK);
     drop(is_held);
     files[1].set_len(4 << 20).unwrap();
     client.put("PATCH", "/drives/o", &json!({ "drive_id": "o", "path_on_host": "o" })).unwrap();

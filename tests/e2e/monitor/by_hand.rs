@@ -84,6 +84,13 @@ impl<'a> ByHand<'a> {
         json!({ "snapshot": snapshot })
     }
 
+    /// Puts a snapshot into this machine's folder; it stays paused.
+    #[track_caller]
+    pub fn snapshot(&self) {
+        self.patch("/vm", &json!({ "state": "Paused" }));
+        self.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
+    }
+
     /// What this machine's snapshot is in, on another host.
     #[track_caller]
     pub fn carry<'b>(&self, to: &'b Rig) -> ByHand<'b> {

@@ -114,9 +114,7 @@ fn a_linux_guest_goes_on_from_a_snapshot() {
     let (original, cold) = ByHand::boot(&rig, "original", &devices);
     assert_eq!(original.ask("hold 20"), "held 20");
     let before = clocks(&original);
-    original.patch("/vm", &json!({ "state": "Paused" }));
-    let files = json!({ "snapshot_path": "state", "mem_file_path": "memory" });
-    original.call("PUT", "/snapshot/create", &files);
+    original.snapshot();
     let taken = std::time::Instant::now();
     // A pause is no leap: the guest's clock stands where the host's does.
     original.patch("/vm", &json!({ "state": "Resumed" }));
@@ -189,8 +187,7 @@ fn a_linux_guest_sees_the_level_of_its_template() {
         assert_eq!(cpuid(monitor, "80000008 0")[0] & 0xff, 39);
     };
     is_level(&original);
-    original.patch("/vm", &json!({ "state": "Paused" }));
-    original.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
+    original.snapshot();
     let (clone, _) = ByHand::load(&rig, "moved", &original, &json!({}));
     is_level(&clone);
     original.patch("/vm", &json!({ "state": "Resumed" }));
@@ -300,8 +297,7 @@ fn the_hosts_kernel_moves_a_linux_guests_packets() {
     assert!(workers.iter().sum::<u64>() > 1_000_000, "{workers:?}");
 
     // A snapshot holds the rings, and they go on afterwards.
-    original.patch("/vm", &json!({ "state": "Paused" }));
-    original.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
+    original.snapshot();
     original.patch("/vm", &json!({ "state": "Resumed" }));
     streams(&original, 2, 1);
 

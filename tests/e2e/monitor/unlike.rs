@@ -29,11 +29,6 @@ fn common(rig: &Rig, hosts: &[&Rig]) -> Value {
     rig.host(&format!("{program} cpu-template common {folder}/*; rm -r {folder}")).json()
 }
 
-fn snapshot(monitor: &ByHand<'_>) {
-    monitor.patch("/vm", &json!({ "state": "Paused" }));
-    monitor.call("PUT", "/snapshot/create", &json!({ "snapshot_path": "state", "mem_file_path": "memory" }));
-}
-
 #[test]
 fn a_linux_guest_moves_between_hosts_that_are_not_alike() {
     let rig = Rig::get();
@@ -51,7 +46,7 @@ fn a_linux_guest_moves_between_hosts_that_are_not_alike() {
     // Without a template the guest is told of all that its host has, and cannot go where that is not.
     let plain = ByHand::start(&rig, "plain", &json!({}));
     assert_eq!(told(&plain), names);
-    snapshot(&plain);
+    plain.snapshot();
     let carried = plain.carry(&less);
     let refused = ByHand::named(&less, "refused");
     let answer = refused.try_load(&carried);
@@ -65,7 +60,7 @@ fn a_linux_guest_moves_between_hosts_that_are_not_alike() {
     let original = ByHand::start(&rig, "mover", &json!({ "cpu-config": template }));
     assert_eq!(told(&original), Vec::<&str>::new());
     assert_eq!(original.ask("hold 20"), "held 20");
-    snapshot(&original);
+    original.snapshot();
     let carried = original.carry(&less);
     drop(original);
     let (moved, _) = ByHand::load(&less, "moved", &carried, &json!({ "clock_realtime": true }));
@@ -73,7 +68,7 @@ fn a_linux_guest_moves_between_hosts_that_are_not_alike() {
     assert!(clock_error(&moved).abs() < 2.0, "{}", clock_error(&moved));
 
     // And home again.
-    snapshot(&moved);
+    moved.snapshot();
     let carried = moved.carry(&rig);
     let (back, _) = ByHand::load(&rig, "back", &carried, &json!({ "clock_realtime": true }));
     assert_eq!((back.ask("hold 1"), told(&back)), ("held 22".into(), vec![]));

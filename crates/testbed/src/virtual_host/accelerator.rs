@@ -29,7 +29,6 @@ impl Accelerator {
             // No 5-level paging: a nested page walk through five levels is paid for at each TLB miss.
             Self::Tcg => ("tcg,thread=multi,tb-size=512", "max,-la57"),
         };
-        // A feature that others need takes those with it, and QEMU warns of it.
         let cpu = lacks.iter().fold(cpu.to_owned(), |cpu, feature| format!("{cpu},-{feature}"));
         ["-accel".to_owned(), accelerator.to_owned(), "-cpu".to_owned(), cpu]
     }

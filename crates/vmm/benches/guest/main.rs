@@ -1,10 +1,10 @@
 //! What a Linux guest costs, measured in a virtual host, where there is one on any machine. QEMU's microvm runs beside ours.
-//! `scripts/bench --counted` and `--idle` put it together and run it.
+//! `scripts/bench` puts it together and runs it.
 //!
-//! The same static program is three: the init of the virtual host, where it measures ([`host`], [`boots`], [`profile`],
+//! The same static program is three: the init of the virtual host, where it measures ([`host`], [`boots`],
 //! [`snapshots`], [`restore`], [`idle`], [`throughput`]);
-//! the init of a guest that works ([`load`]); and outside it makes a table of what the virtual host printed, and the init of a
-//! guest that does nothing ([`guest`]).
+//! the init of a guest that works ([`load`]); and outside it makes a table of what the virtual host printed, one of what its CPU did
+//! ([`profile`]), and the init of a guest that does nothing ([`guest`]).
 
 #![allow(clippy::unwrap_used, clippy::cast_possible_truncation)]
 
@@ -26,6 +26,8 @@ mod restore;
 mod snapshots;
 mod throughput;
 
+use std::fs;
+
 use report::{Goal, Report, Sample, Who};
 use serde_json::Value;
 
@@ -38,30 +40,24 @@ fn main() {
             Err(_) => host::run(""),
         }
     }
-    let mut arguments = std::env::args().skip(1).filter(|word| word != "--bench");
-    let words: Vec<String> = arguments.by_ref().collect();
-    if let [what, format, first, second, map] = &words[..]
-        && what == "profile"
-    {
-        if let Err(problem) = profile::print(format, first, second, map.as_ref()) {
-            eprintln!("error: {problem}");
-            std::process::exit(1);
+    let words: Vec<String> = std::env::args().skip(1).filter(|word| word != "--bench").collect();
+    match words.iter().map(String::as_str).collect::<Vec<_>>()[..] {
+        ["init", output] => fs::write(output, guest::program()).unwrap(),
+        ["profile", format, first, second, more, map] => {
+            if let Err(problem) = profile::print(format, [first, second], more.parse().unwrap(), map) {
+                eprintln!("error: {problem}");
+                std::process::exit(1);
+            }
         }
-        return;
-    }
-    let mut arguments = words.into_iter();
-    let (Some(log), Some(output)) = (arguments.next(), arguments.next()) else {
+        [log, format] => {
+            let report = report_of(&fs::read_to_string(log).unwrap());
+            match format {
+                "json" => println!("{}", report.json()),
+                _ => print!("{report}"),
+            }
+        }
         // `cargo bench` without a filter comes here.
-        println!("this measures in a virtual host: scripts/bench --counted, --idle, --throughput");
-        return;
-    };
-    if log == "init" {
-        return std::fs::write(output, guest::program()).unwrap();
-    }
-    let report = report_of(&std::fs::read_to_string(log).unwrap());
-    match output.as_str() {
-        "json" => println!("{}", report.json()),
-        _ => print!("{report}"),
+        _ => println!("this measures in a virtual host: scripts/bench --help"),
     }
 }
 

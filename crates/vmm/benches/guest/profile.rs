@@ -3,23 +3,21 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::Path;
 
 use serde_json::json;
 
 use crate::boots::SYMBOL;
 
-/// Guests that each run boots, and ends (`scripts/lib/bench-guest.sh`).
-const BOOTS: [u64; 2] = [2, 8];
 /// Where an x86-64 Linux kernel of which nobody moved the addresses begins, as the guest's.
 const GUEST: u64 = 0xffff_ffff_8100_0000;
+/// Bytes of a guest's kernel that does not say where it ends, at most.
+const MOST: u64 = 32 << 20;
 /// Where addresses of a kernel begin.
 const KERNEL: u64 = 0xffff_8000_0000_0000;
 /// Functions that are shown of each kernel.
 const SHOWN: usize = 15;
 
 /// Functions by address.
-#[derive(Default)]
 struct Symbols(Vec<(u64, String)>);
 
 impl Symbols {
@@ -39,7 +37,7 @@ impl Symbols {
 
     fn name(&self, address: u64) -> &str {
         let next = self.0.partition_point(|(begin, _)| *begin <= address);
-        next.checked_sub(1).map_or("?", |index| self.0[index].1.as_str())
+        next.checked_sub(1).map_or("", |index| self.0[index].1.as_str())
     }
 
     fn address(&self, name: &str) -> Option<u64> {
@@ -62,8 +60,10 @@ type Counts = BTreeMap<(Part, String), i64>;
 fn add(counts: &mut Counts, run: &str, guest: &Symbols, sign: i64) -> Result<(), String> {
     let console = fs::read_to_string(run).map_err(|error| format!("{run}: {error}"))?;
     let host = Symbols::of(console.lines().filter_map(|line| line.strip_prefix(SYMBOL)));
-    let end = guest.address("_end").unwrap_or(GUEST + (32 << 20));
-    if host.address("_text").is_none_or(|begin| begin < end) {
+    let end = guest.address("_end").unwrap_or(GUEST + MOST);
+    let begin =
+        host.address("_text").ok_or_else(|| format!("{run}: the host did not say where its kernel is"))?;
+    if begin < end {
         return Err("the host's kernel lies where the guest's does, as chance has it: run it again".into());
     }
     let blocks = format!("{run}.counts");
@@ -85,17 +85,20 @@ fn add(counts: &mut Counts, run: &str, guest: &Symbols, sign: i64) -> Result<(),
     Ok(())
 }
 
-/// Prints what both runs differ by, for each guest more.
+/// Prints what both runs differ by, for each of the `more` guests of the second one.
 ///
 /// # Errors
 /// A file is missing or no such file.
-pub fn print(format: &str, first: &str, second: &str, map: &Path) -> Result<(), String> {
-    let text = fs::read_to_string(map).unwrap_or_default();
+pub fn print(format: &str, [first, second]: [&str; 2], more: f64, map: &str) -> Result<(), String> {
+    let text = fs::read_to_string(map).unwrap_or_else(|error| {
+        eprintln!("warning: {map}: {error}: without it the guest's functions have no names");
+        String::new()
+    });
     let guest = Symbols::of(text.lines());
     let mut counts = Counts::new();
     add(&mut counts, first, &guest, -1)?;
     add(&mut counts, second, &guest, 1)?;
-    let millions = |count: i64| count as f64 / (BOOTS[1] - BOOTS[0]) as f64 / 1e6;
+    let millions = |count: i64| count as f64 / more / 1e6;
     let parts =
         [(Part::Guest, "guest's kernel"), (Part::Host, "host's kernel"), (Part::Programs, "programs")];
     let mut all = Vec::new();
@@ -107,11 +110,8 @@ pub fn print(format: &str, first: &str, second: &str, map: &Path) -> Result<(), 
             .collect();
         functions.sort_by(|one, other| other.cmp(one));
         let sum = millions(functions.iter().map(|(count, _)| count).sum());
-        functions.truncate(if part == Part::Programs || text.is_empty() && part == Part::Guest {
-            0
-        } else {
-            SHOWN
-        });
+        functions.retain(|(_, name)| !name.is_empty());
+        functions.truncate(SHOWN);
         all.push((title, sum, functions));
     }
     if format == "json" {
