@@ -276,12 +276,14 @@ impl Running {
     /// # Errors
     /// A vCPU thread has ended.
     pub fn resume(&mut self, status: &mut StatusWriter) -> Result<()> {
+        // Read before they go: on a busy host this thread may be the next to run only after they have run for long.
+        let now = boottime_ns();
         if self.paused {
             self.run_plugged()?;
             self.paused = false;
         }
         if !self.announced {
-            status.append(&Event::VcpusRunning { boottime_ns: boottime_ns() });
+            status.append(&Event::VcpusRunning { boottime_ns: now });
             self.announced = true;
         }
         Ok(())

@@ -23,7 +23,7 @@ pub enum Event {
     },
     /// vCPUs run for the first time.
     VcpusRunning {
-        /// When.
+        /// When they were let go: no instruction of the guest is older.
         boottime_ns: u64,
     },
     /// The guest reset itself and was started again in the same process.

@@ -286,8 +286,8 @@ fn an_interface_keeps_its_limits() {
     let client = machine.client();
     let counted = |what: &str| client.metrics().unwrap()["devices"]["eth0"][what].as_u64().unwrap();
     // The host's own packets, of a new interface, may be among them.
-    let before = counted("rx_packets");
     let began = Instant::now();
+    let before = counted("rx_packets");
     (0..4).for_each(|_| wire.send(&[0xff; 100]));
     wait_for("four packets at the guest", || (counted("rx_packets") >= before + 4).then_some(()));
     assert!(began.elapsed() >= least, "four packets to the guest in {:?}", began.elapsed());
