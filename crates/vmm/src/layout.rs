@@ -13,6 +13,12 @@ pub const MMIO_HOLE_START: u64 = 0xc000_0000;
 /// Where RAM goes on above the hole.
 pub const HIGH_RAM_START: u64 = 0x1_0000_0000;
 
+/// The pointer to the MP table: near the start of the first range in which kernels look for it (not at 0, which means "none" to some).
+pub const MP_POINTER: u64 = 0x10;
+/// The MP table.
+pub const MP_TABLE_START: u64 = 0x600;
+/// Room for the MP table.
+pub const MP_TABLE_SIZE: u64 = 0xa00;
 /// The boot GDT.
 pub const GDT_START: u64 = 0x500;
 /// The (empty) boot IDT.
@@ -54,8 +60,12 @@ pub const VIRTIO_MMIO_START: u64 = 0xc000_0000;
 pub const VIRTIO_MMIO_SIZE: u64 = 0x1000;
 /// The IOAPIC's registers (fixed by KVM).
 pub const IOAPIC_ADDR: u32 = 0xfec0_0000;
+/// The IOAPIC's version (fixed by KVM).
+pub const IOAPIC_VERSION: u8 = 0x11;
 /// The local APIC's registers.
 pub const LAPIC_ADDR: u32 = 0xfee0_0000;
+/// The local APICs' version (fixed by KVM).
+pub const LAPIC_VERSION: u8 = 0x14;
 /// Three pages that KVM wants on Intel CPUs.
 pub const KVM_TSS_ADDR: usize = 0xfffb_d000;
 /// One page that KVM wants on Intel CPUs without unrestricted guests.
@@ -73,6 +83,8 @@ pub const POWER_PORT: u16 = 0x600;
 pub const CPUS_PORT: u16 = 0x620;
 /// The interrupt of the generic event device (power button, CPUs).
 pub const GED_GSI: u32 = 5;
+/// Interrupt lines, each at the IOAPIC's pin of its number.
+pub const GSIS: u8 = 24;
 /// Interrupt lines for virtio-mmio devices: what COM1, the event device and fixed PC parts leave of the IOAPIC's 24.
 pub const VIRTIO_GSIS: [u32; 15] = [6, 7, 10, 11, 12, 14, 15, 16, 17, 18, 19, 20, 21, 22, 23];
 /// Most virtio devices that one machine can have.

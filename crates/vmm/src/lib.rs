@@ -10,7 +10,7 @@
 //! | [`jail`] | how a monitor comes to run without root, in an empty root |
 //! | [`api`] | HTTP on a unix socket, in the shape of Firecracker's published API |
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
-//! | [`boot`], [`acpi`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
+//! | [`boot`], [`acpi`], [`mp_table`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
 //! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
 //! | [`log`], [`metrics`] | what the monitor says about itself |
@@ -40,6 +40,7 @@ pub mod layout;
 pub mod log;
 pub mod memory;
 pub mod metrics;
+pub mod mp_table;
 pub mod opener;
 pub mod preboot;
 pub mod probe;

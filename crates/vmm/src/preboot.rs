@@ -22,6 +22,7 @@ use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
     MemoryHotplugConfig, NetworkInterface, PmemConfig, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
 };
+use crate::cpu::cpuid::Identity;
 use crate::cpu::model::CpuModel;
 use crate::cpu::registers::Entry;
 use crate::cpu::template::{CpuConfig, CpuTemplate, Level};
@@ -257,12 +258,12 @@ impl Preboot {
         let pages = payload.pages.clone();
         let assembly = self.assemble(&memory, &pages)?;
         payload.cmdline = self.cmdline(&assembly.windows);
-        let description = self.description(&assembly);
+        let model = CpuModel::new(&assembly.kvm, config)?;
+        let description = self.description(&assembly, &model)?;
         let entry = boot::load(&memory, &mut payload, &description)?;
         if machine.huge_pages {
             memory::use_huge_pages(&memory);
         }
-        let model = CpuModel::new(&assembly.kvm, config)?;
         model.check_addresses(assembly.reach.last_addr().raw_value())?;
         let vcpus = assembly.vcpus(&model)?;
         reset_vcpus(&vcpus, entry)?;
@@ -293,19 +294,20 @@ impl Preboot {
         memory::create_with(machine.mem_size_mib, self.hotplug().map(|(_, range)| range), tracking)
     }
 
-    fn description(&self, assembly: &Assembly) -> Description {
+    fn description(&self, assembly: &Assembly, model: &CpuModel) -> Result<Description> {
         let mut generation_id = [0; 16];
         host_random(&mut generation_id);
-        Description {
+        Ok(Description {
             processors: Processors {
                 count: self.config.machine_config.vcpu_count,
                 max: self.config.machine_config.max_vcpu_count,
             },
+            identity: Identity::of(&model.table(0)?),
             windows: assembly.windows.clone(),
             acpi: self.config.machine_config.acpi,
             smbios: self.config.smbios.clone().unwrap_or_default(),
             generation_id,
-        }
+        })
     }
 
     fn payload(&self) -> Result<Payload> {

@@ -261,6 +261,27 @@ fn a_linux_guest_is_resized_while_it_runs() {
 }
 
 /// Nanoseconds that each of the kernel's workers for this monitor has run.
+/// Processors and interrupt lines are in the MP table alone. The lines of the last disks, and of vsock behind them, are none of the
+/// sixteen that a PC has without an IOAPIC.
+#[test]
+fn a_linux_guest_without_acpi_has_all_its_cpus_and_devices() {
+    let rig = Rig::get();
+    let monitor = ByHand::named(&rig, "no-acpi");
+    let disk = format!("{}/disk", monitor.dir);
+    rig.host(&format!("mkdir -p {} && truncate --size 1M {disk}", monitor.dir)).ok();
+    let drives: Vec<Value> = (0..12)
+        .map(|index| json!({ "drive_id": format!("d{index}"), "path_on_host": disk, "is_read_only": true }))
+        .collect();
+    monitor.boot_with(&json!({
+        "machine-config": { "vcpu_count": 4, "acpi": false },
+        "drives": drives,
+    }));
+    assert_eq!(monitor.ask("cpus"), "0-3");
+    assert_eq!(monitor.ask("kernel ACPI: RSDP"), "nothing");
+    // Its driver has looked for partitions, so its interrupt arrives.
+    assert!(monitor.ask("kernel [vdl]").contains("2048 512-byte"), "{}", monitor.ask("kernel [vdl]"));
+}
+
 fn vhost_workers(monitor: &ByHand<'_>) -> Vec<u64> {
     let look = format!(
         "pid=$(pgrep -f '^[^ ]*roost-vmm run --config {}/')

@@ -13,8 +13,10 @@ const HOLE: std::ops::Range<u64> = MMIO_HOLE_START..HIGH_RAM_START;
 /// What the monitor puts into the first MiB.
 fn pieces() -> Vec<(&'static str, u64, u64)> {
     vec![
+        ("pointer to the MP table", MP_POINTER, 16),
         ("GDT", GDT_START, 0x40),
         ("IDT", IDT_START, 8),
+        ("MP table", MP_TABLE_START, MP_TABLE_SIZE),
         ("PVH start info, modules, memory map", PVH_INFO_START, 0x1000),
         ("zero page", ZERO_PAGE_START, 0x1000),
         // It grows down from here; what lies below is the zero page's end.

@@ -19,11 +19,13 @@ use vm_memory::{Address, Bytes, GuestAddress};
 
 use crate::acpi::{self, Processors, VirtioWindow};
 use crate::config::{BootProtocol, SmbiosConfig};
+use crate::cpu::cpuid::Identity;
 use crate::cpu::registers::{self, Entry};
 use crate::devices::power;
 use crate::error::{Error, Result};
 use crate::layout;
 use crate::memory::{FilePages, Memory, high_ram, low_end};
+use crate::mp_table;
 use crate::smbios;
 use crate::vmclock;
 use mapped::MappedFile;
@@ -48,6 +50,8 @@ pub struct Payload {
 pub struct Description {
     /// vCPUs.
     pub processors: Processors,
+    /// What the vCPUs are.
+    pub identity: Identity,
     /// virtio-mmio windows, in order.
     pub windows: Vec<VirtioWindow>,
     /// Whether there are ACPI tables.
@@ -81,6 +85,7 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     } else {
         None
     };
+    mp_table::write(memory, description.processors, description.identity)?;
     memory
         .write_slice(&description.generation_id, GuestAddress(layout::VMGENID_START))
         .map_err(Error::memory("VM generation id"))?;
@@ -281,6 +286,7 @@ mod tests {
     fn description() -> Description {
         Description {
             processors: Processors { count: 1, max: None },
+            identity: Identity::default(),
             windows: Vec::new(),
             acpi: true,
             smbios: SmbiosConfig::default(),

@@ -24,6 +24,24 @@ pub struct Topology {
     pub vcpus: u8,
 }
 
+/// What leaf 1 says of every vCPU alike.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Identity {
+    /// EAX: stepping, model and family.
+    pub signature: u32,
+    /// EDX: the oldest features.
+    pub features: u32,
+}
+
+impl Identity {
+    /// Reads it from a vCPU's table.
+    #[must_use]
+    pub fn of(table: &CpuId) -> Self {
+        let leaf = table.as_slice().iter().find(|entry| entry.function == 1);
+        leaf.map_or_else(Self::default, |leaf| Self { signature: leaf.eax, features: leaf.edx })
+    }
+}
+
 impl Topology {
     /// Bits of the APIC id that number the cores of a socket.
     fn core_bits(self) -> u32 {

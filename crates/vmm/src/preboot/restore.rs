@@ -53,9 +53,9 @@ impl Preboot {
             }
         };
         let assembly = self.assemble(&memory, &pages)?;
-        let description = self.description(&assembly);
         let told = saved.vcpus.iter().filter_map(|vcpu| vcpu.msr(ARCH_CAPABILITIES));
         let model = CpuModel::of_snapshot(&assembly.kvm, &self.config, &saved.cpuid, told)?;
+        let description = self.description(&assembly, &model)?;
 
         if saved.devices.len() != assembly.transports.len() {
             return Err(Error::Snapshot(format!("the state holds {} devices", saved.devices.len())));
