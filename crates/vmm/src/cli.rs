@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use crate::jail;
 use crate::log::{Level, LoggerConfig};
+use crate::page_server;
 
 /// What is to be done.
 #[derive(Debug, PartialEq, Eq)]
@@ -24,6 +25,8 @@ pub enum Command {
         /// What is put on top.
         diff: PathBuf,
     },
+    /// Bring the memory of clones page by page.
+    ServeMemory(page_server::Options),
     /// Print this host's CPU as a CPU template.
     DumpCpu,
     /// Print the CPU template that makes the hosts of these dumps alike.
@@ -68,6 +71,11 @@ Usage: roost-vmm run [OPTIONS]     Runs one virtual machine until its guest ends
        roost-vmm rebase --base FILE --diff FILE
                                    Puts the memory file of a diff snapshot on top of the memory file of the snapshot
                                    before it, which then is a full memory file of the diff's snapshot
+       roost-vmm serve-memory --memory FILE --socket PATH [--working-set FILE [--seconds N]]
+                                   Brings memory from a full snapshot's memory file to machines that load the snapshot with
+                                   the \"Uffd\" backend at that socket, page by page, until it gets SIGTERM or SIGINT. Which
+                                   pages the first machine touches within N seconds [default: 10] is kept in the working
+                                   set: the next ones get these at once, before they ask
        roost-vmm cpu-template dump Prints this host's CPU, as a guest would have it, in the shape of a CPU template
        roost-vmm cpu-template common FILE FILE…
                                    Prints the CPU template of what the hosts of these dumps all have: a guest started with it
@@ -127,6 +135,7 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             (Some(other), _) => Err(format!("probe takes --json, not {other:?}")),
         },
         Some("rebase") => parse_rebase(arguments),
+        Some("serve-memory") => parse_serve_memory(arguments),
         Some("cpu-template") => parse_cpu_template(arguments),
         Some("-h" | "--help" | "help") => Ok(Command::Say(HELP.to_owned())),
         Some("-V" | "--version") => {
@@ -137,11 +146,12 @@ pub fn parse(arguments: impl IntoIterator<Item = String>) -> Result<Command, Str
             parse_run(all, Names::Firecracker)
         }
         Some(other) => Err(format!(
-            "there is no command {other:?}; run, jail, probe, rebase, cpu-template and --help are there"
+            "there is no command {other:?}; run, jail, probe, rebase, serve-memory, cpu-template and --help are there"
         )),
-        None => {
-            Err("what should be done? run, jail, probe, rebase, cpu-template and --help are there".to_owned())
-        }
+        None => Err(
+            "what should be done? run, jail, probe, rebase, serve-memory, cpu-template and --help are there"
+                .to_owned(),
+        ),
     }
 }
 
@@ -180,6 +190,41 @@ fn parse_rebase(mut arguments: impl Iterator<Item = String>) -> Result<Command, 
         (Some(base), Some(diff)) => Ok(Command::Rebase { base, diff }),
         _ => Err("rebase needs --base FILE and --diff FILE".to_owned()),
     }
+}
+
+fn parse_serve_memory(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
+    let (mut memory, mut socket, mut working_set, mut seconds) = (None, None, None, None);
+    while let Some(argument) = arguments.next() {
+        let (name, attached) = match argument.split_once('=') {
+            Some((name, value)) => (name, Some(value.to_owned())),
+            None => (argument.as_str(), None),
+        };
+        let place = match name {
+            "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
+            "--memory" => Some(&mut memory),
+            "--socket" => Some(&mut socket),
+            "--working-set" => Some(&mut working_set),
+            "--seconds" => None,
+            _ => return Err(format!("serve-memory has no option {argument:?}; see roost-vmm --help")),
+        };
+        let value = attached.or_else(|| arguments.next()).ok_or_else(|| format!("{name} needs a value"))?;
+        match place {
+            Some(place) => once(name, place, PathBuf::from(value))?,
+            None => {
+                let number = value.parse().ok().filter(|seconds| (1..=3600).contains(seconds));
+                let number = number.ok_or_else(|| format!("{name} {value:?}: 1 to 3600 are taken"))?;
+                once(name, &mut seconds, number)?;
+            }
+        }
+    }
+    if seconds.is_some() && working_set.is_none() {
+        return Err("--seconds says how long a working set is made: it needs --working-set FILE".to_owned());
+    }
+    let (Some(memory), Some(socket)) = (memory, socket) else {
+        return Err("serve-memory needs --memory FILE and --socket PATH".to_owned());
+    };
+    let seconds = seconds.unwrap_or(10);
+    Ok(Command::ServeMemory(page_server::Options { memory, socket, working_set, seconds }))
 }
 
 /// Whose options are taken beside those that both have.
@@ -296,6 +341,10 @@ mod tests {
         assert_eq!(run, expected);
         assert_eq!(parsed("probe --json"), Ok(Command::Probe { json: true }));
         assert_eq!(parsed("cpu-template dump"), Ok(Command::DumpCpu));
+        let (memory, socket, working_set) = ("a".into(), "b".into(), Some("c".into()));
+        let serves = page_server::Options { memory, socket, working_set, seconds: 10 };
+        let line = "serve-memory --memory a --socket=b --working-set c";
+        assert_eq!(parsed(line), Ok(Command::ServeMemory(serves)));
         let files = vec!["a".into(), "b".into()];
         assert_eq!(parsed("cpu-template common a b"), Ok(Command::CommonCpu(files)));
         assert_eq!(parsed("run"), Ok(Command::Run(Run::default())));
@@ -318,6 +367,11 @@ mod tests {
             ("run --log-path a --log-path b", "twice"),
             ("run --show-level=no", "--show-level=no"),
             ("probe --yaml", "--yaml"),
+            ("serve-memory --memory a", "--socket PATH"),
+            ("serve-memory --memory a --memory b", "twice"),
+            ("serve-memory --memory a --socket b --seconds 5", "needs --working-set"),
+            ("serve-memory --memory a --socket b --working-set c --seconds 0", "1 to 3600"),
+            ("serve-memory --fast", "--fast"),
             ("cpu-template", "dump, or common"),
             ("cpu-template strip", "dump, or common"),
             ("cpu-template dump a", "\"a\""),

@@ -12,6 +12,7 @@
 //! | [`vm`], [`vcpu`], [`memory`], [`ranges`], [`layout`], [`cpu`] | KVM: the machine |
 //! | [`boot`], [`acpi`], [`mp_table`], [`smbios`], [`vmclock`] | what the guest finds in its memory when it starts |
 //! | [`snapshot`] | a paused machine as two files, and machines that go on from them |
+//! | [`page_server`] | a program beside the monitors, which brings the memory of such machines |
 //! | [`bus`], [`devices`], [`event_loop`] | what the guest finds at its ports and registers |
 //! | [`log`], [`metrics`] | what the monitor says about itself |
 //! | [`seccomp`], [`sigbus`], [`threads`], [`heap`] | the lock-down, and what a process has |
@@ -42,6 +43,7 @@ pub mod memory;
 pub mod metrics;
 pub mod mp_table;
 pub mod opener;
+pub mod page_server;
 pub mod preboot;
 pub mod probe;
 pub mod ranges;

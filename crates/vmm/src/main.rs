@@ -16,7 +16,9 @@ use roost_vmm::preboot::Preboot;
 use roost_vmm::running::End;
 use roost_vmm::status::StatusWriter;
 use roost_vmm::vm::open_kvm;
-use roost_vmm::{Error, Result, heap, jail, log, probe, seccomp, sigbus, snapshot, stand_alone, threads};
+use roost_vmm::{
+    Error, Result, heap, jail, log, page_server, probe, seccomp, sigbus, snapshot, stand_alone, threads,
+};
 
 fn main() {
     let arguments = std::env::args_os().skip(1).map(|argument| argument.to_string_lossy().into_owned());
@@ -25,6 +27,7 @@ fn main() {
         Ok(Command::Jail(options)) => exit(run_jailed(*options)),
         Ok(Command::Probe { json }) => run_probe(json),
         Ok(Command::Rebase { base, diff }) => run_rebase(&base, &diff),
+        Ok(Command::ServeMemory(options)) => ended(page_server::serve(&options)),
         Ok(Command::DumpCpu) => print_template(open_kvm(None).and_then(|kvm| alike::dump(&kvm))),
         Ok(Command::CommonCpu(files)) => print_template(common_template(&files)),
         Ok(Command::Say(text)) => {
@@ -126,6 +129,16 @@ fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
             ExitCode::PowerOff
         }
         Err(error) => error.exit_code(),
+    }
+}
+
+fn ended(result: Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::PowerOff,
+        Err(error) => {
+            log::error(&error.chain());
+            error.exit_code()
+        }
     }
 }
 

@@ -33,21 +33,21 @@ pub fn config_text(run: &Run) -> Result<Option<String>> {
 /// [`Error::Config`], [`Error::Io`].
 pub fn listener(run: &Run) -> Result<Option<UnixListener>> {
     match (&run.api_sock, run.api_fd) {
-        (Some(path), _) => bind(path).map(Some),
+        (Some(path), _) => bind(path, "API socket").map(Some),
         (None, Some(number)) => Ok(Some(UnixListener::from(take(number, "--api-fd")?))),
         (None, None) => Ok(None),
     }
 }
 
-/// Makes the API's socket. One that a dead monitor left behind is replaced, one that answers is not.
-fn bind(path: &Path) -> Result<UnixListener> {
+/// Makes a socket, called so. One that a dead monitor left behind is replaced, one that answers is not.
+pub(crate) fn bind(path: &Path, what: &str) -> Result<UnixListener> {
     // A file that is no socket refuses connections, too.
     let socket = std::fs::symlink_metadata(path).is_ok_and(|found| found.file_type().is_socket());
     let dead =
         socket && UnixStream::connect(path).is_err_and(|error| error.kind() == ErrorKind::ConnectionRefused);
     if dead {
         std::fs::remove_file(path)
-            .map_err(Error::io(format!("removing the dead API socket {}", path.display())))?;
+            .map_err(Error::io(format!("removing the dead {what} {}", path.display())))?;
     }
-    UnixListener::bind(path).map_err(Error::io(format!("making the API socket {}", path.display())))
+    UnixListener::bind(path).map_err(Error::io(format!("making the {what} {}", path.display())))
 }

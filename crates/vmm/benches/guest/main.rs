@@ -98,9 +98,11 @@ fn rows() -> Vec<(String, &'static str, Goal)> {
         (snapshots::LOAD, "ms", Goal::below(8.0)),
         (restore::COLD, "ms", Goal::default()),
         (restore::MAPPED, "ms", Goal::default()),
-        (restore::HANDLED, "ms", Goal::default()),
+        (restore::SERVED, "ms", Goal::default()),
+        (restore::KNOWN, "ms", Goal::default()),
         (restore::MAPPED_RATIO, "", Goal::below(0.1)),
-        (restore::HANDLED_RATIO, "", Goal::below(0.1)),
+        (restore::SERVED_RATIO, "", Goal::below(0.1)),
+        (restore::KNOWN_RATIO, "", Goal::below(0.1)),
         (idle::CPU, "ms per s", ratio(1.0)),
         (idle::EXITS, "per s", Goal::default()),
     ];

@@ -1,10 +1,10 @@
 //! How soon a guest replies that goes on from a snapshot, beside its own cold boot: from the fork of the monitor to the reply that a
-//! program on the host reads from its vsock socket. The memory comes page by page as the guest touches it, from the file or from a
-//! page-fault handler.
+//! program on the host reads from its vsock socket. The memory comes page by page as the guest touches it, from the file or from
+//! `roost-vmm serve-memory`, which brings a second clone at once what the first one touched.
 
 use std::fs::{self, File};
 use std::io::{self, BufRead, BufReader, Read, Write};
-use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -12,7 +12,6 @@ use std::time::{Duration, Instant};
 use roost_vmm::client::Client;
 use serde_json::json;
 
-use crate::common::faults::Faults;
 use crate::host::figure;
 use crate::load::VSOCK_PORT;
 use crate::monitors::{Does, LIMIT, Machine, config};
@@ -21,19 +20,20 @@ use crate::report::Who;
 /// Names of rows.
 pub const COLD: &str = "cold boot → first reply";
 pub const MAPPED: &str = "lazy restore → first reply, memory mapped";
-pub const HANDLED: &str = "lazy restore → first reply, memory from a handler";
+pub const SERVED: &str = "lazy restore → first reply, memory served";
+pub const KNOWN: &str = "lazy restore → first reply, memory served, working set known";
 pub const MAPPED_RATIO: &str = "the same, mapped, of the cold boot";
-pub const HANDLED_RATIO: &str = "the same, from a handler, of the cold boot";
+pub const SERVED_RATIO: &str = "the same, served, of the cold boot";
+pub const KNOWN_RATIO: &str = "the same, served, working set known, of the cold boot";
 
-/// Pages that the handler brings at each fault. More are not better here: 4 made no difference, 32 took twice as long (0.20 to 0.44 of a boot).
-const AT_A_TIME: u64 = 1;
 const API: &str = "/tmp/restore-api";
 const VSOCK: &str = "/tmp/restore-vsock";
-const HANDLER: &str = "/tmp/restore-handler";
+const SERVER: &str = "/tmp/restore-server";
+const WORKING_SET: &str = "/tmp/restore-working-set";
 const STATE: &str = "/tmp/restore-state";
 const MEMORY: &str = "/tmp/restore-memory";
 
-/// Each run boots, takes a snapshot, and goes on from it twice.
+/// Each run boots, takes a snapshot, and goes on from it three times.
 pub fn measure(runs: u64) {
     for _ in 0..runs {
         let mut cold = config(Machine { cpus: 2, memory_mib: 192, does: Does::Reply, devices: None });
@@ -60,14 +60,46 @@ pub fn measure(runs: u64) {
         figure(MAPPED, Who::Roost, mapped);
         figure(MAPPED_RATIO, Who::Roost, mapped / took);
 
-        let _ = fs::remove_file(HANDLER);
-        let listener = UnixListener::bind(HANDLER).unwrap();
-        let mut faults = Faults::serve(listener, File::open(MEMORY).unwrap(), AT_A_TIME);
-        let (clone, handled) = Monitor::start(&from("Uffd", HANDLER));
-        drop(clone);
-        faults.end();
-        figure(HANDLED, Who::Roost, handled);
-        figure(HANDLED_RATIO, Who::Roost, handled / took);
+        let _ = fs::remove_file(WORKING_SET);
+        let server = Server::start();
+        for (row, ratio) in [(SERVED, SERVED_RATIO), (KNOWN, KNOWN_RATIO)] {
+            let (clone, served) = Monitor::start(&from("Uffd", SERVER));
+            drop(clone);
+            figure(row, Who::Roost, served);
+            figure(ratio, Who::Roost, served / took);
+            wait_for(WORKING_SET);
+        }
+        drop(server);
+    }
+}
+
+fn wait_for(path: &str) {
+    let begin = Instant::now();
+    while !Path::new(path).exists() {
+        assert!(begin.elapsed() < LIMIT, "{path} does not come");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+}
+
+/// Brings memory from the file, and learns from the first clone.
+struct Server(Child);
+
+impl Server {
+    fn start() -> Self {
+        let _ = fs::remove_file(SERVER);
+        let mut command = Command::new("/bin/roost-vmm");
+        command.args(["serve-memory", "--memory", MEMORY, "--socket", SERVER, "--working-set", WORKING_SET]);
+        command.stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+        let server = Self(command.spawn().unwrap());
+        wait_for(SERVER);
+        server
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
     }
 }
 

@@ -307,7 +307,7 @@ impl Connection {
 }
 
 /// SIGTERM and SIGINT arrive at a descriptor; all threads that are started later inherit the mask.
-fn block_signals() -> std::io::Result<OwnedFd> {
+pub(crate) fn block_signals() -> std::io::Result<OwnedFd> {
     // SAFETY: a zeroed sigset is valid, and is filled by the calls below.
     let mut set: libc::sigset_t = unsafe { std::mem::zeroed() };
     // SAFETY: the set is valid.

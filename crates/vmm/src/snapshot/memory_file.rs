@@ -66,6 +66,17 @@ impl Trailer {
         (bytes[..8] == MAGIC).then(|| Self { bytes: word(8), id: id(16), pages })
     }
 
+    fn check_whole(self) -> Result<()> {
+        if self.pages == Pages::All {
+            return Ok(());
+        }
+        Err(Error::Snapshot(
+            "the memory file is of a diff snapshot: `roost-vmm rebase --base FILE --diff FILE` puts it on top of the one \
+             before it"
+                .into(),
+        ))
+    }
+
     /// Reads it from the end of a file.
     fn read(file: &File) -> Result<Self> {
         let size = file.metadata().map_err(Error::io("finding the memory file's size"))?.len();
@@ -100,13 +111,7 @@ impl MemoryFile {
         if trailer.id != id {
             return refuse("state file and memory file are of two snapshots".into());
         }
-        if trailer.pages != Pages::All {
-            return refuse(
-                "the memory file is of a diff snapshot: `roost-vmm rebase --base FILE --diff FILE` puts it on top of the one \
-                 before it"
-                    .into(),
-            );
-        }
+        trailer.check_whole()?;
         if trailer.bytes != bytes {
             return refuse(format!("the machine has {bytes} bytes of memory, the file {}", trailer.bytes));
         }
@@ -197,6 +202,16 @@ fn is_zero(host: *const u8, offset: u64) -> bool {
         let line = unsafe { page.wrapping_add(line).read_volatile() };
         line == [0; 8]
     })
+}
+
+/// Which snapshot a file has all memory of, and how many bytes that is.
+///
+/// # Errors
+/// [`Error::Snapshot`] for another file, or one that has only what was written since another snapshot.
+pub fn whole(file: &File) -> Result<([u8; 16], u64)> {
+    let trailer = Trailer::read(file)?;
+    trailer.check_whole()?;
+    Ok((trailer.id, trailer.bytes))
 }
 
 /// Puts the pages of `diff` on top of `base`, which then is the memory file of the diff's snapshot.

@@ -16,7 +16,7 @@
 
 mod format;
 pub mod lazy;
-mod memory_file;
+pub(crate) mod memory_file;
 pub mod requests;
 mod state;
 
