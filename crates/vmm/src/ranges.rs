@@ -19,6 +19,12 @@ impl RangeSet {
         self.0.is_empty()
     }
 
+    /// The ranges, in order.
+    #[must_use]
+    pub fn into_ranges(self) -> Vec<Range<u64>> {
+        self.0
+    }
+
     /// Puts a range in.
     pub fn add(&mut self, range: Range<u64>) {
         if range.is_empty() {

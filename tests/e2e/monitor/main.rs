@@ -3,6 +3,7 @@
 
 mod by_hand;
 mod pmem;
+mod served;
 mod unlike;
 
 use by_hand::{ByHand, MEMORY_MIB, SOON};

@@ -5,6 +5,7 @@ use libfuzzer_sys::fuzz_target;
 use roost_vmm::acpi::Processors;
 use roost_vmm::boot::{Description, Payload, load};
 use roost_vmm::config::{BootProtocol, SmbiosConfig};
+use roost_vmm::cpu::cpuid::Identity;
 use roost_vmm::cpu::registers::Entry;
 use roost_vmm::memory::{self, FilePages};
 use roost_vmm_fuzz::host::file;
@@ -25,6 +26,7 @@ fuzz_target!(|bytes: &[u8]| {
     };
     let description = Description {
         processors: Processors { count: 1, max: None },
+        identity: Identity::default(),
         windows: Vec::new(),
         acpi: how & 8 != 0,
         smbios: SmbiosConfig::default(),

@@ -142,9 +142,7 @@ impl Shared {
         let (count, Some(descriptor)) = met else {
             return Err(Error::Snapshot("the monitor sent no userfaultfd descriptor".into()));
         };
-        let mappings: Vec<Mapping> = serde_json::from_slice(&words[..count])
-            .map_err(|error| Error::Snapshot(format!("what the monitor says of its memory: {error}")))?;
-        served::check(&mappings, self.memory.size() as u64).map_err(Error::Snapshot)?;
+        let mappings = mappings(&words[..count], self.memory.size() as u64).map_err(Error::Snapshot)?;
         Ok((mappings, Faults::new(descriptor)))
     }
 
@@ -167,6 +165,17 @@ impl Shared {
         }
         *known = Some(Arc::new(set));
     }
+}
+
+/// What a monitor says about its memory, if that can be served from a file with so many bytes.
+///
+/// # Errors
+/// Why it cannot.
+pub fn mappings(words: &[u8], bytes: u64) -> std::result::Result<Vec<Mapping>, String> {
+    let mappings: Vec<Mapping> = serde_json::from_slice(words)
+        .map_err(|error| format!("what the monitor says of its memory: {error}"))?;
+    served::check(&mappings, bytes)?;
+    Ok(mappings)
 }
 
 /// Waits until one of two descriptors has something, or so many milliseconds are over (-1: never); says which of them has.

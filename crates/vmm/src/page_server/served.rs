@@ -15,7 +15,7 @@ use crate::ranges::RangeSet;
 use crate::snapshot::lazy::Mapping;
 
 /// Bytes that are brought at once, ahead of faults: one that comes meanwhile waits for no more than that.
-const AT_ONCE: u64 = 64 * PAGE;
+const AT_ONCE: u64 = 16 * PAGE;
 /// Most regions that a monitor may have.
 const MOST_MAPPINGS: usize = 64;
 
@@ -72,7 +72,7 @@ impl Served {
         known: Option<&WorkingSet>,
         learns: Option<Duration>,
     ) -> Self {
-        let ahead = known.into_iter().flat_map(WorkingSet::ranges);
+        let ahead = known.into_iter().flat_map(WorkingSet::batches);
         let ahead = ahead.flat_map(|range| in_clone(&mappings, &range)).collect();
         let learning = learns.map(|time| (WorkingSet::default(), Instant::now() + time));
         Self {
@@ -145,25 +145,33 @@ impl Served {
 
     /// Brings some of what will be asked for.
     fn bring_ahead(&mut self, faults: &Faults) -> io::Result<bool> {
-        let Some(range) = self.ahead.pop_front() else { return Ok(true) };
-        let end = range.end.min(range.start + AT_ONCE);
-        // What was given back meanwhile is zero, and not what the file says.
-        let there = self.removed.cut(range.start..end).into_iter().next();
-        let Some((piece, removed)) = there else { return Ok(true) };
-        let mut next = piece.end;
-        if let (false, Some(offset)) = (removed, self.offset(piece.start)) {
-            match faults.copy(piece.clone(), self.source + offset)? {
-                Brought::Gone => return Ok(false),
-                Brought::Busy => next = piece.start,
-                Brought::There => next = piece.start + PAGE,
-                Brought::Bytes(bytes) => {
-                    self.pages_ahead += bytes / PAGE;
-                    next = piece.start + bytes;
-                }
+        let mut left = AT_ONCE;
+        while left > 0 {
+            let Some(range) = self.ahead.pop_front() else { break };
+            let end = range.end.min(range.start + left);
+            // What was given back meanwhile is zero, and not what the file says.
+            let Some((piece, removed)) = self.removed.cut(range.start..end).into_iter().next() else {
+                continue;
+            };
+            let mut next = piece.end;
+            if let (false, Some(offset)) = (removed, self.offset(piece.start)) {
+                next = match faults.copy(piece.clone(), self.source + offset)? {
+                    Brought::Gone => return Ok(false),
+                    Brought::Busy => {
+                        self.ahead.push_front(range);
+                        break;
+                    }
+                    Brought::There => piece.start + PAGE,
+                    Brought::Bytes(bytes) => {
+                        self.pages_ahead += bytes / PAGE;
+                        piece.start + bytes
+                    }
+                };
             }
-        }
-        if next < range.end {
-            self.ahead.push_front(next..range.end);
+            left -= next - piece.start;
+            if next < range.end {
+                self.ahead.push_front(next..range.end);
+            }
         }
         Ok(true)
     }
