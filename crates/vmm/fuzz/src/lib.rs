@@ -7,6 +7,7 @@
 //! | `api` | the HTTP parser and every route before the build | bytes of a connection |
 //! | `config`, `status` | the configuration, the status file | text |
 //! | `kernel`, `qcow2`, `console`, `snapshot` | the loaders of a kernel, an image, a console ring, a snapshot's state | a file |
+//! | `pages` | what `serve-memory` reads: a working set, and what a monitor says of its memory | text |
 
 pub mod guest;
 pub mod host;
