@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::thread::JoinHandle;
 
@@ -22,6 +23,8 @@ use crate::{seccomp, threads};
 pub struct Notifier {
     sender: Sender<Stop>,
     bell: EventFd,
+    /// Becomes true at the vCPU's first exit, if anybody waits for that.
+    first: Option<Arc<AtomicBool>>,
 }
 
 impl Notifier {
@@ -33,7 +36,7 @@ impl Notifier {
         let (sender, receiver) = channel();
         let bell = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::io("eventfd"))?;
         let ours = bell.try_clone().map_err(Error::io("duplicating an eventfd"))?;
-        Ok((Self { sender, bell }, receiver, ours))
+        Ok((Self { sender, bell, first: None }, receiver, ours))
     }
 
     /// Another one for the same receiver.
@@ -41,7 +44,7 @@ impl Notifier {
     /// # Errors
     /// [`Error::Io`].
     pub fn try_clone(&self) -> Result<Self> {
-        Ok(Self { sender: self.sender.clone(), bell: self.bell()? })
+        Ok(Self { sender: self.sender.clone(), bell: self.bell()?, first: None })
     }
 
     /// What rings for the main thread.
@@ -50,6 +53,20 @@ impl Notifier {
     /// [`Error::Io`].
     pub fn bell(&self) -> Result<EventFd> {
         self.bell.try_clone().map_err(Error::io("duplicating an eventfd"))
+    }
+
+    /// The same, which also tells of the vCPU's first exit.
+    #[must_use]
+    pub fn telling_first(self, first: Option<Arc<AtomicBool>>) -> Self {
+        Self { first, ..self }
+    }
+
+    /// The guest ran, and came to the monitor.
+    pub fn ran(&mut self) {
+        if let Some(first) = self.first.take() {
+            first.store(true, Ordering::Release);
+            let _ = self.bell.write(1);
+        }
     }
 
     /// The guest stopped.

@@ -17,6 +17,7 @@ use std::io::Read;
 use vm_memory::{Address, GuestMemoryBackend};
 
 use crate::acpi::{Processors, VirtioWindow};
+use crate::boot::code::Code;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
@@ -265,10 +266,13 @@ impl Preboot {
             memory::use_huge_pages(&memory);
         }
         model.check_addresses(assembly.reach.last_addr().raw_value())?;
-        let vcpus = assembly.vcpus(&model)?;
+        // Where it is noted which pages are written, KVM has no huge ones.
+        let moves = machine.huge_pages && !machine.track_dirty_pages;
+        let code = if moves { Code::of(&payload.kernel) } else { None };
+        let vcpus = assembly.vcpus(&model, code.as_ref().map(|code| &code.runs))?;
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
-        Ok(Held::new(Parts { payload: Some(payload), ..parts }))
+        Ok(Held::new(Parts { payload: Some(payload), code, ..parts }))
     }
 
     fn read_template(&self, name: &str) -> Result<CpuTemplate> {

@@ -14,6 +14,7 @@ use kvm_ioctls::Kvm;
 use serde::Serialize;
 use vmm_sys_util::eventfd::EventFd;
 
+use crate::boot::code::Code;
 use crate::boot::{self, Description, Payload};
 use crate::config::{BalloonConfig, BalloonUpdate, OnReset, StatisticsUpdate, VmConfig};
 use crate::descriptors::Descriptors;
@@ -49,6 +50,8 @@ pub(crate) struct Parts {
     pub pages: FilePages,
     /// The kernel, for the next reset. A machine from a snapshot may be without.
     pub payload: Option<Payload>,
+    /// The kernel's code, until it is in huge pages.
+    pub code: Option<Code>,
     /// The file that memory comes from, kept open: it must stay as it is.
     pub memory_file: Option<File>,
     /// The program that fills memory.
@@ -393,7 +396,11 @@ impl Running {
                 "the page-fault handler has closed its connection: nobody brings the guest's memory".into();
             return Some(End { code: ExitCode::HostIo, reason: ExitReason::Error, message });
         }
-        let stop = self.parts.stops.try_recv().ok()?;
+        let stop = match self.parts.stops.try_recv().map_or_else(|_| self.move_code(), |stop| Ok(Some(stop)))
+        {
+            Ok(stop) => stop?,
+            Err(error) => return Some(End::error(&error)),
+        };
         if let Err(error) = self.park() {
             return Some(End::error(&error));
         }
@@ -422,6 +429,20 @@ impl Running {
             Stop::Kvm(error) => Some(End::error(&error)),
         };
         ended.map(|end| self.flush_for(end))
+    }
+
+    /// Moves the kernel's code into huge pages once the guest runs. Returns what a vCPU reported meanwhile; all are parked then.
+    fn move_code(&mut self) -> Result<Option<Stop>> {
+        let Some(code) = self.parts.code.take_if(|code| code.is_due()) else { return Ok(None) };
+        self.park()?;
+        for range in &code.pieces {
+            memory::move_to_huge_pages(&self.parts.memory, &self.parts.pages, range)?;
+        }
+        let stop = self.parts.stops.try_recv().ok();
+        if stop.is_none() && !self.paused {
+            self.run_plugged()?;
+        }
+        Ok(stop)
     }
 
     /// Ends the machine from outside, at once; the guest is not asked.

@@ -114,6 +114,15 @@ fn reset_of_a_large_kernel(ledger: &mut Ledger) {
     });
 }
 
+/// A kernel whose code moves into huge pages.
+fn code_in_huge_pages(ledger: &mut Ledger) {
+    let mut machine = machines::code::machine();
+    ledger.run(&mut machine, &[], |machine| {
+        wait_for("the guest", || (machine.console() == "a").then_some(()));
+        machine.client().force_stop().unwrap();
+    });
+}
+
 fn crash(ledger: &mut Ledger) {
     let ended = ledger.run(&mut Machine::new(&Code::default().bytes(&[0x0f, 0x0b])), &[], |_| ());
     assert_eq!(ended.code, ExitCode::GuestCrash.code(), "{}", ended.stderr);
@@ -234,6 +243,7 @@ fn every_allowed_call_is_made() {
     snapshots(&mut ledger);
     reset(&mut ledger);
     reset_of_a_large_kernel(&mut ledger);
+    code_in_huge_pages(&mut ledger);
     crash(&mut ledger);
     input_and_entropy(&mut ledger);
     power_off_with_a_disk(&mut ledger);

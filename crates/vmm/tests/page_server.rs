@@ -4,6 +4,7 @@
 mod common;
 
 use std::fs::File;
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
@@ -14,6 +15,7 @@ use common::{Code, Machine, hand, refusal, wait_for};
 use roost_vmm::client::Client;
 use roost_vmm::exit::ExitCode;
 use serde_json::json;
+use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 /// Where the guest has pages that it looks at when it is told to, and how many.
 const LOOKED_AT: u32 = 0x48_0000;
@@ -212,6 +214,11 @@ fn what_cannot_be_served_is_refused_in_words() {
     let server = snapshot.serve(&[]);
     std::io::Write::write_all(&mut UnixStream::connect(snapshot.path("faults")).unwrap(), b"[]").unwrap();
     wait_for("its complaint", || server.said().contains("sent no userfaultfd descriptor").then_some(()));
+    let regions = json!([{ "base_host_virt_addr": 4096, "size": 4096, "offset": 0, "page_size": 4096, "page_size_kib": 4096 }]);
+    let stream = UnixStream::connect(snapshot.path("faults")).unwrap();
+    let nothing = File::open("/dev/null").unwrap();
+    stream.send_with_fd(regions.to_string().as_bytes(), nothing.as_raw_fd()).unwrap();
+    wait_for("its complaint", || server.said().contains("no userfaultfd descriptor: it ends").then_some(()));
     // A server beside it would take its place.
     let second = snapshot.command("memory", &[]).output().unwrap();
     assert_eq!(second.status.code(), Some(5), "{}", String::from_utf8_lossy(&second.stderr));

@@ -3,6 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use roost_vmm::acpi::Processors;
+use roost_vmm::boot::code::Code;
 use roost_vmm::boot::{Description, Payload, load};
 use roost_vmm::config::{BootProtocol, SmbiosConfig};
 use roost_vmm::cpu::cpuid::Identity;
@@ -32,6 +33,10 @@ fuzz_target!(|bytes: &[u8]| {
         smbios: SmbiosConfig::default(),
         generation_id: [1; 16],
     };
+    if let Some(code) = Code::of(&payload.kernel) {
+        assert!(code.pieces.windows(2).all(|pair| pair[0].end < pair[1].start));
+        assert!(code.pieces.iter().all(|piece| piece.start < piece.end && piece.end <= 3 << 30));
+    }
     // Twice: as after a reset.
     for _ in 0..2 {
         match load(&memory, &mut payload, &description) {

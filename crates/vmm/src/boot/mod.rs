@@ -2,6 +2,7 @@
 //!
 //! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
 
+pub mod code;
 #[cfg(test)]
 mod exhaustive;
 pub mod linux;

@@ -51,7 +51,7 @@ impl Faults {
         Self(descriptor)
     }
 
-    /// Reads what has happened.
+    /// Reads what has happened, once something has.
     ///
     /// # Errors
     /// The host's; something that nobody asked to be told.
@@ -59,6 +59,7 @@ impl Faults {
         let mut messages = [0_u8; 16 * MESSAGE];
         let count = match (&self.0).read(&mut messages) {
             Err(error) if matches!(error.kind(), ErrorKind::WouldBlock | ErrorKind::Interrupted) => 0,
+            Ok(0) => return Err(io::Error::other("what came is no userfaultfd descriptor: it ends")),
             count => count?,
         };
         messages[..count].chunks_exact(MESSAGE).map(Event::parse).collect()

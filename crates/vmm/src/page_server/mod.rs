@@ -30,6 +30,9 @@ const MOST_WORDS: usize = 64 << 10;
 /// How long a monitor may take for it.
 const PATIENCE: Duration = Duration::from_secs(5);
 
+/// How long it is waited after a monitor that could not be served.
+const BREATH: Duration = Duration::from_millis(100);
+
 /// What is served.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Options {
@@ -78,12 +81,18 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, signals: RawFd) -> Resu
         if signal {
             return Ok(());
         }
-        let (stream, _) = listener.accept().map_err(Error::io("accepting a monitor"))?;
         let shared = Arc::clone(shared);
-        threads::spawn(format!("clone-{number}"), move || match shared.serve(&stream) {
-            Ok(words) => log::info(&format!("clone {number}: {words}")),
-            Err(error) => log::error(&format!("clone {number}: {}", error.chain())),
-        })?;
+        let accepted = listener.accept().map_err(Error::io("accepting a monitor")).and_then(|(stream, _)| {
+            threads::spawn(format!("clone-{number}"), move || match shared.serve(&stream) {
+                Ok(words) => log::info(&format!("clone {number}: {words}")),
+                Err(error) => log::error(&format!("clone {number}: {}", error.chain())),
+            })
+        });
+        // Those that are served already live by this process: it does not end for one more that it has no room for.
+        if let Err(error) = accepted {
+            log::error(&format!("clone {number}: {}", error.chain()));
+            std::thread::sleep(BREATH);
+        }
     }
     Ok(())
 }

@@ -99,11 +99,12 @@ impl Served {
         let busy = !self.waiting.is_empty() || !self.ahead.is_empty();
         let patience = if busy { 0 } else { self.patience() };
         // A monitor says no more than its first words: what is there now is its end.
-        let [_, ended] = super::ready([faults.as_raw_fd(), monitor], patience).map_err(failed())?;
+        let [happened, ended] = super::ready([faults.as_raw_fd(), monitor], patience).map_err(failed())?;
         if ended {
             return Ok(false);
         }
-        for event in faults.events().map_err(failed())? {
+        let events = if happened { faults.events().map_err(failed())? } else { Vec::new() };
+        for event in events {
             match event {
                 Event::Fault(page) => self.waiting.push_back(page),
                 Event::Removed(range) => self.removed.add(range),

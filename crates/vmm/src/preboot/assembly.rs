@@ -1,6 +1,7 @@
 //! Puts a machine and its devices together around its memory, for a start and for a snapshot alike.
 
 use std::io::IsTerminal;
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::Receiver;
 use std::sync::{Arc, Mutex};
 
@@ -62,8 +63,8 @@ pub(super) struct Assembly {
 }
 
 impl Assembly {
-    /// Makes the vCPUs, parked.
-    pub(super) fn vcpus(&self, model: &CpuModel) -> Result<Vec<VcpuHandle>> {
+    /// Makes the vCPUs, parked. `first` becomes true at the first exit of the one that the machine starts with.
+    pub(super) fn vcpus(&self, model: &CpuModel, first: Option<&Arc<AtomicBool>>) -> Result<Vec<VcpuHandle>> {
         // A snapshot holds the template's MSRs too, whether or not KVM counts them among a vCPU's state.
         let mut msrs = msr_indices(&self.kvm)?;
         msrs.extend(model.template_msrs());
@@ -72,6 +73,7 @@ impl Assembly {
         (0..model.vcpus())
             .map(|id| {
                 let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
+                let notifier = notifier.telling_first(first.filter(|_| id == 0).cloned());
                 VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, &self.reach, notifier, filter)
             })
             .collect()
@@ -185,6 +187,7 @@ impl Preboot {
             memory,
             pages,
             payload: None,
+            code: None,
             memory_file: None,
             handler: None,
             base: None,

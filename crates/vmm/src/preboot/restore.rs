@@ -75,7 +75,7 @@ impl Preboot {
         if saved.vcpus.len() != usize::from(model.vcpus()) {
             return Err(Error::Snapshot(format!("the state holds {} CPUs", saved.vcpus.len())));
         }
-        let vcpus = assembly.vcpus(&model)?;
+        let vcpus = assembly.vcpus(&model, None)?;
         for (vcpu, state) in vcpus.iter().zip(saved.vcpus) {
             vcpu.load(state, passed)?;
         }

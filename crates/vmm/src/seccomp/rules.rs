@@ -206,6 +206,7 @@ const API: &[Allowed] = &[
     any(libc::SYS_fstat, "the same, as another C library does it").unseen(unseen::LIBRARY),
     any(libc::SYS_getrandom, "a snapshot's id; keys of hash tables"),
     with(libc::SYS_madvise, 2, bits(libc::MADV_DONTDUMP), "a kernel's pages after a reset stay out of dumps"),
+    with(libc::SYS_madvise, 2, bits(libc::MADV_HUGEPAGE), "a kernel's code moves into huge pages"),
     any(libc::SYS_timerfd_settime, "the balloon's statistics come at another interval"),
     with(libc::SYS_ioctl, 1, KVM_SET_IRQCHIP, "a reset"),
     with(libc::SYS_ioctl, 1, KVM_SET_PIT2, "a reset"),

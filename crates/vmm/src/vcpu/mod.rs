@@ -354,7 +354,7 @@ impl Vcpu {
         let _ = self.fd.kvmclock_ctrl();
         loop {
             match self.step() {
-                Step::Go => {}
+                Step::Go => self.notifier.ran(),
                 Step::Look => match self.commands.try_recv() {
                     Ok(Command::Run) => {
                         let _ = self.replies.send(Reply::Done);

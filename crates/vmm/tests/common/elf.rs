@@ -93,3 +93,20 @@ fn pvh_note(entry: u32) -> Vec<u8> {
     note.extend(entry.to_le_bytes());
     note
 }
+
+/// Adds a section table to a kernel without one: its first segment, all of it, is code.
+pub fn with_code_section(mut image: Vec<u8>) -> Vec<u8> {
+    let segment = image[64..64 + 56].to_vec();
+    let table = image.len() as u64;
+    image[40..48].copy_from_slice(&table.to_le_bytes());
+    image[58..60].copy_from_slice(&64_u16.to_le_bytes());
+    image[60..62].copy_from_slice(&1_u16.to_le_bytes());
+    image.extend(0_u32.to_le_bytes());
+    image.extend(1_u32.to_le_bytes()); // bytes of the program's own
+    image.extend(6_u64.to_le_bytes()); // in memory, executable
+    image.extend(&segment[24..32]); // address
+    image.extend(&segment[8..16]); // offset
+    image.extend(&segment[32..40]); // size
+    image.extend([0; 24]);
+    image
+}

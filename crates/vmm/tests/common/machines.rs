@@ -1,5 +1,7 @@
 //! Machines that more than one test uses.
 
+pub mod code;
+
 use std::fs::File;
 
 use serde_json::json;
