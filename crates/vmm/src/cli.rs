@@ -173,10 +173,7 @@ fn parse_cpu_template(mut arguments: impl Iterator<Item = String>) -> Result<Com
 fn parse_rebase(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
     let (mut base, mut diff) = (None, None);
     while let Some(argument) = arguments.next() {
-        let (name, attached) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
+        let (name, attached) = split(&argument);
         let target = match name {
             "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
             "--base" => &mut base,
@@ -195,10 +192,7 @@ fn parse_rebase(mut arguments: impl Iterator<Item = String>) -> Result<Command, 
 fn parse_serve_memory(mut arguments: impl Iterator<Item = String>) -> Result<Command, String> {
     let (mut memory, mut socket, mut working_set, mut seconds) = (None, None, None, None);
     while let Some(argument) = arguments.next() {
-        let (name, attached) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
+        let (name, attached) = split(&argument);
         let place = match name {
             "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
             "--memory" => Some(&mut memory),
@@ -240,10 +234,7 @@ const FIRECRACKER_SOCKET: &str = "/run/firecracker.socket";
 fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Result<Command, String> {
     let (mut run, mut no_api) = (Run::default(), false);
     while let Some(argument) = arguments.next() {
-        let (name, attached) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
+        let (name, attached) = split(&argument);
         match name {
             "-h" | "--help" => return Ok(Command::Say(HELP.to_owned())),
             "--hold" if attached.is_none() => {
@@ -305,6 +296,14 @@ fn parse_run(mut arguments: impl Iterator<Item = String>, names: Names) -> Resul
         }
     }
     Ok(Command::Run(run))
+}
+
+/// An option's name, and its value if that is behind a `=`.
+pub(crate) fn split(argument: &str) -> (&str, Option<String>) {
+    match argument.split_once('=') {
+        Some((name, value)) => (name, Some(value.to_owned())),
+        None => (argument, None),
+    }
 }
 
 /// Takes an option's value, once.

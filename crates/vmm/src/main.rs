@@ -120,16 +120,8 @@ fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
             source,
         })
     };
-    let done = open(base, "base", true)
-        .and_then(|base| snapshot::rebase(&base, &open(diff, "diff", false)?))
-        .inspect_err(|error| log::error(&error.chain()));
-    match done {
-        Ok(bytes) => {
-            println!("{}: {} KiB from {}", base.display(), bytes / 1024, diff.display());
-            ExitCode::PowerOff
-        }
-        Err(error) => error.exit_code(),
-    }
+    let done = open(base, "base", true).and_then(|base| snapshot::rebase(&base, &open(diff, "diff", false)?));
+    ended(done.map(|bytes| println!("{}: {} KiB from {}", base.display(), bytes / 1024, diff.display())))
 }
 
 fn ended(result: Result<()>) -> ExitCode {
@@ -163,16 +155,9 @@ fn common_template(files: &[PathBuf]) -> Result<CpuTemplate> {
 }
 
 fn print_template(template: Result<CpuTemplate>) -> ExitCode {
-    match template {
-        Ok(template) => {
-            println!("{}", serde_json::to_string_pretty(&template).unwrap_or_default());
-            ExitCode::PowerOff
-        }
-        Err(error) => {
-            log::line(&error.chain());
-            error.exit_code()
-        }
-    }
+    ended(
+        template.map(|template| println!("{}", serde_json::to_string_pretty(&template).unwrap_or_default())),
+    )
 }
 
 fn run_probe(json: bool) -> ExitCode {

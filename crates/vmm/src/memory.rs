@@ -1,13 +1,12 @@
 //! Guest memory: private pages with a hole below 4 GiB, anonymous but for what a kernel was loaded to (see
 //! [`crate::boot::mapped`]).
 
+pub mod huge;
 pub(crate) mod place;
 
-use std::arch::x86_64::{__m128i, _mm_load_si128, _mm_store_si128};
 use std::fs::File;
 use std::io;
 use std::os::fd::AsRawFd;
-use std::ptr;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use vm_memory::bitmap::{AtomicBitmap, BS, Bitmap, NewBitmap};
@@ -48,9 +47,6 @@ pub enum Tracking {
 
 /// Bytes of a page.
 pub const PAGE: u64 = 4096;
-
-/// Bytes of a huge page.
-pub const HUGE_PAGE: u64 = 2 << 20;
 
 /// Below this files in guest memory end (8 TiB; servers' CPUs have 46 bits of addresses and more).
 const ADDRESSES: u64 = 8 << 40;
@@ -231,86 +227,6 @@ pub fn map_file(
     true
 }
 
-/// Moves pages of a file that lie in whole huge pages of guest memory (guest physical addresses) into huge pages of the guest's own, as
-/// far as the host has them to give: what the guest finds there stays the same. No vCPU runs. Where the guest has given something back
-/// already, or there is no room, nothing is done.
-///
-/// # Errors
-/// [`Error::Memory`]: the guest's memory is not whole any more.
-pub fn move_to_huge_pages(memory: &Memory, pages: &FilePages, range: &std::ops::Range<u64>) -> Result<()> {
-    let mut pages = pages.lock();
-    let Ok(target) = memory.get_host_address(GuestAddress(range.start)) else { return Ok(()) };
-    let Ok(length) = usize::try_from(range.end - range.start) else { return Ok(()) };
-    let (start, end) = (target as usize, (target as usize).saturating_add(length));
-    let whole = pages.cut(start as u64..end as u64) == [(start as u64..end as u64, true)];
-    let huge = (start as u64).is_multiple_of(HUGE_PAGE) && (length as u64).is_multiple_of(HUGE_PAGE);
-    if !whole || !huge || !is_inside(memory, start, end) {
-        return Ok(());
-    }
-    let Some(room) = Room::new(length) else { return Ok(()) };
-    let (from, to): (*const __m128i, *mut __m128i) = (target.cast(), room.start.cast());
-    for index in 0..length / size_of::<__m128i>() {
-        let (from, to) = (from.wrapping_add(index), to.wrapping_add(index));
-        // SAFETY: of `length` bytes of whole pages. No vCPU runs; what a device writes here meanwhile is lost to the guest that asked for it, and to
-        // nobody else.
-        let line = unsafe { _mm_load_si128(from) };
-        // SAFETY: the room is as long and new: nobody else has it.
-        unsafe { _mm_store_si128(to, line) };
-    }
-    pages.remove(start as u64..end as u64);
-    let flags = libc::MREMAP_MAYMOVE | libc::MREMAP_FIXED;
-    // SAFETY: the room is this function's own, and only memory of the guest is replaced, which Rust code reads through volatile accesses
-    // alone.
-    let moved = unsafe { libc::mremap(room.start.cast(), length, length, flags, target) };
-    if moved == libc::MAP_FAILED {
-        let error = io::Error::last_os_error();
-        return Err(Error::Memory(format!("moving the kernel's code into huge pages: {error}")));
-    }
-    // It is the guest's now.
-    std::mem::forget(room);
-    Ok(())
-}
-
-/// Fresh memory at a whole huge page; goes with this.
-struct Room {
-    start: *mut u8,
-    length: usize,
-}
-
-impl Room {
-    fn new(length: usize) -> Option<Self> {
-        let huge = usize::try_from(HUGE_PAGE).ok()?;
-        let (access, kind) = (
-            libc::PROT_READ | libc::PROT_WRITE,
-            libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE,
-        );
-        // SAFETY: a new mapping, wherever there is room.
-        let all = unsafe { libc::mmap(ptr::null_mut(), length.checked_add(huge)?, access, kind, -1, 0) };
-        if all == libc::MAP_FAILED {
-            return None;
-        }
-        let all = all.cast::<u8>();
-        let before = (all as usize).next_multiple_of(huge) - all as usize;
-        let room = Self { start: all.wrapping_add(before), length };
-        for (rest, bytes) in [(all, before), (room.start.wrapping_add(length), huge - before)] {
-            // SAFETY: what lies before and behind the room of the mapping that was just made.
-            unsafe { libc::munmap(rest.cast(), bytes) };
-        }
-        for advice in [libc::MADV_DONTDUMP, libc::MADV_HUGEPAGE] {
-            // SAFETY: the mapping was just made. A host without huge pages refuses, and gives small ones.
-            unsafe { libc::madvise(room.start.cast(), length, advice) };
-        }
-        Some(room)
-    }
-}
-
-impl Drop for Room {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this one's own.
-        unsafe { libc::munmap(self.start.cast(), self.length) };
-    }
-}
-
 /// Gives whole pages of guest memory back to the host: the guest finds zeroes there when it looks again. Returns how many
 /// bytes went: pages of a file stay as they are where more holes would cut it into too many pieces.
 ///
@@ -431,8 +347,6 @@ pub fn low_end(memory: &Memory) -> u64 {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::FileExt;
-
     use super::*;
     use vm_memory::Bytes;
 
@@ -543,33 +457,6 @@ mod tests {
         let target = memory.get_host_address(GuestAddress(PAGE)).unwrap();
         assert!(map_file(&memory, &pages, target, bytes, &file, 0));
         (memory, pages, file)
-    }
-
-    #[test]
-    fn what_moves_into_huge_pages_stays_as_it_is() {
-        let memory = create(8).unwrap();
-        let (pages, file) = (FilePages::default(), tempfile::tempfile().unwrap());
-        let content: Vec<u8> = (0..4_u32 << 20).map(|n| (n % 249) as u8).collect();
-        FileExt::write_all_at(&file, &content, 0).unwrap();
-        let (from, to) = (HUGE_PAGE, 3 * HUGE_PAGE);
-        let target = memory.get_host_address(GuestAddress(from)).unwrap();
-        assert!(map_file(&memory, &pages, target, content.len(), &file, 0));
-        memory.write_obj(5_u8, GuestAddress(from + 5000)).unwrap();
-        // What is no file's, or no whole huge page, stays.
-        for range in [0..2 * HUGE_PAGE, from..from + PAGE, from + PAGE..to, to..to + HUGE_PAGE] {
-            move_to_huge_pages(&memory, &pages, &range).unwrap();
-            assert_eq!(pages.lock().len(), 1);
-        }
-        move_to_huge_pages(&memory, &pages, &(from..to)).unwrap();
-        assert!(pages.lock().is_empty());
-        let mut found = vec![0; content.len()];
-        memory.read_slice(&mut found, GuestAddress(from)).unwrap();
-        assert_eq!((found[5000], byte(&memory, from - 1), byte(&memory, to)), (5, 0, 0));
-        found[5000] = content[5000];
-        assert!(found == content);
-        // It is no file's any more: given back, it is zero.
-        give_back(&memory, &pages, Range { start: from, size: HUGE_PAGE }).unwrap();
-        assert_eq!([from, from + 5000].map(|at| byte(&memory, at)), [0, 0]);
     }
 
     #[test]

@@ -436,7 +436,7 @@ impl Running {
         let Some(code) = self.parts.code.take_if(|code| code.is_due()) else { return Ok(None) };
         self.park()?;
         for range in &code.pieces {
-            memory::move_to_huge_pages(&self.parts.memory, &self.parts.pages, range)?;
+            memory::huge::move_to(&self.parts.memory, &self.parts.pages, range)?;
         }
         let stop = self.parts.stops.try_recv().ok();
         if stop.is_none() && !self.paused {

@@ -9,7 +9,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use crate::layout;
-use crate::memory::HUGE_PAGE as PIECE;
+use crate::memory::place::HUGE;
+
+/// Bytes of a huge page.
+const PIECE: u64 = HUGE as u64;
 
 /// Sizes of an ELF header, a program header, a section header of 64 bits.
 const HEADER: usize = 64;

@@ -100,10 +100,7 @@ pub fn parse(mut arguments: impl Iterator<Item = String>) -> Result<Option<Optio
         if argument == "--" {
             break;
         }
-        let (name, attached) = match argument.split_once('=') {
-            Some((name, value)) => (name, Some(value.to_owned())),
-            None => (argument.as_str(), None),
-        };
+        let (name, attached) = cli::split(&argument);
         match name {
             "-h" | "--help" => return Ok(None),
             "--daemonize" if attached.is_none() => {

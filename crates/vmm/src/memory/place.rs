@@ -5,7 +5,7 @@
 //! while it boots.
 
 /// Bytes of a huge page.
-const HUGE: usize = 2 << 20;
+pub const HUGE: usize = 2 << 20;
 
 /// Runs `map`, which makes one mapping of `size` bytes wherever the host likes, with a hole of this size at a multiple of
 /// 2 MiB below all other holes: the host takes the highest one that fits. Where it does not, the mapping lies elsewhere, which
