@@ -17,7 +17,7 @@ use std::io::Read;
 use vm_memory::{Address, GuestMemoryBackend};
 
 use crate::acpi::{Processors, VirtioWindow};
-use crate::boot::code::Code;
+use crate::boot::ahead::{Image, Loading};
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
@@ -251,28 +251,40 @@ impl Preboot {
             return self.with(config).build();
         }
         let machine = &config.machine_config;
-        let mut payload = self.payload()?;
+        let payload = self.payload()?;
         let memory = self.memory()?;
         if machine.huge_pages {
             memory::use_small_pages(&memory);
         }
         let pages = payload.pages.clone();
-        let assembly = self.assemble(&memory, &pages)?;
+        let (empty, image) = self.begin(&memory, payload)?;
+        let Image { mut payload, files, code } = image;
+        let assembly = self.assemble(empty, &memory, &pages)?;
         payload.cmdline = self.cmdline(&assembly.windows);
         let model = CpuModel::new(&assembly.kvm, config)?;
         let description = self.description(&assembly, &model)?;
-        let entry = boot::load(&memory, &mut payload, &description)?;
+        let entry = boot::enter(&memory, &payload.cmdline, &description, files)?;
         if machine.huge_pages {
             memory::use_huge_pages(&memory);
         }
         model.check_addresses(assembly.reach.last_addr().raw_value())?;
-        // Where it is noted which pages are written, KVM has no huge ones.
-        let moves = machine.huge_pages && !machine.track_dirty_pages;
-        let code = if moves { Code::of(&payload.kernel) } else { None };
         let vcpus = assembly.vcpus(&model, code.as_ref().map(|code| &code.runs))?;
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), code, ..parts }))
+    }
+
+    /// Loads the kernel and has KVM make the machine, both at once where neither has been done.
+    fn begin(&self, memory: &Memory, payload: Payload) -> Result<(EmptyVm, Image)> {
+        let machine = &self.config.machine_config;
+        // Where it is noted which pages are written, KVM has no huge ones.
+        let moves = machine.huge_pages && !machine.track_dirty_pages;
+        if let Some(empty) = self.empty.take() {
+            return Ok((empty, Image::load(memory, payload, moves)?));
+        }
+        let loading = Loading::begin(memory, payload, moves)?;
+        let empty = self.empty_vm()?;
+        Ok((empty, loading.finish()?))
     }
 
     fn read_template(&self, name: &str) -> Result<CpuTemplate> {

@@ -433,10 +433,10 @@ impl Running {
 
     /// Moves the kernel's code into huge pages once the guest runs. Returns what a vCPU reported meanwhile; all are parked then.
     fn move_code(&mut self) -> Result<Option<Stop>> {
-        let Some(code) = self.parts.code.take_if(|code| code.is_due()) else { return Ok(None) };
+        let Some(mut code) = self.parts.code.take_if(|code| code.is_due()) else { return Ok(None) };
         self.park()?;
-        for range in &code.pieces {
-            memory::huge::move_to(&self.parts.memory, &self.parts.pages, range)?;
+        while let Some(piece) = code.take_piece() {
+            memory::huge::move_to(&self.parts.memory, &self.parts.pages, &piece)?;
         }
         let stop = self.parts.stops.try_recv().ok();
         if stop.is_none() && !self.paused {

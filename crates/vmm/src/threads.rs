@@ -8,6 +8,8 @@ use crate::error::{Error, Result};
 pub const API: &str = "vmm-api";
 /// Name of the process that opens paths.
 pub const OPENER: &str = "vmm-opener";
+/// Name of the thread that loads a kernel, and ends before the machine is built.
+pub const LOADER: &str = "vmm-loader";
 /// Name of the device thread.
 pub const DEVICES: &str = "vmm-dev";
 

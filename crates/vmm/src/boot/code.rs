@@ -44,6 +44,17 @@ impl Code {
         (!pieces.is_empty()).then(|| Self { pieces, runs: Arc::default() })
     }
 
+    /// The next huge page that is to be moved.
+    pub fn take_piece(&mut self) -> Option<Range<u64>> {
+        let first = self.pieces.first_mut()?;
+        let piece = first.start..first.start + PIECE;
+        first.start = piece.end;
+        if first.is_empty() {
+            self.pieces.remove(0);
+        }
+        Some(piece)
+    }
+
     /// Whether it is time to move it.
     #[must_use]
     pub fn is_due(&self) -> bool {
@@ -153,20 +164,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::boot::tests_support::elf;
-
-    /// A kernel with one section of code at an address.
-    fn kernel(address: u64, code: &[u8]) -> Vec<u8> {
-        let mut image = elf(address, address, code);
-        let table = image.len() as u64;
-        image[40..48].copy_from_slice(&table.to_le_bytes());
-        image[58..62].copy_from_slice(&[64, 0, 1, 0]);
-        image.extend([0, 0, 0, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
-        for word in [address, 120, code.len() as u64, 0, 0, 0] {
-            image.extend(word.to_le_bytes());
-        }
-        image
-    }
+    use crate::boot::tests_support::kernel;
 
     /// From and to, in MiB.
     fn found(image: &[u8]) -> Vec<(u64, u64)> {

@@ -2,6 +2,7 @@
 //!
 //! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
 
+pub mod ahead;
 pub mod code;
 #[cfg(test)]
 mod exhaustive;
@@ -76,11 +77,40 @@ pub struct Loaded {
 const RAM: u32 = 1;
 const RESERVED: u32 = 2;
 
+/// A kernel and an initrd in guest memory.
+pub struct Files {
+    kernel: Kernel,
+    initrd: Option<Loaded>,
+}
+
 /// Fills cleared guest memory and says where the first vCPU starts.
 ///
 /// # Errors
-/// [`Error::Kernel`] for an image that is no kernel or does not fit, [`Error::Memory`], [`Error::Io`].
+/// Those of [`load_files`] and of [`enter`].
 pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -> Result<Entry> {
+    let files = load_files(memory, payload)?;
+    enter(memory, &payload.cmdline, description, files)
+}
+
+/// Loads what is a file.
+///
+/// # Errors
+/// [`Error::Kernel`] for an image that is no kernel or does not fit, [`Error::Io`].
+pub fn load_files(memory: &Memory, payload: &mut Payload) -> Result<Files> {
+    let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol, &payload.pages)?;
+    let initrd = match &mut payload.initrd {
+        Some(file) => Some(load_initrd(memory, file, &kernel, &payload.pages)?),
+        None => None,
+    };
+    Ok(Files { kernel, initrd })
+}
+
+/// Adds what the kernel is told, and says where the first vCPU starts.
+///
+/// # Errors
+/// [`Error::Config`] for a command line that is too long, [`Error::Memory`].
+pub fn enter(memory: &Memory, cmdline: &str, description: &Description, files: Files) -> Result<Entry> {
+    let Files { kernel, initrd } = files;
     let rsdp = if description.acpi {
         Some(acpi::write(memory, description.processors, &description.windows)?)
     } else {
@@ -95,16 +125,10 @@ pub fn load(memory: &Memory, payload: &mut Payload, description: &Description) -
     memory
         .write_slice(&reset_stub(), GuestAddress(layout::RESET_VECTOR))
         .map_err(Error::memory("reset vector"))?;
-    write_cmdline(memory, &payload.cmdline)?;
-
-    let kernel = load_kernel(memory, &mut payload.kernel, payload.protocol, &payload.pages)?;
-    let initrd = match &mut payload.initrd {
-        Some(file) => Some(load_initrd(memory, file, &kernel, &payload.pages)?),
-        None => None,
-    };
+    write_cmdline(memory, cmdline)?;
     let entry = match kernel.start {
         Start::Linux { rip, header } => {
-            linux::write_zero_page(memory, header, &payload.cmdline, initrd, rsdp)?;
+            linux::write_zero_page(memory, header, cmdline, initrd, rsdp)?;
             Entry::Long { rip, rsi: layout::ZERO_PAGE_START }
         }
         Start::Pvh { rip } => {
@@ -440,6 +464,24 @@ pub(crate) mod tests_support {
             image.extend(word.to_le_bytes());
         }
         image.extend(code);
+        image
+    }
+
+    /// The same with that code at a page's begin in the file, and named as code by a section.
+    pub fn kernel(address: u64, code: &[u8]) -> Vec<u8> {
+        const OFFSET: u64 = 4096;
+        let mut image = elf(address, address, &[]);
+        image.resize(OFFSET as usize, 0);
+        image.extend(code);
+        let (size, table) = (code.len() as u64, image.len() as u64);
+        for (at, word) in [(40, table), (72, OFFSET), (96, size), (104, size)] {
+            image[at..at + 8].copy_from_slice(&word.to_le_bytes());
+        }
+        image[58..62].copy_from_slice(&[64, 0, 1, 0]);
+        image.extend([0, 0, 0, 0, 1, 0, 0, 0, 6, 0, 0, 0, 0, 0, 0, 0]);
+        for word in [address, OFFSET, size, 0, 0, 0] {
+            image.extend(word.to_le_bytes());
+        }
         image
     }
 }

@@ -38,7 +38,7 @@ use crate::running::Parts;
 use crate::running::devices::Steered;
 use crate::seccomp::Filters;
 use crate::vcpu::{Buses, Stop, VcpuHandle};
-use crate::vm::{Vm, msr_indices};
+use crate::vm::{EmptyVm, Vm, msr_indices};
 
 /// A machine with its devices, before its vCPUs.
 pub(super) struct Assembly {
@@ -82,10 +82,9 @@ impl Assembly {
 
 impl Preboot {
     /// Makes the machine and its devices around this memory, as after power-on.
-    pub(super) fn assemble(&self, memory: &Memory, pages: &FilePages) -> Result<Assembly> {
+    pub(super) fn assemble(&self, empty: EmptyVm, memory: &Memory, pages: &FilePages) -> Result<Assembly> {
         let filters = Filters::new()?;
         let images = self.images()?;
-        let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
         let shown = Pages::new(self.config.virtio_devices())?;
         let (vm, kvm) = Vm::new(empty, memory, &images, shown.clone())?;
         let reach = image::reach(memory, &images)?;

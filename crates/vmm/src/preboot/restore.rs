@@ -52,7 +52,8 @@ impl Preboot {
                 (None, Some(Handler::connect(&memory, stream, device)?))
             }
         };
-        let assembly = self.assemble(&memory, &pages)?;
+        let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
+        let assembly = self.assemble(empty, &memory, &pages)?;
         let told = saved.vcpus.iter().filter_map(|vcpu| vcpu.msr(ARCH_CAPABILITIES));
         let model = CpuModel::of_snapshot(&assembly.kvm, &self.config, &saved.cpuid, told)?;
         let description = self.description(&assembly, &model)?;

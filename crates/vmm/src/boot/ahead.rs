@@ -1,0 +1,127 @@
+//! A kernel is loaded while KVM makes the machine. Some hosts need many milliseconds for that, which they spend waiting (Linux 6.1: 9 of
+//! them, for all CPUs to take notice of a new thread); for so long the kernel's code moves into huge pages.
+
+use std::convert::Infallible;
+use std::sync::mpsc::{self, RecvTimeoutError, Sender};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use super::code::Code;
+use super::{Files, Payload, load_files};
+use crate::error::{Error, Result};
+use crate::memory::{self, Memory};
+use crate::threads;
+
+/// What takes KVM longer is waiting: natively it is done in a tenth of this.
+const WORKS: Duration = Duration::from_millis(2);
+
+/// What is in guest memory when its files are loaded.
+pub struct Image {
+    /// Where it is from.
+    pub payload: Payload,
+    /// Where it is.
+    pub files: Files,
+    /// What is to move once the guest runs.
+    pub code: Option<Code>,
+}
+
+impl Image {
+    /// Loads it. Code moves only if it may.
+    ///
+    /// # Errors
+    /// Those of [`load_files`].
+    pub fn load(memory: &Memory, mut payload: Payload, moves: bool) -> Result<Self> {
+        let files = load_files(memory, &mut payload)?;
+        let code = if moves { Code::of(&payload.kernel) } else { None };
+        Ok(Self { payload, files, code })
+    }
+}
+
+/// A thread that loads an image.
+pub struct Loading {
+    thread: JoinHandle<Result<Image>>,
+    /// Nothing is sent: it goes when KVM is done.
+    waiting: Sender<Infallible>,
+}
+
+impl Loading {
+    /// Begins.
+    ///
+    /// # Errors
+    /// [`Error::Io`]: there can be no thread.
+    pub fn begin(memory: &Memory, payload: Payload, moves: bool) -> Result<Self> {
+        let (begun, memory) = (Instant::now(), memory.clone());
+        let (waiting, done) = mpsc::channel();
+        let thread = threads::spawn(threads::LOADER.to_owned(), move || {
+            let mut image = Image::load(&memory, payload, moves)?;
+            let mut limit = WORKS.saturating_sub(begun.elapsed());
+            while let Some(code) = &mut image.code
+                && done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout)
+                && let Some(piece) = code.take_piece()
+            {
+                memory::huge::move_to(&memory, &image.payload.pages, &piece)?;
+                limit = Duration::ZERO;
+            }
+            Ok(image)
+        });
+        Ok(Self { thread: thread?, waiting })
+    }
+
+    /// The image, now that the machine is made.
+    ///
+    /// # Errors
+    /// Those of [`Image::load`], or [`Error::Memory`].
+    pub fn finish(self) -> Result<Image> {
+        drop(self.waiting);
+        self.thread.join().map_err(|_| Error::State("the thread that loads the kernel has failed".into()))?
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use vm_memory::{Bytes, GuestAddress};
+
+    use super::*;
+    use crate::boot::tests_support::kernel;
+    use crate::config::BootProtocol;
+    use crate::memory::FilePages;
+
+    const START: u64 = 1 << 20;
+
+    fn payload(image: &[u8]) -> Payload {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(image).unwrap();
+        let (cmdline, protocol, pages) = (String::new(), BootProtocol::Auto, FilePages::default());
+        Payload { kernel: file, initrd: None, cmdline, protocol, pages }
+    }
+
+    #[test]
+    fn code_moves_for_as_long_as_kvm_takes() {
+        let code: Vec<u8> = (0..7_u32 << 20).map(|n| (n % 251) as u8).collect();
+        let (image, memory) = (kernel(START, &code), memory::create(16).unwrap());
+        let loading = Loading::begin(&memory, payload(&image), true).unwrap();
+        let begun = Instant::now();
+        while !loading.thread.is_finished() {
+            assert!(begun.elapsed() < Duration::from_secs(20));
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let loaded = loading.finish().unwrap();
+        assert_eq!(loaded.code.unwrap().pieces, []);
+        let mut found = vec![0; code.len()];
+        memory.read_slice(&mut found, GuestAddress(START)).unwrap();
+        assert!(found == code);
+    }
+
+    #[test]
+    fn nothing_moves_that_may_not() {
+        let (image, memory) = (kernel(START, &[0xf4, 0x90].repeat(4 << 20)), memory::create(16).unwrap());
+        let loaded = Image::load(&memory, payload(&image), true).unwrap();
+        assert_eq!(loaded.code.unwrap().take_piece(), Some(2 << 20..4 << 20));
+        let loading = Loading::begin(&memory, payload(&image), false).unwrap();
+        assert!(loading.finish().unwrap().code.is_none());
+        let loading = Loading::begin(&memory, payload(b"no kernel"), true).unwrap();
+        assert!(matches!(loading.finish(), Err(Error::Kernel(_))));
+    }
+}
