@@ -3,7 +3,7 @@
 
 use libfuzzer_sys::fuzz_target;
 use roost_vmm::devices::virtio::net::metrics::Metrics;
-use roost_vmm::devices::virtio::net::queue::{MAX_PACKET, Waiting, receive, transmit};
+use roost_vmm::devices::virtio::net::queue::{Waiting, receive, transmit};
 use roost_vmm_fuzz::guest::{self, Batch, Ring, Setup};
 use roost_vmm_fuzz::host::Packets;
 
@@ -12,7 +12,6 @@ fuzz_target!(|input: (Setup, Setup, bool, Vec<(Batch, Batch, Vec<(u16, u8)>)>)| 
     let memory = guest::memory();
     let mut rx = Ring::new(&memory, receiving, 0);
     let mut tx = Ring::new(&memory, sending, 1);
-    let mut scratch = vec![0; MAX_PACKET];
     let (mut waiting, mut metrics) = (Waiting::default(), Metrics::default());
     for (wanted, sent, packets) in steps.into_iter().take(6) {
         let mut tap = Packets(packets.into());
@@ -21,8 +20,7 @@ fuzz_target!(|input: (Setup, Setup, bool, Vec<(Batch, Batch, Vec<(u16, u8)>)>)| 
         let received = rx.turn(&memory, |queue| {
             receive(queue, &memory, &mut tap, &mut waiting, None, mergeable, &mut metrics)
         });
-        let passed =
-            tx.turn(&memory, |queue| transmit(queue, &memory, &mut tap, &mut scratch, None, &mut metrics));
+        let passed = tx.turn(&memory, |queue| transmit(queue, &memory, &mut tap, None, &mut metrics));
         if received.is_err() || passed.is_err() {
             return;
         }

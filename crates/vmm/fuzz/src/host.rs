@@ -12,6 +12,7 @@ use std::sync::Mutex;
 
 use roost_vmm::devices::virtio::block::backend::Backend;
 use roost_vmm::devices::virtio::net::queue::{HEADER, MAX_PACKET, Tap};
+use roost_vmm::devices::virtio::queue::{copy_out, length};
 use roost_vmm::devices::virtio::vsock::switch::{Host, Socket};
 use roost_vmm::memory::Slice;
 
@@ -79,9 +80,11 @@ impl Tap for Packets {
         Ok(Some(length))
     }
 
-    fn send(&mut self, packet: &[u8]) -> io::Result<()> {
-        assert!(packet.len() > HEADER && packet.len() <= MAX_PACKET);
-        if packet[HEADER] == 0xff { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    fn send(&mut self, packet: &[Slice<'_>]) -> io::Result<()> {
+        let mut bytes = vec![0; MAX_PACKET];
+        let count = copy_out(packet, &mut bytes);
+        assert!(count > HEADER && count as u64 == length(packet));
+        if bytes[HEADER] == 0xff { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
     }
 }
 

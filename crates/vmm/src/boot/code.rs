@@ -1,6 +1,7 @@
 //! Where a kernel's code is. Linux patches itself when it starts, on nearly every page of its code, so that little of it stays shared.
 //! Mapped from the file, each page has three faults until it is the guest's own; in a huge page, 512 of them have one. So the code
-//! moves into huge pages, but not before the guest runs: at the first exit that brings a vCPU to the monitor, when Linux has not begun.
+//! moves into huge pages, but not before the guest runs, as that takes time: at the first exit that brings a vCPU to the monitor, when
+//! Linux has not begun. Only while KVM is waited for, it moves ahead ([`super::ahead`]).
 
 use std::fs::File;
 use std::ops::Range;

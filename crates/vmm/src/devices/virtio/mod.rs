@@ -14,6 +14,7 @@ pub mod mem;
 pub mod mmio;
 pub mod net;
 pub mod pace;
+pub mod pieces;
 pub mod pmem;
 pub mod queue;
 #[cfg(test)]

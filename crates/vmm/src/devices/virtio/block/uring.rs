@@ -14,7 +14,8 @@ use io_uring::types::Fixed;
 use io_uring::{IoUring, opcode, squeue};
 
 use super::clear::{Call, Clear};
-use super::engine::{Engine, Pieces, ROOM, Work};
+use super::engine::{Engine, ROOM, Work};
+use crate::devices::virtio::pieces::Pieces;
 use crate::memory::{Memory, Slice};
 
 /// Threads that the kernel may take for what cannot be done without waiting: for files, for everything else.

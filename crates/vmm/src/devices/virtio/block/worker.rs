@@ -10,7 +10,8 @@ use std::thread::JoinHandle;
 use vmm_sys_util::eventfd::EventFd;
 
 use super::SharedImage;
-use super::engine::{Engine, Pieces, Work};
+use super::engine::{Engine, Work};
+use crate::devices::virtio::pieces::Pieces;
 use crate::memory::{Memory, Slice};
 use crate::{seccomp, threads};
 

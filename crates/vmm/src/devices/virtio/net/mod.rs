@@ -40,7 +40,7 @@ use crate::log::Limited;
 use crate::memory::Memory;
 use kernel::Kernel;
 use metrics::Metrics;
-use queue::{MAX_PACKET, Waiting};
+use queue::Waiting;
 use tap::TapDevice;
 
 /// virtio device id of a network interface.
@@ -97,7 +97,6 @@ pub struct Net {
     /// Who moves the packets, if it is not this device.
     kernel: Option<Kernel>,
     active: Option<Active>,
-    scratch: Box<[u8]>,
     metrics: Metrics,
 }
 
@@ -121,7 +120,6 @@ impl Net {
             limits,
             kernel: None,
             active: None,
-            scratch: vec![0; MAX_PACKET].into_boxed_slice(),
             metrics: Metrics::default(),
         }
     }
@@ -165,7 +163,7 @@ impl Net {
         let Some(queue) = queues.get_mut(2 * pair + TX).filter(|queue| queue.ready()) else { return false };
         let Some(Pair { tap, .. }) = self.pairs.get_mut(pair) else { return false };
         let pace = Some(&mut self.limits.tx);
-        let result = queue::transmit(queue, memory, tap, &mut self.scratch, pace, &mut self.metrics);
+        let result = queue::transmit(queue, memory, tap, pace, &mut self.metrics);
         self.finish(result)
     }
 

@@ -9,10 +9,9 @@ use virtio_queue::{Queue, QueueOwnedT, QueueT};
 use super::metrics::Metrics;
 use crate::devices::virtio::pace::Pace;
 use crate::devices::virtio::queue::{
-    BUDGET, Broken, Buffers, Turn, add_used_together, copy_in, copy_out, drain_while, length, next,
-    wants_interrupt,
+    BUDGET, Broken, Buffers, Turn, add_used_together, copy_in, drain_while, length, next, wants_interrupt,
 };
-use crate::memory::Memory;
+use crate::memory::{Memory, Slice};
 
 /// Bytes of the virtio header.
 pub const HEADER: usize = 12;
@@ -30,11 +29,11 @@ pub trait Tap {
     /// # Errors
     /// The host's error.
     fn receive(&mut self, packet: &mut [u8]) -> io::Result<Option<usize>>;
-    /// Sends one packet with its header.
+    /// Sends one packet with its header, from where it is: whoever looks at it copies it first, as the guest may change it.
     ///
     /// # Errors
     /// The host's error: the packet is lost, as packets may be.
-    fn send(&mut self, packet: &[u8]) -> io::Result<()>;
+    fn send(&mut self, packet: &[Slice<'_>]) -> io::Result<()>;
 }
 
 /// A packet that was taken from the tap and waits for buffers.
@@ -70,7 +69,6 @@ pub fn transmit(
     queue: &mut Queue,
     memory: &Memory,
     tap: &mut dyn Tap,
-    scratch: &mut [u8],
     mut pace: Option<&mut Pace>,
     metrics: &mut Metrics,
 ) -> Result<Turn, Broken> {
@@ -80,21 +78,17 @@ pub fn transmit(
             metrics.tx_limited += u64::from(!passes);
             return passes.then_some(0);
         };
-        let packet = Buffers::new(memory, chain, MAX_PACKET as u64)
-            .ok()
-            .map(|buffers| copy_out(&buffers.readable, scratch))
-            .filter(|count| *count > HEADER);
-        // Copied once and only then looked at: the guest cannot change a packet under the host.
-        match packet.map(|count| (count, tap.send(&scratch[..count]))) {
-            Some((count, Ok(()))) => {
-                metrics.tx_packets += 1;
-                metrics.tx_bytes += (count - HEADER) as u64;
-            }
-            _ => metrics.tx_dropped += 1,
+        let packet = Buffers::new(memory, chain, MAX_PACKET as u64).unwrap_or_default().readable;
+        let bytes = length(&packet).saturating_sub(HEADER as u64);
+        if bytes > 0 && tap.send(&packet).is_ok() {
+            metrics.tx_packets += 1;
+            metrics.tx_bytes += bytes;
+        } else {
+            metrics.tx_dropped += 1;
         }
         // Lost or not: it was work.
         if let Some(pace) = &mut pace {
-            pace.charge(packet.map_or(0, |count| count - HEADER) as u64);
+            pace.charge(bytes);
         }
         Some(0)
     })
