@@ -28,7 +28,7 @@ kernel_key() {
         ;;
     fast)
         { packages_resolve_only linux-source-6.1
-          hash_files "$KERNELS/fast.config"; } | hash_key
+          hash_files "$KERNELS/fast.config" "$KERNELS/bss.patch"; } | hash_key
         ;;
     *) die "no kernel '$1': debian or fast" ;;
     esac
@@ -92,7 +92,7 @@ extract_vmlinux() {
 
 _u() { od -An -t "u$1" -j $(($2)) -N "$1" "$3" | tr -d ' '; }
 
-# The kernel from Debian's own source with our options: some minutes, once.
+# The kernel from Debian's own source with our options and one patch: some minutes, once.
 _build_kernel_fast() {
     local out=$1 work source option
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
@@ -109,6 +109,7 @@ _build_kernel_fast() {
         export KBUILD_BUILD_USER=roost KBUILD_BUILD_HOST=roost KBUILD_BUILD_VERSION=1 LC_ALL=C
         KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH" '+%a %b %e %H:%M:%S UTC %Y')
         export KBUILD_BUILD_TIMESTAMP
+        patch -s -p1 < "$KERNELS/bss.patch"
         make -s tinyconfig >/dev/null
         grep -v '^#' "$KERNELS/fast.config" | grep . > "$work/fragment"
         scripts/kconfig/merge_config.sh -m .config "$work/fragment" > /dev/null
