@@ -109,7 +109,7 @@ _build_kernel_fast() {
         export KBUILD_BUILD_USER=roost KBUILD_BUILD_HOST=roost KBUILD_BUILD_VERSION=1 LC_ALL=C
         KBUILD_BUILD_TIMESTAMP=$(date -u -d "@$SOURCE_DATE_EPOCH" '+%a %b %e %H:%M:%S UTC %Y')
         export KBUILD_BUILD_TIMESTAMP
-        patch -s -p1 < "$KERNELS/bss.patch"
+        patch -s -p1 -F0 --batch < "$KERNELS/bss.patch"
         make -s tinyconfig >/dev/null
         grep -v '^#' "$KERNELS/fast.config" | grep . > "$work/fragment"
         scripts/kconfig/merge_config.sh -m .config "$work/fragment" > /dev/null

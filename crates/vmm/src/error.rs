@@ -24,6 +24,17 @@ pub enum Error {
         #[source]
         source: std::io::Error,
     },
+    /// A path on the command line does not open.
+    #[error("cannot open {what} {path:?}")]
+    Path {
+        /// What the file is for.
+        what: &'static str,
+        /// The path that was tried.
+        path: PathBuf,
+        /// Why it did not open.
+        #[source]
+        source: std::io::Error,
+    },
     /// A name in the configuration was looked up after lock-down, when no path may be opened.
     #[error("{what} {name:?} was not handed over as a descriptor, and paths are not opened after lock-down")]
     NotHanded {
@@ -111,9 +122,12 @@ impl Error {
             | Self::Snapshot(_)
             | Self::NotHanded { .. } => ExitCode::Config,
             Self::Kvm { .. } | Self::KvmLacks(_) => ExitCode::Kvm,
-            Self::Open { .. } | Self::Disk { .. } | Self::Io { .. } | Self::Memory(_) | Self::Jail(_) => {
-                ExitCode::HostIo
-            }
+            Self::Open { .. }
+            | Self::Path { .. }
+            | Self::Disk { .. }
+            | Self::Io { .. }
+            | Self::Memory(_)
+            | Self::Jail(_) => ExitCode::HostIo,
             Self::Seccomp(_) => ExitCode::Internal,
         }
     }

@@ -114,7 +114,7 @@ fn end_process_on_panic() {
 
 fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
     let open = |path: &Path, what, write| {
-        File::options().read(true).write(write).open(path).map_err(|source| Error::Open {
+        File::options().read(true).write(write).open(path).map_err(|source| Error::Path {
             what,
             path: path.to_owned(),
             source,

@@ -283,8 +283,10 @@ impl Preboot {
             return Ok((empty, Image::load(memory, payload, moves)?));
         }
         let loading = Loading::begin(memory, payload, moves)?;
-        let empty = self.empty_vm()?;
-        Ok((empty, loading.finish()?))
+        let empty = self.empty_vm();
+        // No thread is left behind, whatever has failed.
+        let image = loading.finish();
+        Ok((empty?, image?))
     }
 
     fn read_template(&self, name: &str) -> Result<CpuTemplate> {

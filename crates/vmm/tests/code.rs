@@ -34,9 +34,9 @@ fn goes_on(machine: &mut Machine) {
 #[test]
 fn code_moves_into_huge_pages_once_the_guest_runs() {
     let mut machine = code::machine();
-    machine.start::<&str>(&["--hold"]);
+    machine.start_with(&["run", "--api-sock", &machine.text("api")]);
+    code::start(&machine);
     let client = machine.client();
-    client.put("PUT", "/actions", &json!({ "action_type": "InstanceStart" })).unwrap();
     wait_for("the guest", || (machine.console() == "a").then_some(()));
     // The rest is no huge page.
     wait_for("the move", || (mapped_kib(&machine) == REST_KIB).then_some(()));

@@ -10,7 +10,7 @@ use std::collections::BTreeSet;
 use std::fs::File;
 use std::io::{Read, Write};
 use std::os::unix::net::UnixListener;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use common::balloon::give;
 use common::virtio::{Device, Ring, WRITE, block, block_clear, block_request};
@@ -36,7 +36,16 @@ impl Ledger {
         arguments: &[String],
         meanwhile: impl FnOnce(&mut Machine),
     ) -> Ended {
-        let mut command = machine.command(arguments);
+        let command = machine.command(arguments);
+        self.run_command(machine, command, meanwhile)
+    }
+
+    fn run_command(
+        &mut self,
+        machine: &mut Machine,
+        mut command: Command,
+        meanwhile: impl FnOnce(&mut Machine),
+    ) -> Ended {
         command.stdin(Stdio::piped());
         let (child, seen) = watch::start(&mut command);
         machine.adopt(child);
@@ -117,7 +126,9 @@ fn reset_of_a_large_kernel(ledger: &mut Ledger) {
 /// A kernel whose code moves into huge pages.
 fn code_in_huge_pages(ledger: &mut Ledger) {
     let mut machine = machines::code::machine();
-    ledger.run(&mut machine, &[], |machine| {
+    let command = machine.command_with(&["run", "--api-sock", &machine.text("api")]);
+    ledger.run_command(&mut machine, command, |machine| {
+        machines::code::start(machine);
         wait_for("the guest", || (machine.console() == "a").then_some(()));
         machine.client().force_stop().unwrap();
     });

@@ -81,9 +81,9 @@ impl Tap for Packets {
     }
 
     fn send(&mut self, packet: &[Slice<'_>]) -> io::Result<()> {
-        let mut bytes = vec![0; MAX_PACKET];
+        let mut bytes = vec![0; usize::try_from(length(packet)).unwrap()];
         let count = copy_out(packet, &mut bytes);
-        assert!(count > HEADER && count as u64 == length(packet));
+        assert!(count > HEADER && count <= MAX_PACKET && count == bytes.len());
         if bytes[HEADER] == 0xff { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
     }
 }

@@ -1,10 +1,10 @@
 //! A kernel is loaded while KVM makes the machine. Some hosts need many milliseconds for that, which they spend waiting (Linux 6.1: 9 of
-//! them, for all CPUs to take notice of a new thread); for so long the kernel's code moves into huge pages.
+//! them, for all CPUs to take notice of a new thread); for so long the kernel's code moves into huge pages, one after the other.
 
 use std::convert::Infallible;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use super::code::Code;
 use super::{Files, Payload, load_files};
@@ -12,8 +12,10 @@ use crate::error::{Error, Result};
 use crate::memory::{self, Memory};
 use crate::threads;
 
-/// What takes KVM longer is waiting: natively it is done in a tenth of this.
+/// What takes KVM longer, once the kernel is loaded, is waiting: where it does not wait, it is done in a fraction of this.
 const WORKS: Duration = Duration::from_millis(2);
+/// Between two pieces, so that who makes the machine goes on where there is one CPU for both.
+const BREATH: Duration = Duration::from_micros(100);
 
 /// What is in guest memory when its files are loaded.
 pub struct Image {
@@ -35,6 +37,19 @@ impl Image {
         let code = if moves { Code::of(&payload.kernel) } else { None };
         Ok(Self { payload, files, code })
     }
+
+    /// Moves code into huge pages, piece by piece, for as long as KVM `waits`, which is asked before each with the time to give it.
+    fn move_while(&mut self, memory: &Memory, mut waits: impl FnMut(Duration) -> bool) -> Result<()> {
+        let Some(code) = &mut self.code else { return Ok(()) };
+        let mut time = WORKS;
+        while waits(time) {
+            let Some(piece) = code.take_piece() else { break };
+            memory::huge::move_to(memory, &self.payload.pages, &piece)?;
+            time = BREATH;
+        }
+        self.code.take_if(|code| code.pieces.is_empty());
+        Ok(())
+    }
 }
 
 /// A thread that loads an image.
@@ -50,18 +65,11 @@ impl Loading {
     /// # Errors
     /// [`Error::Io`]: there can be no thread.
     pub fn begin(memory: &Memory, payload: Payload, moves: bool) -> Result<Self> {
-        let (begun, memory) = (Instant::now(), memory.clone());
+        let memory = memory.clone();
         let (waiting, done) = mpsc::channel();
         let thread = threads::spawn(threads::LOADER.to_owned(), move || {
             let mut image = Image::load(&memory, payload, moves)?;
-            let mut limit = WORKS.saturating_sub(begun.elapsed());
-            while let Some(code) = &mut image.code
-                && done.recv_timeout(limit) == Err(RecvTimeoutError::Timeout)
-                && let Some(piece) = code.take_piece()
-            {
-                memory::huge::move_to(&memory, &image.payload.pages, &piece)?;
-                limit = Duration::ZERO;
-            }
+            image.move_while(&memory, |time| done.recv_timeout(time) == Err(RecvTimeoutError::Timeout))?;
             Ok(image)
         });
         Ok(Self { thread: thread?, waiting })
@@ -101,17 +109,24 @@ mod tests {
     fn code_moves_for_as_long_as_kvm_takes() {
         let code: Vec<u8> = (0..7_u32 << 20).map(|n| (n % 251) as u8).collect();
         let (image, memory) = (kernel(START, &code), memory::create(16).unwrap());
-        let loading = Loading::begin(&memory, payload(&image), true).unwrap();
-        let begun = Instant::now();
-        while !loading.thread.is_finished() {
-            assert!(begun.elapsed() < Duration::from_secs(20));
-            std::thread::sleep(Duration::from_millis(1));
-        }
-        let loaded = loading.finish().unwrap();
-        assert_eq!(loaded.code.unwrap().pieces, []);
-        let mut found = vec![0; code.len()];
-        memory.read_slice(&mut found, GuestAddress(START)).unwrap();
-        assert!(found == code);
+        let mut loaded = Image::load(&memory, payload(&image), true).unwrap();
+        let mut times = Vec::new();
+        let mut waits = |time| {
+            times.push(time);
+            times.len() < 3
+        };
+        loaded.move_while(&memory, &mut waits).unwrap();
+        assert_eq!(times, [WORKS, BREATH, BREATH]);
+        let left = loaded.code.as_ref().unwrap().pieces.clone();
+        assert_eq!(left, vec![(6 << 20)..(8 << 20); 1]);
+        let all = || {
+            let mut found = vec![0; code.len()];
+            memory.read_slice(&mut found, GuestAddress(START)).unwrap();
+            found
+        };
+        assert!(all() == code);
+        loaded.move_while(&memory, |_| true).unwrap();
+        assert!(loaded.code.is_none() && all() == code);
     }
 
     #[test]
@@ -119,8 +134,12 @@ mod tests {
         let (image, memory) = (kernel(START, &[0xf4, 0x90].repeat(4 << 20)), memory::create(16).unwrap());
         let loaded = Image::load(&memory, payload(&image), true).unwrap();
         assert_eq!(loaded.code.unwrap().take_piece(), Some(2 << 20..4 << 20));
-        let loading = Loading::begin(&memory, payload(&image), false).unwrap();
-        assert!(loading.finish().unwrap().code.is_none());
+        for moves in [true, false] {
+            let loading = Loading::begin(&memory, payload(&image), moves).unwrap();
+            let loaded = loading.finish().unwrap();
+            // Who is finished with at once may have begun to move.
+            assert!(moves || loaded.code.is_none());
+        }
         let loading = Loading::begin(&memory, payload(b"no kernel"), true).unwrap();
         assert!(matches!(loading.finish(), Err(Error::Kernel(_))));
     }

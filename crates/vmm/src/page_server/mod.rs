@@ -58,7 +58,7 @@ struct Shared {
 /// Serves clones until SIGTERM or SIGINT; the socket goes then. Clones that still run end with it, as their memory does.
 ///
 /// # Errors
-/// [`Error::Open`], [`Error::Snapshot`] for a file that is no whole memory, [`Error::Io`].
+/// [`Error::Path`], [`Error::Snapshot`] for a file that is no whole memory, [`Error::Io`].
 pub fn serve(options: &Options) -> Result<()> {
     let signals = crate::api::block_signals().map_err(Error::io("signalfd"))?;
     let shared = Arc::new(Shared::open(options)?);
@@ -100,7 +100,7 @@ fn accept(listener: &UnixListener, shared: &Arc<Shared>, signals: RawFd) -> Resu
 impl Shared {
     fn open(options: &Options) -> Result<Self> {
         let open = |path: &Path, what| {
-            File::open(path).map_err(|source| Error::Open { what, path: path.to_owned(), source })
+            File::open(path).map_err(|source| Error::Path { what, path: path.to_owned(), source })
         };
         let file = open(&options.memory, "memory file")?;
         let (snapshot, bytes) = memory_file::whole(&file)?;

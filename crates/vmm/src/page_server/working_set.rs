@@ -72,9 +72,9 @@ impl WorkingSet {
     /// Reads the one of a snapshot with so many bytes of memory. `None`: there is none yet.
     ///
     /// # Errors
-    /// [`Error::Open`]; [`Error::Snapshot`] for what is no working set, or another snapshot's.
+    /// [`Error::Path`]; [`Error::Snapshot`] for what is no working set, or another snapshot's.
     pub fn read(path: &Path, snapshot: [u8; 16], bytes: u64) -> Result<Option<Self>> {
-        let open = |source| Error::Open { what: "working set", path: path.to_owned(), source };
+        let open = |source| Error::Path { what: "working set", path: path.to_owned(), source };
         let mut text = Vec::new();
         match fs::File::open(path) {
             Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),

@@ -279,7 +279,7 @@ const DEVICES: &[Allowed] = &[
     any(libc::SYS_pread64, "an overlay's tables").unseen(unseen::FORMAT),
     any(libc::SYS_pwrite64, "an overlay's tables").unseen(unseen::FORMAT),
     any(libc::SYS_readv, "a disk is read").unseen(unseen::FORMAT),
-    any(libc::SYS_writev, "the guest sends packets"),
+    any(libc::SYS_writev, "the guest sends packets; a disk is written"),
     any(libc::SYS_fsync, "a disk is flushed"),
     any(libc::SYS_lseek, "an overlay's length").unseen(unseen::FORMAT),
     any(libc::SYS_fstat, "an overlay's length").unseen(unseen::FORMAT),

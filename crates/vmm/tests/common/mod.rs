@@ -168,7 +168,8 @@ impl Machine {
         self.child = Some(self.command_with(arguments).spawn().unwrap());
     }
 
-    fn command_with(&self, arguments: &[&str]) -> Command {
+    /// The command with these arguments alone.
+    pub fn command_with(&self, arguments: &[&str]) -> Command {
         let mut command = Command::new(&self.program);
         let stderr = File::create(self.path("stderr")).unwrap();
         command.args(arguments).stdin(Stdio::null()).stdout(Stdio::null()).stderr(stderr);
