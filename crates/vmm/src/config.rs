@@ -85,7 +85,7 @@ pub struct BootSource {
     /// An initramfs.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub initrd_path: Option<String>,
-    /// The kernel command line, at most 2047 bytes; [`DEFAULT_BOOT_ARGS`] when left out.
+    /// The kernel command line, at most 2047 bytes; [`DEFAULT_BOOT_ARGS`] when left out. What is put behind it: `docs/monitor.md`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub boot_args: Option<String>,
     /// How an ELF kernel is entered.

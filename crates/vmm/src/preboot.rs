@@ -13,17 +13,20 @@ mod restore;
 
 use std::cell::RefCell;
 use std::io::Read;
+use std::os::fd::OwnedFd;
+use std::time::Duration;
 
 use vm_memory::{Address, GuestMemoryBackend};
 
 use crate::acpi::{Processors, VirtioWindow};
-use crate::boot::ahead::{Image, Loading};
+use crate::boot::ahead::Image;
+use crate::boot::cmdline::CommandLine;
 use crate::boot::{self, Description, Payload};
 use crate::config::{
     BalloonConfig, BootSource, DEFAULT_BOOT_ARGS, Drive, EntropyConfig, MachineConfig, MachineConfigUpdate,
     MemoryHotplugConfig, NetworkInterface, PmemConfig, SerialConfig, SmbiosConfig, VmConfig, VsockConfig,
 };
-use crate::cpu::cpuid::Identity;
+use crate::cpu::cpuid::{Identity, keeps_time_by_kvmclock};
 use crate::cpu::model::CpuModel;
 use crate::cpu::registers::Entry;
 use crate::cpu::template::{CpuConfig, CpuTemplate, Level};
@@ -35,6 +38,7 @@ use crate::layout;
 use crate::memory::{self, FilePages, Memory, Range, Tracking};
 use crate::running::{Held, Parts};
 use crate::status::StatusWriter;
+use crate::threads;
 use crate::vcpu::VcpuHandle;
 use crate::vm::EmptyVm;
 use assembly::Assembly;
@@ -74,9 +78,34 @@ impl Preboot {
     }
 
     fn empty_vm(&self) -> Result<EmptyVm> {
-        let handed =
-            self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()?;
-        EmptyVm::new(handed)
+        EmptyVm::new(self.handed_kvm()?)
+    }
+
+    fn handed_kvm(&self) -> Result<Option<OwnedFd>> {
+        self.descriptors.has(KVM_NAME).then(|| self.descriptors.handed(KVM_NAME, "KVM")).transpose()
+    }
+
+    /// KVM's machine, and what the work comes to: both at once where the machine has not been made ahead. The work can ask whether KVM is
+    /// not done after so long.
+    fn while_made<T: Send>(
+        &self,
+        work: impl FnOnce(&dyn Fn(Duration) -> bool) -> Result<T> + Send,
+    ) -> Result<(EmptyVm, T)> {
+        let (empty, done) = match self.empty.take() {
+            Some(empty) => (Ok(empty), work(&|_| false)),
+            None => {
+                let handed = self.handed_kvm()?;
+                threads::meanwhile(threads::LOADER, || EmptyVm::new(handed), work)?
+            }
+        };
+        match done {
+            Ok(done) => Ok((empty?, done)),
+            Err(error) => {
+                // The next build takes it.
+                self.empty.replace(empty.ok());
+                Err(error)
+            }
+        }
     }
 
     /// The configuration as it is.
@@ -257,11 +286,17 @@ impl Preboot {
             memory::use_small_pages(&memory);
         }
         let pages = payload.pages.clone();
-        let (empty, image) = self.begin(&memory, payload)?;
+        // Where it is noted which pages are written, KVM has no huge ones.
+        let moves = machine.huge_pages && !machine.track_dirty_pages;
+        let (empty, image) = self.while_made(|waits| {
+            let mut image = Image::load(&memory, payload, moves)?;
+            image.move_while(&memory, waits)?;
+            Ok(image)
+        })?;
         let Image { mut payload, files, code } = image;
         let assembly = self.assemble(empty, &memory, &pages)?;
-        payload.cmdline = self.cmdline(&assembly.windows);
         let model = CpuModel::new(&assembly.kvm, config)?;
+        payload.cmdline = self.cmdline(&assembly.windows, &model)?;
         let description = self.description(&assembly, &model)?;
         let entry = boot::enter(&memory, &payload.cmdline, &description, files)?;
         if machine.huge_pages {
@@ -272,21 +307,6 @@ impl Preboot {
         reset_vcpus(&vcpus, entry)?;
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts { payload: Some(payload), code, ..parts }))
-    }
-
-    /// Loads the kernel and has KVM make the machine, both at once where neither has been done.
-    fn begin(&self, memory: &Memory, payload: Payload) -> Result<(EmptyVm, Image)> {
-        let machine = &self.config.machine_config;
-        // Where it is noted which pages are written, KVM has no huge ones.
-        let moves = machine.huge_pages && !machine.track_dirty_pages;
-        if let Some(empty) = self.empty.take() {
-            return Ok((empty, Image::load(memory, payload, moves)?));
-        }
-        let loading = Loading::begin(memory, payload, moves)?;
-        let empty = self.empty_vm();
-        // No thread is left behind, whatever has failed.
-        let image = loading.finish();
-        Ok((empty?, image?))
     }
 
     fn read_template(&self, name: &str) -> Result<CpuTemplate> {
@@ -300,16 +320,11 @@ impl Preboot {
 
     /// Where memory that comes and goes is, if there is any.
     fn hotplug(&self) -> Option<(MemoryHotplugConfig, Range)> {
-        let config = self.config.memory_hotplug?;
-        let MemoryHotplugConfig { total_size_mib, block_size_mib, .. } = config;
-        let mem_size_mib = self.config.machine_config.mem_size_mib;
-        Some((config, memory::hotplug_range(mem_size_mib, total_size_mib, block_size_mib)))
+        hotplug(&self.config)
     }
 
     fn memory(&self) -> Result<Memory> {
-        let machine = &self.config.machine_config;
-        let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
-        memory::create_with(machine.mem_size_mib, self.hotplug().map(|(_, range)| range), tracking)
+        memory(&self.config)
     }
 
     fn description(&self, assembly: &Assembly, model: &CpuModel) -> Result<Description> {
@@ -345,25 +360,40 @@ impl Preboot {
         })
     }
 
-    fn cmdline(&self, windows: &[VirtioWindow]) -> String {
+    fn cmdline(&self, windows: &[VirtioWindow], model: &CpuModel) -> Result<String> {
         let boot_args = self.config.boot_source.as_ref().and_then(|boot| boot.boot_args.as_deref());
-        let mut cmdline = boot_args.unwrap_or(DEFAULT_BOOT_ARGS).to_owned();
+        let mut line = CommandLine::new(boot_args.unwrap_or(DEFAULT_BOOT_ARGS));
         if let Some(root) = self.config.drives.iter().find(|drive| drive.is_root_device)
-            && !cmdline.split(' ').any(|word| word.starts_with("root="))
+            && !line.says("root=")
         {
-            cmdline.push_str(" root=/dev/vda ");
-            cmdline.push_str(if root.is_read_only { "ro" } else { "rw" });
+            line.add(if root.is_read_only { "root=/dev/vda ro" } else { "root=/dev/vda rw" });
         }
-        cmdline.push_str(&pmem::config::root_words(&self.config.pmem, &cmdline));
+        line.add(&pmem::config::root_words(&self.config.pmem, line.kernel()));
         if !self.config.machine_config.acpi {
             for window in windows {
                 let size = layout::VIRTIO_MMIO_SIZE >> 10;
-                cmdline
-                    .push_str(&format!(" virtio_mmio.device={size}K@{:#x}:{}", window.address, window.gsi));
+                line.add(&format!("virtio_mmio.device={size}K@{:#x}:{}", window.address, window.gsi));
             }
         }
-        cmdline.trim_start().to_owned()
+        if keeps_time_by_kvmclock(model.table(0)?.as_slice()) {
+            line.trust_clock();
+        }
+        Ok(line.finish())
     }
+}
+
+/// Where memory that comes and goes is, if there is any.
+fn hotplug(config: &VmConfig) -> Option<(MemoryHotplugConfig, Range)> {
+    let hotplug = config.memory_hotplug?;
+    let MemoryHotplugConfig { total_size_mib, block_size_mib, .. } = hotplug;
+    let mem_size_mib = config.machine_config.mem_size_mib;
+    Some((hotplug, memory::hotplug_range(mem_size_mib, total_size_mib, block_size_mib)))
+}
+
+fn memory(config: &VmConfig) -> Result<Memory> {
+    let machine = &config.machine_config;
+    let tracking = if machine.track_dirty_pages { Tracking::On } else { Tracking::Off };
+    memory::create_with(machine.mem_size_mib, hotplug(config).map(|(_, range)| range), tracking)
 }
 
 /// Puts all vCPUs into the state after power-on, the first one at the kernel's entry.

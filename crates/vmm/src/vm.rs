@@ -1,5 +1,6 @@
 //! The virtual machine as KVM knows it: memory slots, interrupt controllers, timers, vCPUs.
 
+use std::os::fd::OwnedFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -43,7 +44,7 @@ pub fn needed(capability: u32) -> Option<&'static str> {
 ///
 /// # Errors
 /// [`Error::Kvm`], [`Error::KvmLacks`].
-pub fn open_kvm(handed: Option<std::os::fd::OwnedFd>) -> Result<Kvm> {
+pub fn open_kvm(handed: Option<OwnedFd>) -> Result<Kvm> {
     use std::os::fd::{FromRawFd, IntoRawFd};
     let kvm = match handed {
         // SAFETY: the descriptor is open and owned; from here on the Kvm value owns it.
@@ -75,7 +76,7 @@ impl EmptyVm {
     ///
     /// # Errors
     /// [`Error::Kvm`], [`Error::KvmLacks`].
-    pub fn new(handed: Option<std::os::fd::OwnedFd>) -> Result<Self> {
+    pub fn new(handed: Option<OwnedFd>) -> Result<Self> {
         let kvm = open_kvm(handed)?;
         let fd = retry_interrupted(|| kvm.create_vm()).map_err(Error::kvm("KVM_CREATE_VM"))?;
         Ok(Self { kvm, fd })

@@ -1,16 +1,12 @@
-//! A kernel is loaded while KVM makes the machine. Some hosts need many milliseconds for that, which they spend waiting (Linux 6.1: 9 of
-//! them, for all CPUs to take notice of a new thread); for so long the kernel's code moves into huge pages, one after the other.
+//! A kernel is loaded while KVM makes the machine ([`crate::threads::meanwhile`]). Some hosts need many milliseconds for that, which
+//! they spend waiting; for so long the kernel's code moves into huge pages, one after the other.
 
-use std::convert::Infallible;
-use std::sync::mpsc::{self, RecvTimeoutError, Sender};
-use std::thread::JoinHandle;
 use std::time::Duration;
 
 use super::code::Code;
 use super::{Files, Payload, load_files};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::memory::{self, Memory};
-use crate::threads;
 
 /// What takes KVM longer, once the kernel is loaded, is waiting: where it does not wait, it is done in a fraction of this.
 const WORKS: Duration = Duration::from_millis(2);
@@ -39,7 +35,10 @@ impl Image {
     }
 
     /// Moves code into huge pages, piece by piece, for as long as KVM `waits`, which is asked before each with the time to give it.
-    fn move_while(&mut self, memory: &Memory, mut waits: impl FnMut(Duration) -> bool) -> Result<()> {
+    ///
+    /// # Errors
+    /// [`Error::Memory`](crate::error::Error::Memory).
+    pub fn move_while(&mut self, memory: &Memory, mut waits: impl FnMut(Duration) -> bool) -> Result<()> {
         let Some(code) = &mut self.code else { return Ok(()) };
         let mut time = WORKS;
         while waits(time) {
@@ -49,39 +48,6 @@ impl Image {
         }
         self.code.take_if(|code| code.pieces.is_empty());
         Ok(())
-    }
-}
-
-/// A thread that loads an image.
-pub struct Loading {
-    thread: JoinHandle<Result<Image>>,
-    /// Nothing is sent: it goes when KVM is done.
-    waiting: Sender<Infallible>,
-}
-
-impl Loading {
-    /// Begins.
-    ///
-    /// # Errors
-    /// [`Error::Io`]: there can be no thread.
-    pub fn begin(memory: &Memory, payload: Payload, moves: bool) -> Result<Self> {
-        let memory = memory.clone();
-        let (waiting, done) = mpsc::channel();
-        let thread = threads::spawn(threads::LOADER.to_owned(), move || {
-            let mut image = Image::load(&memory, payload, moves)?;
-            image.move_while(&memory, |time| done.recv_timeout(time) == Err(RecvTimeoutError::Timeout))?;
-            Ok(image)
-        });
-        Ok(Self { thread: thread?, waiting })
-    }
-
-    /// The image, now that the machine is made.
-    ///
-    /// # Errors
-    /// Those of [`Image::load`], or [`Error::Memory`].
-    pub fn finish(self) -> Result<Image> {
-        drop(self.waiting);
-        self.thread.join().map_err(|_| Error::State("the thread that loads the kernel has failed".into()))?
     }
 }
 
@@ -134,13 +100,7 @@ mod tests {
         let (image, memory) = (kernel(START, &[0xf4, 0x90].repeat(4 << 20)), memory::create(16).unwrap());
         let loaded = Image::load(&memory, payload(&image), true).unwrap();
         assert_eq!(loaded.code.unwrap().take_piece(), Some(2 << 20..4 << 20));
-        for moves in [true, false] {
-            let loading = Loading::begin(&memory, payload(&image), moves).unwrap();
-            let loaded = loading.finish().unwrap();
-            // Who is finished with at once may have begun to move.
-            assert!(moves || loaded.code.is_none());
-        }
-        let loading = Loading::begin(&memory, payload(b"no kernel"), true).unwrap();
-        assert!(matches!(loading.finish(), Err(Error::Kernel(_))));
+        let loaded = Image::load(&memory, payload(&image), false).unwrap();
+        assert!(loaded.code.is_none());
     }
 }

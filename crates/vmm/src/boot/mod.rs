@@ -3,6 +3,7 @@
 //! The same function serves the first start and every reset: the kernel and initrd descriptors are kept open.
 
 pub mod ahead;
+pub mod cmdline;
 pub mod code;
 #[cfg(test)]
 mod exhaustive;

@@ -13,6 +13,11 @@ const LEAF1_ECX_HYPERVISOR: u32 = 1 << 31;
 const LEAF1_EDX_HTT: u32 = 1 << 28;
 const EXT1_ECX_CMP_LEGACY: u32 = 1 << 1;
 const EXT1_ECX_SVM: u32 = 1 << 2;
+const EXT7_EDX_INVARIANT_TSC: u32 = 1 << 8;
+/// KVM's own leaf of features (Linux, Documentation/virt/kvm/x86/cpuid.rst).
+const KVM_FEATURES: u32 = 0x4000_0001;
+const KVM_CLOCKSOURCE: u32 = 1;
+const KVM_CLOCKSOURCE2: u32 = 1 << 3;
 /// Leaf 0xb level types (Intel SDM, CPUID).
 const LEVEL_THREAD: u32 = 1;
 const LEVEL_CORE: u32 = 2;
@@ -40,6 +45,16 @@ impl Identity {
         let leaf = table.as_slice().iter().find(|entry| entry.function == 1);
         leaf.map_or_else(Self::default, |leaf| Self { signature: leaf.eax, features: leaf.edx })
     }
+}
+
+/// Whether a Linux guest with this table keeps time by KVM's clock: it has that, and no TSC that is said to be invariant, which it would
+/// prefer.
+#[must_use]
+pub fn keeps_time_by_kvmclock(table: &[kvm_cpuid_entry2]) -> bool {
+    let leaf = |function| table.iter().find(|entry| entry.function == function);
+    let clock = leaf(KVM_FEATURES).is_some_and(|leaf| leaf.eax & (KVM_CLOCKSOURCE | KVM_CLOCKSOURCE2) != 0);
+    let invariant = leaf(0x8000_0007).is_some_and(|leaf| leaf.edx & EXT7_EDX_INVARIANT_TSC != 0);
+    clock && !invariant
 }
 
 impl Topology {
@@ -210,6 +225,21 @@ mod tests {
             entry(0x8000_001e, 0, 0),
         ])
         .unwrap()
+    }
+
+    #[test]
+    fn time_is_kept_by_kvmclock_where_the_tsc_is_not_said_to_be_invariant() {
+        let table = |features, power| {
+            let features = kvm_cpuid_entry2 { function: KVM_FEATURES, eax: features, ..Default::default() };
+            let power = kvm_cpuid_entry2 { function: 0x8000_0007, edx: power, ..Default::default() };
+            [features, power]
+        };
+        for (features, power, keeps) in
+            [(0, 0, false), (1, 0, true), (8, 0, true), (!9, 0, false), (9, !0x100, true), (9, 0x100, false)]
+        {
+            assert_eq!(keeps_time_by_kvmclock(&table(features, power)), keeps, "{features:#x} {power:#x}");
+        }
+        assert!(!keeps_time_by_kvmclock(&[]) && keeps_time_by_kvmclock(&table(1, 0)[..1]));
     }
 
     fn leaf(cpuid: &CpuId, function: u32, index: u32) -> kvm_cpuid_entry2 {

@@ -70,13 +70,14 @@ impl Assembly {
         msrs.extend(model.template_msrs());
         msrs.sort_unstable();
         msrs.dedup();
-        (0..model.vcpus())
-            .map(|id| {
-                let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
-                let notifier = notifier.telling_first(first.filter(|_| id == 0).cloned());
-                VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, &self.reach, notifier, filter)
-            })
-            .collect()
+        let start = |id| {
+            let (notifier, filter) = (self.notifier.try_clone()?, Arc::clone(&self.filters.vcpu));
+            let notifier = notifier.telling_first(first.filter(|_| id == 0).cloned());
+            VcpuHandle::start(&self.vm, (model, &msrs), id, &self.buses, &self.reach, notifier, filter)
+        };
+        let vcpus = (0..model.vcpus()).map(start).collect::<Result<Vec<_>>>()?;
+        vcpus.iter().try_for_each(VcpuHandle::wait_parked)?;
+        Ok(vcpus)
     }
 }
 

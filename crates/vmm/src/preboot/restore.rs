@@ -1,21 +1,64 @@
 //! A machine from a snapshot.
 
+use std::fs::File;
 use std::time::Duration;
 
 use vm_memory::{Address, Bytes, GuestAddress, GuestMemoryBackend};
 
 use super::{Preboot, USERFAULTFD_NAME};
+use crate::boot::Payload;
+use crate::config::VmConfig;
 use crate::cpu::model::CpuModel;
 use crate::cpu::template::msrs::ARCH_CAPABILITIES;
-use crate::descriptors::Access;
+use crate::descriptors::{Access, Descriptors};
 use crate::error::{Error, Result};
 use crate::layout;
-use crate::memory::{self, FilePages};
+use crate::memory::{self, FilePages, Memory};
 use crate::running::{Held, Parts};
 use crate::snapshot::lazy::Handler;
 use crate::snapshot::requests::{BackendType, LoadSnapshot};
 use crate::snapshot::{self, MemoryFile, SavedMachine};
+use crate::vm::EmptyVm;
 use crate::vmclock;
+
+/// What there is of a snapshot before there is a machine.
+struct Image {
+    saved: SavedMachine,
+    /// The snapshot's, as the request changes it.
+    config: VmConfig,
+    memory: Memory,
+    pages: FilePages,
+    memory_file: Option<File>,
+    handler: Option<Handler>,
+}
+
+impl Image {
+    /// Reads the state, and has the memory come from where the request says.
+    fn open(request: &LoadSnapshot, ours: &VmConfig, descriptors: &Descriptors) -> Result<Self> {
+        let mut file = descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
+        let saved = snapshot::read(&mut file)?;
+        let config = request.apply(saved.config.clone(), ours)?;
+        let backend = request.memory()?;
+        let (memory, pages) = (super::memory(&config)?, FilePages::default());
+        let (mut memory_file, mut handler) = (None, None);
+        match backend.backend_type {
+            BackendType::File => {
+                let file = descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
+                let file = MemoryFile::open(file, saved.id, memory::bytes(&memory))?;
+                memory::map_all(&memory, &pages, &file)?;
+                memory_file = Some(file);
+            }
+            BackendType::Uffd => {
+                let stream = descriptors.stream(&backend.backend_path, "page-fault handler")?;
+                let handed = descriptors.has(USERFAULTFD_NAME);
+                let name = if handed { USERFAULTFD_NAME } else { "/dev/userfaultfd" };
+                let device = descriptors.file(name, "userfaultfd", Access::Read).ok();
+                handler = Some(Handler::connect(&memory, stream, device)?);
+            }
+        }
+        Ok(Self { saved, config, memory, pages, memory_file, handler })
+    }
+}
 
 impl Preboot {
     /// Makes the machine of a snapshot, paused where it was, all threads parked behind their filters. Its configuration is the
@@ -24,35 +67,13 @@ impl Preboot {
     /// # Errors
     /// Any; nothing is left behind then.
     pub fn restore(&self, request: &LoadSnapshot) -> Result<Held> {
-        let mut file = self.descriptors.file(&request.snapshot_path, "state file", Access::Read)?;
-        let saved = snapshot::read(&mut file)?;
-        let config = request.apply(saved.config.clone(), &self.config)?;
-        self.with(config).load(request, saved)
+        let (ours, descriptors) = (&self.config, &self.descriptors);
+        let (empty, image) = self.while_made(|_| Image::open(request, ours, descriptors))?;
+        self.with(image.config.clone()).load(request, empty, image)
     }
 
-    fn load(&self, request: &LoadSnapshot, saved: SavedMachine) -> Result<Held> {
-        let backend = request.memory()?;
-        let memory = self.memory()?;
-        let pages = FilePages::default();
-        let (memory_file, handler) = match backend.backend_type {
-            BackendType::File => {
-                let file = self.descriptors.file(&backend.backend_path, "memory file", Access::Read)?;
-                let file = MemoryFile::open(file, saved.id, memory::bytes(&memory))?;
-                memory::map_all(&memory, &pages, &file)?;
-                (Some(file), None)
-            }
-            BackendType::Uffd => {
-                let stream = self.descriptors.stream(&backend.backend_path, "page-fault handler")?;
-                let name = if self.descriptors.has(USERFAULTFD_NAME) {
-                    USERFAULTFD_NAME
-                } else {
-                    "/dev/userfaultfd"
-                };
-                let device = self.descriptors.file(name, "userfaultfd", Access::Read).ok();
-                (None, Some(Handler::connect(&memory, stream, device)?))
-            }
-        };
-        let empty = self.empty.take().map_or_else(|| self.empty_vm(), Ok)?;
+    fn load(&self, request: &LoadSnapshot, empty: EmptyVm, image: Image) -> Result<Held> {
+        let Image { saved, memory, pages, memory_file, handler, .. } = image;
         let assembly = self.assemble(empty, &memory, &pages)?;
         let told = saved.vcpus.iter().filter_map(|vcpu| vcpu.msr(ARCH_CAPABILITIES));
         let model = CpuModel::of_snapshot(&assembly.kvm, &self.config, &saved.cpuid, told)?;
@@ -94,11 +115,8 @@ impl Preboot {
             .restore(saved.power_events)
             .map_err(Error::io("raising the generation's interrupt"))?;
         // Without its kernel the guest can do all but reset itself.
-        let payload = self.payload().ok().map(|mut payload| {
-            payload.cmdline = self.cmdline(&assembly.windows);
-            payload.pages = pages.clone();
-            payload
-        });
+        let cmdline = self.cmdline(&assembly.windows, &model)?;
+        let payload = self.payload().ok().map(|payload| Payload { cmdline, pages: pages.clone(), ..payload });
         let parts = self.parts(assembly, vcpus, memory, pages, description)?;
         Ok(Held::new(Parts {
             payload,

@@ -129,7 +129,8 @@ pub fn prepare(fd: &VcpuFd, model: &CpuModel, id: u8) -> Result<()> {
 }
 
 impl VcpuHandle {
-    /// Makes vCPU number `id` and starts its thread, parked behind its filter. `cpu` is what it can do, and its MSRs.
+    /// Makes vCPU number `id` and starts its thread, which parks behind its filter: [`VcpuHandle::wait_parked`] waits for that. `cpu` is
+    /// what it can do, and its MSRs.
     ///
     /// # Errors
     /// [`Error::Kvm`], [`Error::Io`], [`Error::Seccomp`], [`Error::Config`] for an MSR of the machine's CPU template.
@@ -162,9 +163,15 @@ impl VcpuHandle {
             fresh: true,
         };
         let thread = threads::spawn(threads::vcpu(id), move || vcpu.main(&filter))?;
-        let handle = Self { id, thread: Some(thread), commands, replies, kick };
-        handle.wait("lock down")?;
-        Ok(handle)
+        Ok(Self { id, thread: Some(thread), commands, replies, kick })
+    }
+
+    /// Waits until a new thread is behind its filter, before it is told anything.
+    ///
+    /// # Errors
+    /// [`Error::Seccomp`].
+    pub fn wait_parked(&self) -> Result<()> {
+        self.wait("lock down")
     }
 
     /// Its number.

@@ -115,7 +115,7 @@ pub fn check(pmem: &[PmemConfig], drives: &[Drive]) -> Result<()> {
     Ok(())
 }
 
-/// What the kernel's command line gets: the place of the root file system, unless the words say one.
+/// What the kernel's command line gets: the place of the root file system, unless its words say one.
 #[must_use]
 pub fn root_words(pmem: &[PmemConfig], cmdline: &str) -> String {
     let has = |start: &str| cmdline.split(' ').any(|word| word.starts_with(start));
@@ -130,7 +130,7 @@ pub fn root_words(pmem: &[PmemConfig], cmdline: &str) -> String {
     let flags = if has("rootflags=") { "" } else { " rootflags=dax" };
     // Linux finds it beside its own start (nvdimm's bus is scanned by a worker).
     let wait = if has("rootwait") { "" } else { " rootwait" };
-    format!(" root=/dev/pmem{place} {mode}{flags}{wait}")
+    format!("root=/dev/pmem{place} {mode}{flags}{wait}")
 }
 
 #[cfg(test)]
@@ -150,11 +150,11 @@ mod tests {
         let words = |pmem: &[PmemConfig], line| root_words(pmem, line);
         assert_eq!(
             words(&[data.clone(), root.clone()], "quiet"),
-            " root=/dev/pmem1 ro rootflags=dax rootwait"
+            "root=/dev/pmem1 ro rootflags=dax rootwait"
         );
-        assert_eq!(words(&[writable], ""), " root=/dev/pmem0 rw rootflags=dax rootwait");
+        assert_eq!(words(&[writable], ""), "root=/dev/pmem0 rw rootflags=dax rootwait");
         let root = [root];
-        assert_eq!(words(&root, "rootflags=norecovery"), " root=/dev/pmem0 ro rootwait");
+        assert_eq!(words(&root, "rootflags=norecovery"), "root=/dev/pmem0 ro rootwait");
         assert_eq!(words(&root, "quiet root=/dev/vda"), "");
         assert_eq!(words(&[data], "quiet"), "");
     }
