@@ -97,17 +97,21 @@ fn rows() -> Vec<(String, &'static str, Goal)> {
         (snapshots::CREATE, "ms", Goal::below(300.0)),
         (snapshots::LOAD, "ms", Goal::below(8.0)),
         (restore::COLD, "ms", Goal::default()),
-        (restore::MAPPED, "ms", Goal::default()),
-        (restore::SERVED, "ms", Goal::default()),
-        (restore::KNOWN, "ms", Goal::default()),
-        (restore::MAPPED_RATIO, "", Goal::below(0.1)),
-        (restore::SERVED_RATIO, "", Goal::below(0.1)),
-        (restore::KNOWN_RATIO, "", Goal::below(0.1)),
         (idle::CPU, "ms per s", ratio(1.0)),
         (idle::EXITS, "per s", Goal::default()),
+        (idle::SAME_CPU, "ms per s", Goal::default()),
+        (idle::SAME_EXITS, "per s", Goal::default()),
     ];
+    let clones = [restore::MAPPED, restore::MAPPED_LATER, restore::SERVED, restore::SERVED_LATER]
+        .into_iter()
+        .flat_map(|row| [(row.took, "ms", Goal::default()), (row.ratio, "", Goal::below(0.1))]);
     let through = throughput::rows();
     let through =
         through.into_iter().map(|(what, unit)| (what, unit, Goal::default().and_ratio_at_least(1.0)));
-    fixed.into_iter().map(|(what, unit, goal)| (what.to_owned(), unit, goal)).chain(through).collect()
+    fixed
+        .into_iter()
+        .chain(clones)
+        .map(|(what, unit, goal)| (what.to_owned(), unit, goal))
+        .chain(through)
+        .collect()
 }

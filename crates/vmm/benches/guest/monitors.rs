@@ -23,6 +23,8 @@ pub struct Machine<'a> {
     pub cpus: u32,
     pub memory_mib: u64,
     pub does: Does,
+    /// More words of its kernel's command line.
+    pub words: &'static str,
     /// Without them there is a serial port only.
     pub devices: Option<Devices<'a>>,
 }
@@ -50,13 +52,14 @@ pub struct Devices<'a> {
 
 impl Machine<'_> {
     /// One CPU, 128 MiB, nothing else.
-    pub const PLAIN: Self = Self { cpus: 1, memory_mib: 128, does: Does::Nothing, devices: None };
+    pub const PLAIN: Self = Self { cpus: 1, memory_mib: 128, does: Does::Nothing, words: "", devices: None };
 
     fn boot_args(&self) -> String {
+        let words = self.words;
         match self.does {
-            Does::Nothing => BOOT_ARGS.to_owned(),
-            Does::Load(address) => format!("{BOOT_ARGS} bench=load address={address}"),
-            Does::Reply => format!("{BOOT_ARGS} bench=load"),
+            Does::Nothing => format!("{BOOT_ARGS} {words}").trim_end().to_owned(),
+            Does::Load(address) => format!("{BOOT_ARGS} {words} bench=load address={address}"),
+            Does::Reply => format!("{BOOT_ARGS} {words} bench=load"),
         }
     }
 

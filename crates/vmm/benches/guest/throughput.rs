@@ -155,8 +155,13 @@ impl Guest {
         (0..DISK_BYTES >> 20).for_each(|_| file.write_all(&block).unwrap());
         file.sync_all().unwrap();
         let devices = Devices { disk: &disk, disk_queues: queues, tap: &tap, vhost };
-        let machine =
-            Machine { cpus: queues, memory_mib: 256, does: Does::Load(address), devices: Some(devices) };
+        let machine = Machine {
+            cpus: queues,
+            memory_mib: 256,
+            does: Does::Load(address),
+            words: "",
+            devices: Some(devices),
+        };
         let up = Up::start(command(who, machine));
         Self { who, address, up, _tap: tap, costs: RefCell::default() }
     }
