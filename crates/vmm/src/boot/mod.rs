@@ -192,6 +192,8 @@ struct Kernel {
 }
 
 const ELF_MAGIC: [u8; 4] = *b"\x7fELF";
+/// Where a loaded bzImage is entered (Linux boot protocol, "64-bit boot protocol").
+const BZIMAGE_ENTRY: u64 = 0x200;
 /// `initrd_addr_max` of kernels that do not say (boot protocol below 2.03 and ELF images).
 const DEFAULT_INITRD_LIMIT: u64 = 0x7fff_ffff;
 
@@ -256,13 +258,18 @@ fn load_bzimage(memory: &Memory, image: &mut File, pages: &FilePages) -> Result<
     }
     let mut source = MappedFile::new(image, memory, pages).map_err(Error::io("kernel: finding its size"))?;
     let himem = Some(GuestAddress(layout::HIMEM_START));
-    let KernelLoaderResult { kernel_load, setup_header, .. } =
+    let KernelLoaderResult { kernel_load, kernel_end, setup_header, .. } =
         BzImage::load(memory, Some(GuestAddress(address)), &mut source, himem)
             .map_err(|error| Error::Kernel(error.to_string()))?;
+    let rip = kernel_load.raw_value() + BZIMAGE_ENTRY;
+    if rip >= kernel_end {
+        return Err(Error::Kernel(format!(
+            "the bzImage ends before its entry, which is at {BZIMAGE_ENTRY:#x} of what is behind its setup sectors"
+        )));
+    }
     Ok(Kernel {
-        // Linux boot protocol, "64-bit boot protocol": the entry is at 0x200 of the loaded image.
-        start: Start::Linux { rip: kernel_load.raw_value() + 0x200, header: setup_header },
-        end,
+        start: Start::Linux { rip, header: setup_header },
+        end: end.max(kernel_end),
         initrd_limit: u64::from(header.initrd_addr_max),
     })
 }
@@ -335,21 +342,43 @@ mod tests {
         }
     }
 
-    /// The preferred address is the image's to say: with the room that it needs, it may reach beyond any address.
-    #[test]
-    fn a_bzimage_beyond_all_addresses_is_refused() {
-        let mut image = vec![0; 2048];
+    /// A bzImage of one setup sector and so many bytes more, which would like to be at this address.
+    fn bzimage(behind: usize, address: u64, room: u32) -> Vec<u8> {
+        let mut image = vec![0; 1024 + behind];
         image[0x1f1] = 1; // setup sectors
         image[0x1fe..0x200].copy_from_slice(&[0x55, 0xaa]);
         image[0x202..0x208].copy_from_slice(b"HdrS\x0f\x02");
         image[0x211] = 1; // loaded high
+        image[0x216] = 0x10; // code32_start: 1 MiB
         image[0x234] = 1; // relocatable
         image[0x236] = 1; // 64-bit entry
-        image[0x258..0x260].copy_from_slice(&(u64::MAX - 4096).to_le_bytes());
-        image[0x260..0x264].copy_from_slice(&0x10_0000_u32.to_le_bytes());
+        image[0x258..0x260].copy_from_slice(&address.to_le_bytes());
+        image[0x260..0x264].copy_from_slice(&room.to_le_bytes());
+        image
+    }
+
+    /// The preferred address is the image's to say: with the room that it needs, it may reach beyond any address.
+    #[test]
+    fn a_bzimage_beyond_all_addresses_is_refused() {
+        let image = bzimage(1024, u64::MAX - 4096, 0x10_0000);
         let memory = crate::memory::create(16).unwrap();
         let error = load(&memory, &mut payload(&image), &description()).unwrap_err();
         assert!(error.to_string().contains("needs memory up to"), "{error}");
+    }
+
+    /// The entry is inside what was loaded, wherever the image says that it ends.
+    #[test]
+    fn a_bzimage_that_ends_before_its_entry_is_refused() {
+        let memory = crate::memory::create(16).unwrap();
+        let enter = |behind, address| {
+            load(&memory, &mut payload(&bzimage(behind, address, 0)), &description())
+                .map_err(|e| e.to_string())
+        };
+        for (behind, address) in [(0, 16 << 20), (0x200, 0x20_0000), (0, 0x20_0000)] {
+            let refused = enter(behind, address).unwrap_err();
+            assert!(refused.contains("ends before its entry"), "{behind:#x} {address:#x}: {refused}");
+        }
+        assert!(matches!(enter(0x201, 0x20_0000), Ok(Entry::Long { rip: 0x20_0200, .. })));
     }
 
     #[test]
