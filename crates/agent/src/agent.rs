@@ -191,6 +191,11 @@ impl<H: Host> Agent<H> {
         self.changed.subscribe()
     }
 
+    /// Is marked changed whenever what is wrong with the host changes.
+    pub fn host_troubles(&self) -> watch::Receiver<()> {
+        self.host.troubles().changes()
+    }
+
     /// Everything that this agent sees, now.
     pub fn report(&self) -> Report {
         let now = self.host.now_ns();
@@ -208,6 +213,7 @@ impl<H: Host> Agent<H> {
             boot_id: boot.clone(),
             agent_run: self.run_id.clone(),
             instances,
+            trouble: self.host.troubles().sentences(),
             last: false,
         }
     }

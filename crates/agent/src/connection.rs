@@ -80,14 +80,18 @@ async fn desired(agent: &Arc<Agent<RealHost>>, controller: &Controller) -> Error
 
 async fn report(agent: &Agent<RealHost>, controller: &Controller, every: Duration) -> Error {
     let mut changes = agent.changes();
+    let mut troubles = agent.host_troubles();
     loop {
         // Seen before the report is made: a change during it wakes the next round.
         changes.borrow_and_update();
+        troubles.borrow_and_update();
         if let Err(error) = controller.observed(&agent.report()).await {
             return error;
         }
-        if let Ok(Ok(())) = tokio::time::timeout(every, changes.changed()).await {
-            tokio::time::sleep(GATHER).await;
+        tokio::select! {
+            _ = changes.changed() => tokio::time::sleep(GATHER).await,
+            _ = troubles.changed() => tokio::time::sleep(GATHER).await,
+            () = tokio::time::sleep(every) => {}
         }
     }
 }

@@ -6,6 +6,7 @@
 
 use crate::error::Result;
 use crate::record::{Accepted, MonitorId, Run};
+use crate::trouble::Troubles;
 use roost_types::agent::{HostFacts, TimedPart};
 use std::future::Future;
 
@@ -76,6 +77,8 @@ pub trait Host: Send + Sync + 'static {
     fn boot_id(&self) -> String;
     /// What the host can hold.
     fn facts(&self) -> HostFacts;
+    /// What is wrong with the host itself.
+    fn troubles(&self) -> &Troubles;
 
     /// Looks at one instance.
     fn look(&self, of: &Accepted, run: &Run) -> impl Future<Output = Result<Facts>> + Send;

@@ -18,6 +18,7 @@
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
 //! | [`leftovers`] | what is still there of an instance |
 //! | [`controller`], [`connection`], [`streams`] | the conversation with the controller |
+//! | [`trouble`] | what is wrong with the host itself, for its owner |
 //! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
 
 pub mod agent;
@@ -43,5 +44,6 @@ pub mod streams;
 pub mod task;
 #[doc(hidden)]
 pub mod testing;
+pub mod trouble;
 
 pub use error::{Error, Result};

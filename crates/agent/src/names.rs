@@ -55,6 +55,11 @@ impl Folders {
         self.state.join("lock")
     }
 
+    /// What is wrong with the host itself, a line each, for `roost doctor`; anybody may read it.
+    pub fn troubles(&self) -> PathBuf {
+        self.run.join("trouble")
+    }
+
     /// Folder of all instances.
     pub fn instances(&self) -> PathBuf {
         self.state.join("instances")

@@ -14,6 +14,7 @@ use crate::net::service::Services;
 use crate::net::{firewall, netns};
 use crate::record::{self, Accepted, MonitorId, Run};
 use crate::storage::{self, Images};
+use crate::trouble::Troubles;
 use crate::{clock, durable};
 use roost_types::agent::HostFacts;
 use roost_types::ids::InstanceId;
@@ -42,6 +43,7 @@ pub struct RealHost {
     images: Images,
     token_key: [u8; 32],
     networks: Mutex<BTreeMap<InstanceId, Network>>,
+    troubles: Troubles,
 }
 
 /// The network of an instance as this agent has made it.
@@ -60,6 +62,7 @@ impl RealHost {
         Ok(Self {
             boot_id: clock::boot_id()?,
             cgroups: monitors.cgroups.clone(),
+            troubles: Troubles::new(&settings.folders),
             settings,
             monitors,
             images,
@@ -150,6 +153,10 @@ impl Host for RealHost {
 
     fn facts(&self) -> HostFacts {
         self.settings.facts.clone()
+    }
+
+    fn troubles(&self) -> &Troubles {
+        &self.troubles
     }
 
     async fn look(&self, of: &Accepted, run: &Run) -> Result<Facts> {

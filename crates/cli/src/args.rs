@@ -158,6 +158,9 @@ pub struct DoctorArgs {
     /// Where instances' disks will be
     #[arg(long, value_name = "DIR", default_value = "/var/lib/roost", value_hint = ValueHint::DirPath)]
     pub state_dir: PathBuf,
+    /// Run folder of the agent, where it writes what is wrong with this host
+    #[arg(long, value_name = "DIR", default_value = "/run/roost", value_hint = ValueHint::DirPath)]
+    pub run_dir: PathBuf,
 }
 
 #[derive(Debug, Args)]

@@ -496,6 +496,7 @@ impl SimHost {
             boot_id: format!("boot-{}", self.boot),
             agent_run: run,
             instances: self.memory.values().map(|memory| self.observe(memory)).collect(),
+            trouble: Vec::new(),
             last: false,
         }
     }

@@ -238,9 +238,22 @@ pub struct Report {
     pub agent_run: String,
     /// Every instance that the agent knows of.
     pub instances: Vec<Observation>,
+    /// What is wrong with the host itself now, a sentence each, for its owner: at most 32, of at most 512 bytes each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trouble: Vec<String>,
     /// The agent stops, and this is the last that it says: it must not be lost, as it may be the end of the bill.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub last: bool,
+}
+
+/// Most sentences in [`Report::trouble`].
+pub const TROUBLES: usize = 32;
+/// Longest sentence there, in bytes.
+pub const SENTENCE_BYTES: usize = 512;
+
+/// The sentence, cut to [`SENTENCE_BYTES`] at a character's end.
+pub fn bounded(sentence: &str) -> String {
+    sentence[..sentence.floor_char_boundary(SENTENCE_BYTES)].to_owned()
 }
 
 named_enum! {

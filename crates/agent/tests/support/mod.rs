@@ -9,6 +9,7 @@ use roost_agent::host::{Death, Facts, Host, LastWord, MonitorFact, Started};
 use roost_agent::names::Folders;
 use roost_agent::record::{Accepted, MonitorId, Run};
 use roost_agent::task::Pace;
+use roost_agent::trouble::Troubles;
 use roost_types::agent::{Desired, Ensure, HostFacts, Observation};
 use roost_types::ids::{HostId, InstanceId};
 use roost_vmm::status::ExitReason;
@@ -100,11 +101,18 @@ pub struct FakeHost {
     pub shared: Arc<Shared>,
     services: Mutex<BTreeSet<(InstanceId, String)>>,
     limits: Mutex<BTreeSet<InstanceId>>,
+    troubles: Troubles,
 }
 
 impl FakeHost {
     pub fn new(shared: &Arc<Shared>) -> Arc<Self> {
-        Arc::new(Self { shared: Arc::clone(shared), services: Mutex::default(), limits: Mutex::default() })
+        let shared = Arc::clone(shared);
+        Arc::new(Self {
+            shared,
+            services: Mutex::default(),
+            limits: Mutex::default(),
+            troubles: Troubles::default(),
+        })
     }
 
     /// Does one operation, dying at it when its turn has come.
@@ -176,6 +184,10 @@ impl Host for FakeHost {
             overhead_mib: 64,
             gpus: 0,
         }
+    }
+
+    fn troubles(&self) -> &Troubles {
+        &self.troubles
     }
 
     async fn look(&self, of: &Accepted, run: &Run) -> Result<Facts> {

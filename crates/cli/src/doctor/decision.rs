@@ -72,6 +72,8 @@ pub struct Findings {
     pub memory_mib: u64,
     /// systemd runs.
     pub systemd: bool,
+    /// What the agent says is wrong with this host; `None` where none has run since the last boot.
+    pub agent_troubles: Option<Vec<String>>,
     /// Needed programs that are not there.
     pub missing_programs: Vec<String>,
 }
@@ -225,6 +227,7 @@ pub mod tests {
             disk_gib: Some(100),
             memory_mib: 8000,
             systemd: true,
+            agent_troubles: Some(vec![]),
             missing_programs: vec![],
         }
     }

@@ -47,6 +47,7 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         disk_gib: free_gib(&args.state_dir),
         memory_mib: memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         systemd: Path::new("/run/systemd/system").is_dir(),
+        agent_troubles: agent_troubles(&args.run_dir),
         missing_programs: PROGRAMS
             .iter()
             .filter(|name| program(name).is_none())
@@ -177,6 +178,12 @@ fn forward_drops(rules: &str) -> bool {
 /// The rules of the old FORWARD chain, where there is a program to ask.
 async fn forward_chain() -> Option<String> {
     said(&program("iptables")?, &["-S"]).await.ok()
+}
+
+/// What the agent says is wrong with this host; `None` where no agent has written anything.
+fn agent_troubles(run_dir: &Path) -> Option<Vec<String>> {
+    let text = fs::read_to_string(run_dir.join("trouble")).ok()?;
+    Some(text.lines().map(str::to_owned).collect())
 }
 
 fn free_gib(folder: &Path) -> Option<u64> {

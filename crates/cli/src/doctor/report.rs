@@ -107,7 +107,23 @@ pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
             .to_owned(),
             fix: None,
         },
+        agent(findings),
     ]
+}
+
+/// What the agent on this machine has found wrong with it.
+fn agent(findings: &Findings) -> Check {
+    let detail = match findings.agent_troubles.as_deref() {
+        None => "none has run here since the last boot".to_owned(),
+        Some([]) => "reports no trouble with this host".to_owned(),
+        Some(troubles) => troubles.join("; "),
+    };
+    Check {
+        check: "agent",
+        ok: findings.agent_troubles.as_ref().is_none_or(Vec::is_empty),
+        detail,
+        fix: None,
+    }
 }
 
 fn kernel(findings: &Findings, remedies: &Remedies) -> Check {

@@ -172,7 +172,7 @@ pub fn types() -> InstanceTypes {
     }
 }
 
-/// One live and one silent host.
+/// One live host with a trouble, and one silent host.
 pub fn hosts() -> Hosts {
     let host = |id: &str, name: &str, alive, seconds| HostView {
         facts: HostFacts {
@@ -192,13 +192,13 @@ pub fn hosts() -> Hosts {
         instances: 2,
         last_report_at: ago(seconds),
         alive,
+        trouble: vec![],
     };
-    Hosts {
-        hosts: vec![
-            host("h-0a1b2c3d4e5f60718", "box", true, 2),
-            host("h-0b1b2c3d4e5f60718", "nuc", false, 400),
-        ],
-    }
+    let box_ = HostView {
+        trouble: vec!["the firewall's table was removed and is there again".into()],
+        ..host("h-0a1b2c3d4e5f60718", "box", true, 2)
+    };
+    Hosts { hosts: vec![box_, host("h-0b1b2c3d4e5f60718", "nuc", false, 400)] }
 }
 
 /// One volume.

@@ -32,6 +32,8 @@ pub struct Table {
     columns: Vec<Column>,
     rows: Vec<Vec<(String, Tone)>>,
     empty: &'static str,
+    /// Sentences below the rows.
+    notes: Vec<String>,
 }
 
 impl Table {
@@ -61,6 +63,11 @@ impl Table {
     pub fn toned<const N: usize>(&mut self, cells: [(String, Tone); N]) {
         debug_assert_eq!(N, self.columns.len(), "as many cells as columns");
         self.rows.push(cells.map(|(text, tone)| (harmless::text(&text), tone)).into());
+    }
+
+    /// A sentence below the rows.
+    pub fn note(&mut self, sentence: impl AsRef<str>) {
+        self.notes.push(harmless::text(sentence.as_ref()));
     }
 
     /// The text of the table, and the titles of the columns that had no room. On a terminal it fits the width,
@@ -96,7 +103,8 @@ impl Table {
                 column.set_constraint(ColumnConstraint::ContentWidth);
             }
         }
-        (sheet.lines().map(|line| line.trim_end().to_owned() + "\n").collect(), hidden)
+        let rows = sheet.lines().map(|line| line.trim_end().to_owned());
+        (rows.chain(self.notes).map(|line| line + "\n").collect(), hidden)
     }
 
     fn natural_width(&self) -> usize {

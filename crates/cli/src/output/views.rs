@@ -266,6 +266,9 @@ pub fn hosts(hosts: &Hosts, now: Micros) -> Table {
             plain(host.facts.disk_gib.to_string()),
             plain(format!("{} ago", age(host.last_report_at, now))),
         ]);
+        for sentence in &host.trouble {
+            table.note(format!("{}: {sentence}", host.facts.hostname));
+        }
     }
     table
 }

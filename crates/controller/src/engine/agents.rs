@@ -94,6 +94,7 @@ impl Engine {
         self.with_proofs(|_| ())?;
         let due = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
         let durable = due || report.last;
+        self.remember().set_trouble(host, &report.trouble);
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
         let sight = Sight { boot_id: &report.boot_id, now, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };

@@ -214,19 +214,23 @@ impl Engine {
         admins_only(caller, "list hosts")?;
         let now = self.clock.now();
         let rows = self.store.hosts().map_err(errors::of_store)?;
-        let hosts = rows
-            .into_iter()
-            .map(|row| HostView {
-                alive: self.is_alive(&row, now),
-                last_report_at: row
-                    .last_report_at
-                    .max(self.remember().last_report(&row.facts.host_id).unwrap_or_default()),
+        let mut hosts = Vec::with_capacity(rows.len());
+        for row in rows {
+            let alive = self.is_alive(&row, now);
+            let memory = self.remember();
+            let reported = memory.last_report(&row.facts.host_id).unwrap_or_default();
+            let trouble = memory.trouble(&row.facts.host_id);
+            drop(memory);
+            hosts.push(HostView {
+                alive,
+                trouble,
+                last_report_at: row.last_report_at.max(reported),
                 facts: row.facts,
                 claimed_cpu_milli: row.claimed_cpu_milli,
                 claimed_memory_mib: row.claimed_memory_mib,
                 instances: row.claims,
-            })
-            .collect();
+            });
+        }
         Ok(Hosts { hosts })
     }
 

@@ -1,7 +1,7 @@
 //! What the engine remembers beside the store, all of which it can lose: fresher proofs of life than the durable
 //! ones, when hosts last reported, and timings on their way to a row.
 
-use roost_types::agent::TimedPart;
+use roost_types::agent::{self, TimedPart};
 use roost_types::metering::Proofs;
 use roost_types::{HostId, InstanceId, Micros};
 use std::collections::HashMap;
@@ -19,6 +19,8 @@ pub struct Memory {
 struct HostMemory {
     last_report: Micros,
     agent_run: String,
+    /// What its agent last said is wrong with it.
+    trouble: Vec<String>,
     /// When this was last made durable, and under which boot.
     written: Option<(Micros, String)>,
 }
@@ -38,6 +40,17 @@ impl Memory {
             .as_ref()
             .is_some_and(|(at, boot)| boot == boot_id && now >= *at && (now - *at) < every);
         !fresh
+    }
+
+    /// What the host's agent last said is wrong with the host.
+    pub fn trouble(&self, host: &HostId) -> Vec<String> {
+        self.hosts.get(host).map(|host| host.trouble.clone()).unwrap_or_default()
+    }
+
+    /// Notes what an agent says is wrong with its host, bounded: an agent's word may be of any size.
+    pub fn set_trouble(&mut self, host: &HostId, trouble: &[String]) {
+        let sentences = trouble.iter().take(agent::TROUBLES).map(|sentence| agent::bounded(sentence));
+        self.hosts.entry(host.clone()).or_default().trouble = sentences.collect();
     }
 
     /// Whether this is the first report of a run of the agent.

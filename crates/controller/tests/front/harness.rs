@@ -290,6 +290,7 @@ impl Agent {
             boot_id: "boot".into(),
             agent_run: "run".into(),
             instances: vec![observation],
+            trouble: Vec::new(),
             last: false,
         };
         let reply = self.request(Method::POST, "observed").json(&report).send().await.unwrap();

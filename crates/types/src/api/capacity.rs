@@ -60,4 +60,7 @@ pub struct HostView {
     pub last_report_at: Micros,
     /// Whether that is recent enough to place on it.
     pub alive: bool,
+    /// What its agent says is wrong with the host itself, a sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trouble: Vec<String>,
 }
