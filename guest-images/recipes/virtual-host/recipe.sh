@@ -9,8 +9,7 @@ ROOT_SIZE=4G
 # The host's modules are part of the root, so the root belongs to one kernel.
 KERNELS_ALLOWED=debian
 DESCRIPTION='The virtual host: Debian 12 with KVM, for tests and for boxes without usable KVM'
-# mitigations=off: an emulated CPU has nothing to mitigate, and each costs emulated instructions.
-BOOT_ARGS='console=ttyS0 quiet loglevel=4 panic=1 root=/dev/vda rw mitigations=off net.ifnames=0 cgroup_no_v1=all systemd.show_status=false'
+BOOT_ARGS='console=ttyS0 quiet loglevel=4 panic=1 root=/dev/vda rw net.ifnames=0 cgroup_no_v1=all systemd.show_status=false'
 
 recipe_root() {
     local root=$1 work=$2

@@ -32,6 +32,15 @@ impl Accelerator {
         let cpu = lacks.iter().fold(cpu.to_owned(), |cpu, feature| format!("{cpu},-{feature}"));
         ["-accel".to_owned(), accelerator.to_owned(), "-cpu".to_owned(), cpu]
     }
+
+    /// What the kernel's command line has more on such CPUs. An emulated CPU does not speculate: it has nothing to
+    /// mitigate, and each mitigation costs it instructions. On a CPU of hardware tenants need every one.
+    pub(super) const fn boot_args(self) -> &'static str {
+        match self {
+            Self::Kvm => "",
+            Self::Tcg => " mitigations=off",
+        }
+    }
 }
 
 /// KVM only when this user may open it and a hardware module says that guests may have it, too. A `/dev/kvm`

@@ -26,7 +26,8 @@ pub(super) struct Machine<'a> {
 }
 
 /// The outside world as the virtual host sees it: addresses that are set aside for documentation
-/// (RFC 5737), so that no VPC and no real network of the user can collide with them.
+/// (RFC 5737), so that no VPC and no real network of the user can collide with them. QEMU hands what is sent to `host`
+/// to the loopback of the machine outside; `wall_to_the_outside` in the image's `host-setup` lets only answers through.
 const NETWORK: &str = "net=192.0.2.0/24,host=192.0.2.2,dns=192.0.2.3,ipv6=off";
 const ADDRESS: &str = "192.0.2.15";
 
@@ -41,7 +42,7 @@ impl Machine<'_> {
         add(&["-serial", &console_word(self.console)]);
         add(&["-kernel", &self.image.join("kernel").display().to_string()]);
         add(&["-initrd", &self.image.join("initrd").display().to_string()]);
-        add(&["-append", self.boot_args]);
+        add(&["-append", &format!("{}{}", self.boot_args, self.accelerator.boot_args())]);
         add(&["-device", "virtio-rng-pci"]);
 
         let mut disk = |serial: &str, path: &Path, mode: &str| {
@@ -87,9 +88,13 @@ mod tests {
     use std::path::{Path, PathBuf};
 
     fn arguments(durable: bool) -> String {
+        arguments_on(Accelerator::Tcg, durable)
+    }
+
+    fn arguments_on(accelerator: Accelerator, durable: bool) -> String {
         Machine {
             name: "t",
-            accelerator: Accelerator::Tcg,
+            accelerator,
             cpus: 3,
             lacks: &["avx2".to_owned(), "bmi1".to_owned()],
             memory_mib: 2048,
@@ -118,6 +123,19 @@ mod tests {
     fn what_its_cpus_lack_is_taken_from_what_there_is() {
         let all = arguments(true);
         assert!(all.contains("-cpu max,-la57,-avx2,-bmi1 "), "{all}");
+    }
+
+    #[test]
+    fn mitigations_are_off_only_where_the_cpu_is_emulated() {
+        let emulated = arguments_on(Accelerator::Tcg, false);
+        assert!(emulated.contains("-append root=/dev/vda mitigations=off "), "{emulated}");
+        let hardware = arguments_on(Accelerator::Kvm, false);
+        assert!(hardware.contains("-append root=/dev/vda "), "{hardware}");
+        assert!(!hardware.contains("mitigations"), "{hardware}");
+        // The recipe's own arguments hold on both.
+        let recipe = super::super::repository_root().join("guest-images/recipes/virtual-host/recipe.sh");
+        let recipe = std::fs::read_to_string(recipe).expect("the recipe is in the checkout");
+        assert!(!recipe.contains("mitigations"), "guest-images/recipes/virtual-host/recipe.sh");
     }
 
     #[test]
