@@ -265,6 +265,7 @@ impl<H: Host> Agent<H> {
             trouble: live.trouble.clone(),
             guest_ready: run.is_some_and(|run| run.guest_ready) && live.state == Observed::Running,
             ssh_host_key: live.run.ssh_host_key.clone(),
+            user_data_not_run: live.run.user_data_not_run,
             cpu_usage_us: run.and(cpu.or_else(|| run.and_then(|run| run.cpu_usage_us))),
             timing: run.map(|run| run.timing.clone()).unwrap_or_default(),
         }

@@ -10,6 +10,7 @@
 use crate::error::Result;
 use crate::names::Folders;
 use crate::{durable, error::Error};
+use roost_types::UserDataForm;
 use roost_types::agent::{Ensure, InstanceSpec, StateReason, TimedPart};
 use roost_types::ids::InstanceId;
 use serde::{Deserialize, Serialize};
@@ -128,6 +129,9 @@ pub struct Run {
     pub guest_ready: bool,
     /// The guest's host key, kept over incarnations.
     pub ssh_host_key: Option<String>,
+    /// User data that the guest did not run. It belongs to the instance, and so does this.
+    #[serde(default)]
+    pub user_data_not_run: Option<UserDataForm>,
     /// CPU time at the end, microseconds.
     pub cpu_usage_us: Option<u64>,
     /// Parts of the latest start.
@@ -143,6 +147,7 @@ impl Run {
             // Reboots that were asked for before it began are done by its start.
             reboots_done: spec.reboots,
             ssh_host_key: before.ssh_host_key.clone(),
+            user_data_not_run: before.user_data_not_run,
             ..Self::default()
         }
     }

@@ -1,15 +1,19 @@
-//! Reads a guest's console for the two things that it may say about itself: that it is ready, and its ssh host key.
+//! Reads a guest's console for the three things that it may say about itself: that it is ready, its ssh host key, and
+//! that it did not run its user data.
 //!
 //! The guest is hostile: lines are cut at [`LINE_MAX`], only one exact form of each line counts, and a key must look
 //! like one, so that nothing a guest prints can be more than a claim about that guest.
 
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
+use roost_types::UserDataForm;
 
 /// Longest line that is looked at, in bytes.
 pub const LINE_MAX: usize = 1024;
 /// What a ready guest prints at the start of a line.
 const READY: &[u8] = b"roost-guest: ready";
+/// What a guest prints before the form of user data that it does not run (`guest-images/shared/user-data`).
+const NOT_RUN: &[u8] = b"roost-guest: user data not run: ";
 const KEY_KIND: &[u8] = b"ssh-ed25519 ";
 const KEYS_BEGIN: &[u8] = b"-----BEGIN SSH HOST KEY KEYS-----";
 const KEYS_END: &[u8] = b"-----END SSH HOST KEY KEYS-----";
@@ -21,6 +25,8 @@ pub enum Said {
     Ready,
     /// Its ed25519 host key: `ssh-ed25519 AAAA…`, without a comment.
     HostKey(String),
+    /// It did not run user data of this form.
+    UserDataNotRun(UserDataForm),
 }
 
 /// Where the reading stands.
@@ -62,6 +68,10 @@ impl Scan {
         let line = self.line.trim_ascii();
         if let Some(rest) = line.strip_prefix(READY) {
             return matches!(rest.first(), None | Some(b' ')).then_some(Said::Ready);
+        }
+        if let Some(word) = line.strip_prefix(NOT_RUN) {
+            let form = std::str::from_utf8(word).ok().and_then(|word| word.parse().ok());
+            return Some(Said::UserDataNotRun(form.unwrap_or(UserDataForm::Unknown)));
         }
         if line.ends_with(KEYS_BEGIN) {
             self.in_keys = true;
@@ -123,6 +133,33 @@ mod tests {
              [ *** ] (2 of 3) Job ssh.service/start running\rssh-ed25519 {key}\r\n-----END SSH HOST KEY KEYS-----\r\n"
         );
         assert_eq!(Scan::default().feed(text.as_bytes()), vec![Said::HostKey(format!("ssh-ed25519 {key}"))]);
+    }
+
+    #[test]
+    fn user_data_that_was_not_run_is_one_of_the_forms_that_are_known() {
+        let said = |text: &str| Scan::default().feed(text.as_bytes());
+        let of = |form| vec![Said::UserDataNotRun(form)];
+        assert_eq!(said("roost-guest: user data not run: cloud-config\r\n"), of(UserDataForm::CloudConfig));
+        for hostile in ["\u{1b}]0;owned\u{7}", "cloud-config; rm", ""] {
+            let text = format!("roost-guest: user data not run: x{hostile}\n");
+            assert_eq!(said(&text), of(UserDataForm::Unknown), "{hostile:?}");
+        }
+        assert_eq!(said("echo roost-guest: user data not run: multipart\n"), vec![]);
+    }
+
+    /// The script in the images and the agent know the same forms.
+    #[test]
+    fn every_form_that_an_image_names_is_known() {
+        let script = concat!(env!("CARGO_MANIFEST_DIR"), "/../../guest-images/shared/user-data");
+        let script = std::fs::read_to_string(script).unwrap();
+        let named: std::collections::BTreeSet<&str> = script
+            .split("not_run ")
+            .skip(1)
+            .filter_map(|rest| rest.split(|c: char| c != '-' && !c.is_ascii_lowercase()).next())
+            .collect();
+        let known: std::collections::BTreeSet<&str> =
+            UserDataForm::ALL.iter().map(|form| form.as_str()).collect();
+        assert_eq!(named, known);
     }
 
     #[test]

@@ -338,7 +338,8 @@ impl<H: Host> Task<H> {
         }
         let news = {
             let mut live = self.shared.live();
-            let news = (live.run.guest_ready, &live.run.ssh_host_key) != (run.guest_ready, &run.ssh_host_key);
+            let told = |run: &Run| (run.guest_ready, run.ssh_host_key.clone(), run.user_data_not_run);
+            let news = told(&live.run) != told(run);
             live.run = run.clone();
             news
         };
@@ -366,6 +367,10 @@ impl<H: Host> Task<H> {
                 Said::HostKey(key) => {
                     news |= run.ssh_host_key.as_ref() != Some(&key);
                     run.ssh_host_key = Some(key);
+                }
+                Said::UserDataNotRun(form) => {
+                    news |= run.user_data_not_run != Some(form);
+                    run.user_data_not_run = Some(form);
                 }
             }
         }

@@ -6,7 +6,7 @@ use roost_types::metering::UsageEvent;
 use roost_types::state::{DesiredState, InstanceState, Step, VolumeState};
 use roost_types::{
     AccountId, BlobId, HostId, ImageId, InstanceId, InstanceType, InterfaceId, Micros, ReservationId,
-    SubnetId, VolumeId, VpcId,
+    SubnetId, UserDataForm, VolumeId, VpcId,
 };
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
@@ -162,6 +162,9 @@ pub struct Seen {
     pub guest_ready_at: Option<Micros>,
     /// Host key line of the guest.
     pub ssh_host_key: Option<String>,
+    /// User data that the guest did not run.
+    #[serde(default)]
+    pub user_data_not_run: Option<UserDataForm>,
 }
 
 /// How long the parts of the latest start took.

@@ -532,6 +532,7 @@ impl SimHost {
             trouble: None,
             guest_ready: ready.is_some_and(|at| at <= self.now),
             ssh_host_key: None,
+            user_data_not_run: None,
             cpu_usage_us: None,
             timing: vec![TimedPart { part: "agent.prepare".into(), took_us: 1 }],
         }

@@ -16,6 +16,7 @@
 
 use crate::ids::{AccountId, BlobId, HostId, ImageId, InstanceId, InterfaceId, ReservationId, VolumeId};
 use crate::state::{DesiredState, UnknownName, named_enum};
+use crate::user_data::UserDataForm;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -310,6 +311,9 @@ pub struct Observation {
     /// ed25519 host key line that the guest printed on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh_host_key: Option<String>,
+    /// User data that the guest said it did not run (a line on its console).
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data_not_run: Option<UserDataForm>,
     /// CPU time that the instance has used in this incarnation, from `cpu.stat`, microseconds.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub cpu_usage_us: Option<u64>,
@@ -334,6 +338,7 @@ impl Observation {
             trouble: None,
             guest_ready: false,
             ssh_host_key: None,
+            user_data_not_run: None,
             cpu_usage_us: None,
             timing: Vec::new(),
         }

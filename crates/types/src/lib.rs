@@ -15,6 +15,7 @@ pub mod metering;
 pub mod money;
 pub mod state;
 pub mod time;
+pub mod user_data;
 
 pub use error::{ApiError, ErrorCode};
 pub use ids::*;
@@ -22,3 +23,4 @@ pub use instance_type::InstanceType;
 pub use money::{Currency, Money, Rate};
 pub use state::{DesiredState, InstanceState, Step};
 pub use time::Micros;
+pub use user_data::UserDataForm;

@@ -48,6 +48,7 @@ pub fn instance() -> Instance {
         ssh_host_key: Some(
             "ssh-ed25519 AAAAC3NzaC1lZDI1NTE5AAAAIEDkUaVuEhsBX0XW1jzDBwTBz9R9nuzfZ4UH0u8YcQ4k".into(),
         ),
+        user_data_not_run: None,
         used_seconds: 190,
         billed_seconds: 190,
     }

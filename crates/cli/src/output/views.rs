@@ -83,8 +83,11 @@ pub fn instance(instance: &Instance, now: Micros) -> String {
         (None, true) => "ready".to_owned(),
         (None, false) => "not ready".to_owned(),
     };
+    lines.push(("guest", guest));
+    if let Some(form) = instance.user_data_not_run {
+        lines.push(("user data", format!("not run: {}", form.why_not_run())));
+    }
     lines.extend([
-        ("guest", guest),
         (
             "type",
             format!("{}, {} vCPU, {}", instance.instance_type, instance.vcpus, mib(instance.memory_mib)),
@@ -349,6 +352,18 @@ mod tests {
     #[test]
     fn one_instance_in_full() {
         insta::assert_snapshot!(instance(&samples::instance(), samples::NOW));
+    }
+
+    #[test]
+    fn user_data_that_was_not_run_is_named_with_the_way_out() {
+        let mut told = samples::instance();
+        told.user_data_not_run = Some(roost_types::UserDataForm::CloudConfig);
+        let shown = instance(&told, samples::NOW);
+        let line = shown.lines().find(|line| line.starts_with("user data")).unwrap();
+        assert!(
+            line.ends_with("not run: cloud-config needs an image with cloud-init, such as debian-12"),
+            "{line}"
+        );
     }
 
     #[test]

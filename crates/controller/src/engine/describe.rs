@@ -151,6 +151,7 @@ impl Engine {
             generation: row.generation,
             guest_ready: row.step == Step::Run && own.is_some_and(|seen| seen.guest_ready),
             ssh_host_key: own.and_then(|seen| seen.ssh_host_key.clone()),
+            user_data_not_run: own.and_then(|seen| seen.user_data_not_run),
             used_seconds: seconds.used,
             billed_seconds: seconds.billed,
         }

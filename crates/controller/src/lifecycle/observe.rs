@@ -80,6 +80,7 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
         guest_ready: word.guest_ready,
         guest_ready_at,
         ssh_host_key: word.ssh_host_key.clone().or_else(|| old.and_then(|seen| seen.ssh_host_key.clone())),
+        user_data_not_run: word.user_data_not_run.or_else(|| old.and_then(|seen| seen.user_data_not_run)),
     };
     let mut next = row.clone();
     if own {

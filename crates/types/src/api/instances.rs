@@ -7,6 +7,7 @@ use crate::ids::{
 };
 use crate::state::{InstanceState, Step};
 use crate::time::Micros;
+use crate::user_data::UserDataForm;
 use serde::{Deserialize, Serialize};
 use std::net::Ipv4Addr;
 
@@ -124,6 +125,9 @@ pub struct Instance {
     /// ed25519 host key line that the guest printed on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh_host_key: Option<String>,
+    /// User data that the guest said it did not run.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub user_data_not_run: Option<UserDataForm>,
     /// Seconds that it has run, over all starts.
     pub used_seconds: u64,
     /// Seconds that are billed for it: the same with the 60 s minimum of every start.
