@@ -36,7 +36,7 @@ cache_entry() {
             step "building $kind/$name ($key)"
             start=$(now_ms)
             # Under the lock, whatever a killed build left can only be rubbish.
-            rm -rf "$CACHE/$kind/.new-$name"-*
+            rm -rf "$CACHE/$kind/.new-$name"-??????
             tmp=$(mktemp -d "$CACHE/$kind/.new-$name-XXXXXX")
             chmod 755 "$tmp"
             (

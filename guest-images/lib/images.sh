@@ -1,6 +1,8 @@
 # Images: a root file system from a recipe, put together with a kernel.
 #
-# A recipe is a folder recipes/NAME with recipe.sh, which sets
+# A recipe is a folder recipes/NAME with recipe.sh, which finds the variant that is asked for (of the image NAME-VARIANT)
+# in VARIANT, or nothing in it, and sets
+#   VARIANTS=(...)      which there are
 #   PACKAGES=(...)      Debian packages; what they depend on comes along
 #   ONLY_PACKAGES=(...) packages without what they depend on
 #   ROOT_SIZE           size of root.ext4 (mke2fs syntax)
@@ -9,28 +11,40 @@
 #   OWNER               "root" when every file belongs to root: then nobody need be root to build it
 #   KERNELS_ALLOWED     which kernels it can boot (default: debian fast)
 # and defines  recipe_root DIR WORK  to fill the new root DIR (as root); rootfs/, if there, is copied over it.
-# It may define recipe_inputs, which prints what else the root is made of beside the recipe and the packages.
+# It may define recipe_inputs, which prints what else the root is made of beside the recipe and the packages, and
+# recipe_finish DIR WORK, which runs last. What several recipes use is in shared/.
 #
 # shellcheck shell=bash
 
 RECIPES=$ROOST_ROOT/guest-images/recipes
+SHARED=$ROOST_ROOT/guest-images/shared
 
+# Sets what the recipe of the image sets, and RECIPE to its folder.
 _load_recipe() {
-    local recipe=$RECIPES/$1
-    [[ -r $recipe/recipe.sh ]] || die "no image '$1'; there are: $(ls "$RECIPES" | tr '\n' ' ')"
-    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() OWNER='' ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast'
-    WITH=("${@:2}")
+    RECIPE=$RECIPES/$1 VARIANT=''
+    [[ -r $RECIPE/recipe.sh ]] || { RECIPE=$RECIPES/${1%-*} VARIANT=${1##*-}; }
+    [[ -r $RECIPE/recipe.sh ]] || die "no image '$1'; there are: $(image_names)"
+    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() OWNER='' ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast' VARIANTS=()
     # shellcheck disable=SC1091
-    . "$recipe/recipe.sh"
+    . "$RECIPE/recipe.sh"
+    [[ -z $VARIANT || " ${VARIANTS[*]} " == *" $VARIANT "* ]] || die "no image '$1'; there are: $(image_names)"
 }
 
-# image_folder NAME KERNEL [WITH...]
+# Every image that can be built, on one line.
+image_names() (
+    names=()
+    for recipe in "$RECIPES"/*; do
+        _load_recipe "${recipe##*/}"
+        names+=("${recipe##*/}")
+        for variant in "${VARIANTS[@]}"; do names+=("${recipe##*/}-$variant"); done
+    done
+    echo "${names[*]}"
+)
+
+# image_folder NAME KERNEL
 image_folder() {
-    local name=$1 kernel=$2 root_key kernel_dir full key
-    shift 2
-    _load_recipe "$name" "$@"
-    full=$name$(printf -- '+%s' "$@")
-    [[ $# == 0 ]] && full=$name
+    local name=$1 kernel=$2 root_key kernel_dir key
+    _load_recipe "$name"
     if [[ $kernel == auto ]]; then
         kernel=debian
         # Built once, used when present: nobody waits minutes for a kernel unasked.
@@ -38,10 +52,10 @@ image_folder() {
     fi
     [[ " $KERNELS_ALLOWED " == *" $kernel "* ]] || die "image $name boots with: $KERNELS_ALLOWED, not with '$kernel'"
     kernel_dir=$(kernel_folder "$kernel")
-    root_key=$(_root_key "$name" "$@")
+    root_key=$(_root_key "$name")
     [[ $name == virtual-host ]] && root_key=$(printf '%s %s' "$root_key" "${kernel_dir##*/}" | hash_key)
     key=$( { echo "$root_key" "${kernel_dir##*/}"; hash_files "$ROOST_ROOT/guest-images/lib/images.sh"; } | hash_key)
-    cache_entry images "$full.$kernel" "$key" _build_image "$name" "$full" "$root_key" "$kernel" "$kernel_dir" "$@"
+    cache_entry images "$name.$kernel" "$key" _build_image "$name" "$root_key" "$kernel" "$kernel_dir"
 }
 
 _recipe_packages() {
@@ -51,19 +65,18 @@ _recipe_packages() {
 
 _root_key() {
     {
-        hash_files "$RECIPES/$1" "$ROOST_ROOT"/guest-images/lib/{ext4.sh,images.sh,make-root}
+        hash_files "$RECIPE" "$ROOST_ROOT"/guest-images/lib/{ext4.sh,images.sh,make-root}
         _recipe_packages
         if declare -F recipe_inputs > /dev/null; then recipe_inputs; fi
-        printf '%s\n' "$@" "$SOURCE_DATE_EPOCH"
+        printf '%s\n' "$1" "$SOURCE_DATE_EPOCH"
         # The writer's own version is an input: other versions lay files out differently.
         dpkg-query -W -f '${Package} ${Version}\n' e2fsprogs
     } | hash_key
 }
 
 _build_image() {
-    local out=$1 name=$2 full=$3 root_key=$4 kernel=$5 kernel_dir=$6 root
-    shift 6
-    root=$(cache_entry roots "$full" "$root_key" _build_root "$name" "$kernel_dir" "$@")
+    local out=$1 name=$2 root_key=$3 kernel=$4 kernel_dir=$5 root
+    root=$(cache_entry roots "$name" "$root_key" _build_root "$name" "$kernel_dir")
     # Hard links: an image costs the disk nothing beyond its parts.
     ln "$root/root.ext4" "$out/root.ext4"
     ln "$kernel_dir/kernel" "$out/kernel"
@@ -78,7 +91,7 @@ _build_image() {
     fi
     cat > "$out/manifest.json" << JSON
 {
-  "name": "$full",
+  "name": "$name",
   "description": "$DESCRIPTION",
   "kernel": "kernel",
   "kernel_name": "$kernel",
@@ -94,12 +107,11 @@ JSON
 
 _build_root() {
     local out=$1 name=$2 kernel_dir=$3 work
-    shift 3
     work=$(mktemp -d "$CACHE/.work-XXXXXX")
     if [[ $OWNER == root ]]; then at_end rm -rf "$work"; else at_end as_root rm -rf "$work"; fi
     _recipe_packages > "$work/list"
     packages_fetch "$work/list" "$work/debs"
-    local make_root=("$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir" "$@")
+    local make_root=("$ROOST_ROOT/guest-images/lib/make-root" "$name" "$work" "$out/root.ext4" "$kernel_dir")
     if [[ $OWNER == root ]]; then
         "${make_root[@]}"
     else

@@ -1,7 +1,7 @@
 //! A Debian guest as its owner uses it: ssh, metadata, user data, a disk that keeps and grows, walls around it.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use roost_e2e::{Ran, Rig, TempFile, Tenant};
+use roost_e2e::{Ran, Rig, TempFile, Tenant, user_data};
 
 fn ssh(tenant: &Tenant<'_>, id: &str, key: &str, command: &str) -> Ran {
     tenant.roost(&["ssh", id, "--key", key, "--timeout", "300", "--", command])
@@ -14,10 +14,9 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
     let key = std::env::temp_dir().join(format!("roost-e2e-{}.pem", tenant.profile));
     let key = key.to_str().unwrap();
     tenant.roost(&["key", "create", "login", "--out", key]).ok();
-    let user_data =
-        TempFile::new("user-data.sh", "#!/bin/sh\necho \"user data ran as $(id -un)\" > /root/proof\n");
+    let user_data = TempFile::new("user-data.gz", &user_data::dos_gzip(&user_data::tells("/root/proof")));
     let id = tenant.launch(
-        "debian-12",
+        "debian-12-fast",
         "home1.small",
         &[
             "--key",
@@ -36,7 +35,10 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
 
     // In by key, with the host key that the console showed; the host name, the user data and the tags are there.
     assert_eq!(ssh(&tenant, &id, key, "id -un").ok().trim(), "debian");
-    assert_eq!(ssh(&tenant, &id, key, "sudo cat /root/proof").ok().trim(), "user data ran as root");
+    // It runs when everything is up, which is after the first login can be.
+    let proof = "while [ $(systemctl is-active roost-user-data) = activating ] || [ $(systemctl is-active multi-user.target) != active ]; \
+                 do sleep 0.2; done; sudo cat /root/proof";
+    assert_eq!(ssh(&tenant, &id, key, proof).ok(), user_data::TOLD);
     let private = tenant.describe(&id)["private_ip"].as_str().unwrap().to_owned();
     assert_eq!(ssh(&tenant, &id, key, "hostname").ok().trim(), format!("ip-{}", private.replace('.', "-")));
     let imds = "T=$(wget -qO- --method=PUT --header='X-aws-ec2-metadata-token-ttl-seconds: 60' http://169.254.169.254/latest/api/token || \

@@ -1,7 +1,7 @@
 //! What a guest is told: the metadata service in both versions, user data, keys, tags, and the generation of its machine.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-use roost_e2e::{Rig, TempFile};
+use roost_e2e::{Rig, TempFile, user_data};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(90);
@@ -76,4 +76,33 @@ fn a_guest_is_told_who_it_is_once_and_by_both_versions_of_the_metadata_service()
     });
     assert_eq!(console.matches("running user data").count(), 1, "{console}");
     tenant.terminate_clean(&id);
+}
+
+#[test]
+fn a_tiny_guest_runs_a_packed_script_and_says_what_it_does_not_run() {
+    let rig = Rig::get();
+    let tenant = rig.tenant("forms");
+    let script = TempFile::new("tells.gz", &user_data::dos_gzip(&user_data::tells("/run/told")));
+    let config = TempFile::new("config.yaml", "#cloud-config\npackages: [nginx]\n");
+    let bash = TempFile::new("bash.sh", "#!/bin/bash\necho hello\n");
+    let launch = |file: &TempFile| tenant.launch("tiny-fast", "home1.nano", &["--user-data", file.path()]);
+    let (runs, cloud, no_bash) = (launch(&script), launch(&config), launch(&bash));
+
+    let console = tenant.wait_console(&runs, "told input", SOON).replace('\r', "");
+    let told: Vec<&str> = user_data::TOLD.lines().filter(|line| !line.contains("boot")).collect();
+    assert!(console.contains(&told.join("\n")), "{console}");
+    assert!(tenant.describe(&runs)["user_data_not_run"].is_null());
+
+    for (id, form) in [(&cloud, "cloud-config"), (&no_bash, "no-interpreter")] {
+        tenant.wait_console(id, &format!("roost-guest: user data not run: {form}"), SOON);
+        roost_e2e::wait_for("the agent to say so", SOON, || {
+            let seen = tenant.describe(id);
+            if seen["user_data_not_run"] == form { Ok(()) } else { Err(seen.to_string()) }
+        });
+    }
+    let shown = tenant.roost(&["describe", &cloud]).ok();
+    assert!(shown.contains("not run: cloud-config needs an image with cloud-init"), "{shown}");
+    for id in [runs, cloud, no_bash] {
+        tenant.terminate_clean(&id);
+    }
 }

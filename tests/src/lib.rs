@@ -9,6 +9,7 @@
 
 mod own_host;
 pub mod session;
+pub mod user_data;
 
 pub use own_host::{EmulatedCpusStay, OwnHost};
 
@@ -265,9 +266,9 @@ pub struct TempFile(pub PathBuf);
 
 impl TempFile {
     #[must_use]
-    pub fn new(name: &str, content: &str) -> TempFile {
+    pub fn new(name: &str, content: &(impl AsRef<[u8]> + ?Sized)) -> TempFile {
         let path = std::env::temp_dir().join(format!("roost-e2e-{}-{name}", std::process::id()));
-        std::fs::File::create(&path).unwrap().write_all(content.as_bytes()).unwrap();
+        std::fs::File::create(&path).unwrap().write_all(content.as_ref()).unwrap();
         TempFile(path)
     }
 

@@ -1,7 +1,8 @@
-# debian-12: Debian as one expects it on a server, without what takes time at boot. First boot makes the machine
-# id and the ssh host keys; host name, keys and user data come from the metadata service (rootfs/usr/lib/roost).
+# debian-12: Debian as one expects it on a server, without what takes time at boot. First boot makes the machine id and the
+# ssh host key; Debian's own cloud-init asks the metadata service for host name, keys and user data.
 #
-# Variant --with cloud-init: cloud-init does that part (and reads cloud-config), from the same service.
+# debian-12-fast: without cloud-init; a script of ours (rootfs/usr/lib/roost/init) does that part, and runs user data that
+# is a script.
 # shellcheck shell=bash disable=SC2034
 
 PACKAGES=(systemd-sysv udev dbus procps openssh-server sudo iproute2 iputils-ping e2fsprogs ca-certificates
@@ -13,14 +14,12 @@ DEFAULT_USER=debian
 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh'
 # A boot log that can be read, without colours: whoever reads the console may have no terminal.
 BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 memhp_default_state=online_movable net.ifnames=0 systemd.show_status=true TERM=dumb'
-for extra in "${WITH[@]}"; do
-    case $extra in
-    cloud-init) PACKAGES+=(cloud-init) ROOT_SIZE=1200M MIN_VOLUME_GIB=2 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh and cloud-init' ;;
-    *) die "debian-12 has no variant --with $extra (there is: cloud-init)" ;;
-    esac
-done
+VARIANTS=(fast)
+if [[ -z $VARIANT ]]; then
+    PACKAGES+=(cloud-init) ROOT_SIZE=1200M MIN_VOLUME_GIB=2 DESCRIPTION='Debian 12 (bookworm), minimal, with ssh and cloud-init'
+fi
 
-recipe_inputs() { guest_sources; }
+recipe_inputs() { guest_sources; hash_files "$SHARED"; }
 
 recipe_root() {
     bootstrap "$1" "$2" "${PACKAGES[@]}"
@@ -60,8 +59,8 @@ recipe_finish() {
     for unit in ssh systemd-networkd; do ln -sf "/lib/systemd/system/$unit.service" "$wants/"; done
     for unit in roost-console roost-grow roost-ready; do ln -sf "../$unit.service" "$wants/"; done
     ln -sf /lib/systemd/system/multi-user.target "$root/etc/systemd/system/default.target"
-    if [[ " ${WITH[*]} " == *" cloud-init "* ]]; then
-        rm "$root/etc/systemd/system/roost-init.service" "$root/etc/systemd/system/roost-user-data.service"
+    if [[ -z $VARIANT ]]; then
+        rm "$root/etc/systemd/system/roost-init.service" "$root/etc/systemd/system/roost-user-data.service" "$root/usr/lib/roost/init"
         # One source in the list: cloud-init asks it without first guessing from SMBIOS where it is.
         cat > "$root/etc/cloud/cloud.cfg.d/90-roost.cfg" << 'CFG'
 datasource_list: [ Ec2 ]
@@ -71,6 +70,8 @@ datasource:
     metadata_urls: [ 'http://169.254.169.254' ]
     apply_full_imds_network_config: false
 network: {config: disabled}
+# The archive that the image was built from.
+apt: {preserve_sources_list: true}
 # The one locale that is there: the default one would have to be generated first.
 locale: C.UTF-8
 # The instance's own name resolves, or sudo complains each time.
@@ -92,6 +93,7 @@ cp /var/lib/cloud/data/instance-id /var/lib/roost/instance-id
 SCRIPT
         chmod 755 "$root/var/lib/cloud/scripts/per-instance/roost-host-keys"
     else
+        install -m 755 "$SHARED/user-data" "$root/usr/lib/roost/user-data"
         for unit in roost-init roost-user-data; do ln -sf "../$unit.service" "$wants/"; done
         rm -rf "$root/etc/cloud"
     fi

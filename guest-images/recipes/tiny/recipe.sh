@@ -26,3 +26,6 @@ recipe_root() {
     printf '127.0.0.1 localhost\n' > "$root/etc/hosts"
     chmod 1777 "$root/tmp"
 }
+
+recipe_inputs() { hash_files "$SHARED"; }
+recipe_finish() { install -m 755 "$SHARED/user-data" "$1/usr/lib/roost/user-data"; }
