@@ -6,6 +6,7 @@
 #   stage NAME CMD...   runs CMD and remembers how long it took; stage_report prints the table
 #   roost_cache_dir     $XDG_CACHE_HOME/roost: what can be built again
 #   roost_state_dir     $XDG_STATE_HOME/roost: what cannot
+#   virtual_host_dir N  the folder of the virtual host N: its data, and what it changed below /etc
 #   as_root CMD...      runs CMD as root: directly, or through sudo
 #   at_end CMD...       runs CMD however the script ends; Ctrl-C ends it with exit code 130
 #   end_by_signal       the second half of that alone
@@ -107,6 +108,8 @@ _caller_home() {
 }
 roost_cache_dir() { printf '%s/roost\n' "${XDG_CACHE_HOME:-$(_caller_home)/.cache}"; }
 roost_state_dir() { printf '%s/roost\n' "${XDG_STATE_HOME:-$(_caller_home)/.local/state}"; }
+# As scripts/virtual-host has it, which knows nothing of sudo.
+virtual_host_dir() { printf '%s/roost/virtual-hosts/%s\n' "${XDG_STATE_HOME:-${HOME:-/root}/.local/state}" "$1"; }
 
 # Ends the script unless it is root or can become it.
 require_root_or_sudo() {

@@ -84,3 +84,20 @@ impl Seat {
         all[all.len().saturating_sub(lines)..].join("\n")
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::Seat;
+    use std::process::Command;
+
+    #[test]
+    fn the_scripts_name_the_same_folder() {
+        let common = super::super::repository_root().join("scripts/lib/common.sh");
+        let script = format!(". '{}' && virtual_host_dir main", common.display());
+        let output = Command::new("bash").args(["-c", &script]).output().expect("bash runs");
+        assert_eq!(
+            String::from_utf8_lossy(&output.stdout).trim(),
+            Seat::of("main").dir.display().to_string()
+        );
+    }
+}
