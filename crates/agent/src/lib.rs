@@ -21,6 +21,9 @@
 //! | [`trouble`] | what is wrong with the host itself, for its owner |
 //! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
 
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 pub mod agent;
 pub mod cgroup;
 pub mod clock;

@@ -1,5 +1,8 @@
 //! `roost-agent`: the host's agent.
 
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 use clap::{Args, Parser, Subcommand};
 use roost_agent::agent::{Agent, StateLock};
 use roost_agent::cgroup::Cgroups;
@@ -120,7 +123,7 @@ fn main() -> ExitCode {
         Command::Purge(purge) => remove(&purge).map(|()| ExitCode::SUCCESS),
     };
     outcome.unwrap_or_else(|error| {
-        eprintln!("roost-agent: {}", error.chain());
+        let _ = writeln!(std::io::stderr(), "roost-agent: {}", error.chain());
         ExitCode::FAILURE
     })
 }
@@ -164,12 +167,15 @@ fn list(which: &Leftovers) -> Result<ExitCode> {
 }
 
 fn run(serve: &Serve) -> Result<()> {
+    let filter = tracing_subscriber::EnvFilter::builder()
+        .with_default_directive(tracing_subscriber::filter::LevelFilter::INFO.into())
+        .parse(std::env::var("ROOST_LOG").unwrap_or_default())
+        .map_err(|error| Error::Impossible(format!("ROOST_LOG is no filter such as info: {error}")))?;
     tracing_subscriber::fmt()
-        .with_env_filter(
-            tracing_subscriber::EnvFilter::try_from_env("ROOST_LOG")
-                .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info")),
-        )
+        .with_env_filter(filter)
         .with_writer(std::io::stderr)
+        // It would panic where the log cannot be written.
+        .log_internal_errors(false)
         .with_ansi(false)
         .init();
     if !rustix::process::geteuid().is_root() {

@@ -1,9 +1,11 @@
 //! The command line.
 
 use crate::parse;
+use clap::builder::Resettable;
 use clap::builder::styling::{AnsiColor, Styles};
-use clap::{Args, Parser, Subcommand, ValueEnum, ValueHint};
+use clap::{ArgMatches, Args, CommandFactory, FromArgMatches, Parser, Subcommand, ValueEnum, ValueHint};
 use roost_types::api::BillBy;
+use std::ffi::OsStr;
 use std::path::PathBuf;
 use std::time::Duration;
 
@@ -33,6 +35,30 @@ pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
+}
+
+impl Cli {
+    /// The program's arguments and environment, or the end of the program with its exit code.
+    pub fn from_environment() -> Self {
+        let mut command = without_empty_variables(Cli::command(), |name| {
+            std::env::var_os(name).is_some_and(|value| value.is_empty())
+        });
+        let matches: ArgMatches = command.get_matches_mut();
+        Self::from_arg_matches(&matches).unwrap_or_else(|error| error.format(&mut command).exit())
+    }
+}
+
+/// The command in which a variable that is set to nothing counts as not set, as XDG and NO_COLOR have it.
+fn without_empty_variables(mut command: clap::Command, is_empty: impl Fn(&OsStr) -> bool) -> clap::Command {
+    let empty: Vec<clap::Id> = command
+        .get_arguments()
+        .filter(|argument| argument.get_env().is_some_and(&is_empty))
+        .map(|argument| argument.get_id().clone())
+        .collect();
+    for id in empty {
+        command = command.mut_arg(id, |argument| argument.env(Resettable::<clap::builder::OsStr>::Reset));
+    }
+    command
 }
 
 /// What holds for every command.
@@ -476,7 +502,6 @@ pub struct TypesArgs {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use clap::CommandFactory;
 
     #[test]
     fn the_command_line_is_consistent() {

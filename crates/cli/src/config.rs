@@ -108,9 +108,13 @@ pub fn check_profile_name(name: &str) -> Result<()> {
     )))
 }
 
+/// A folder that the environment names; an empty or relative one counts as unset.
+pub fn variable(name: &str) -> Option<PathBuf> {
+    std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
+}
+
 /// Where the file is unless `--config` or ROOST_CONFIG says otherwise.
 pub fn default_path() -> Result<PathBuf> {
-    let variable = |name| std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute());
     let base = variable("XDG_CONFIG_HOME").or_else(|| variable("HOME").map(|home| home.join(".config")));
     base.map(|base| base.join("roost/config.toml"))
         .ok_or_else(|| Error::Usage("HOME is not set: name the configuration file with --config".to_owned()))

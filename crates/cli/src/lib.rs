@@ -10,6 +10,8 @@
 //! ```
 
 #![forbid(unsafe_code)]
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 
 mod args;
 mod blob;
@@ -26,6 +28,7 @@ mod parse;
 mod progress;
 mod resolve;
 mod run;
+mod stderr;
 mod terminal;
 mod wait;
 

@@ -1,7 +1,7 @@
 //! What is being waited for, said on standard error: a spinner on a terminal once a second has passed, otherwise one
 //! line per change.
 
-use crate::harmless;
+use crate::{harmless, stderr};
 use indicatif::{ProgressBar, ProgressStyle};
 use std::io::IsTerminal;
 use std::time::{Duration, Instant};
@@ -38,7 +38,7 @@ impl Progress {
         let text = harmless::text(text);
         match &mut self.shown {
             Shown::Nothing => {}
-            Shown::Lines if text != self.last => eprintln!("{text}"),
+            Shown::Lines if text != self.last => stderr::line(&text),
             Shown::Lines => {}
             Shown::Terminal(Some(bar)) => bar.set_message(text.clone()),
             Shown::Terminal(bar) if self.began.elapsed() >= SILENT => {

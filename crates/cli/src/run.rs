@@ -4,8 +4,7 @@ use crate::args::{Cli, Command, Format};
 use crate::commands;
 use crate::context::Context;
 use crate::error::Error;
-use crate::{exit, harmless, terminal};
-use clap::Parser;
+use crate::{exit, harmless, stderr, terminal};
 use std::io::ErrorKind;
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
@@ -18,7 +17,7 @@ pub fn main() -> ExitCode {
         terminal::restore();
         report(info);
     }));
-    let cli = Cli::parse();
+    let cli = Cli::from_environment();
     let context = Context::new(cli.global.clone());
     let runtime = match tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build() {
         Ok(runtime) => runtime,
@@ -43,7 +42,7 @@ pub fn main() -> ExitCode {
             // By now the command has put back the terminal and removed what it had half made.
             if matches!(error, Error::Exit(exit::INTERRUPTED)) && !is_proxy {
                 let note = context.interruption();
-                eprintln!("{}", if note.is_empty() { "interrupted" } else { &note });
+                stderr::line(if note.is_empty() { "interrupted" } else { &note });
             }
             ExitCode::from(report_error(&context, &error))
         }
@@ -87,15 +86,15 @@ fn report_error(context: &Context, error: &Error) -> u8 {
         if let Some(hint) = error.hint() {
             body["Hint"] = hint.into();
         }
-        eprintln!("{}", context.output.json_text(&body).unwrap_or_default());
+        stderr::line(&context.output.json_text(&body).unwrap_or_default());
         return code;
     }
-    eprintln!("roost: {}", harmless::lines(&error.chain()));
+    stderr::line(&format!("roost: {}", harmless::lines(&error.chain())));
     if let Some(hint) = error.hint() {
-        eprintln!("  → {hint}");
+        stderr::line(&format!("  → {hint}"));
     }
     if let (Some(id), exit::INTERNAL) = (request_id, code) {
-        eprintln!("  request id: {}", harmless::text(id));
+        stderr::line(&format!("  request id: {}", harmless::text(id)));
     }
     code
 }

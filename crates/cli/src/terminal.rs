@@ -2,6 +2,7 @@
 
 use crate::error::{Error, Result};
 use crate::harmless::Stream;
+use crate::stderr;
 use nix::sys::termios::{LocalFlags, SetArg, Termios, cfmakeraw, tcgetattr, tcsetattr};
 use std::io::{self, BufRead, IsTerminal, Write};
 use std::sync::Mutex;
@@ -56,7 +57,7 @@ pub fn restore() {
 /// Asks for a line; an empty one means `default`.
 pub fn ask(what: &str, default: Option<&str>) -> Result<String> {
     let shown = default.map(|default| format!(" [{default}]")).unwrap_or_default();
-    eprint!("{what}{shown}: ");
+    stderr::write(&format!("{what}{shown}: "));
     let line = read_line()?;
     match (line.as_str(), default) {
         ("", Some(default)) => Ok(default.to_owned()),
@@ -67,11 +68,11 @@ pub fn ask(what: &str, default: Option<&str>) -> Result<String> {
 
 /// Asks for a line that is not shown.
 pub fn ask_hidden(what: &str) -> Result<String> {
-    eprint!("{what} (not shown): ");
+    stderr::write(&format!("{what} (not shown): "));
     let mode = Mode::hidden()?;
     let line = read_line();
     drop(mode);
-    eprintln!();
+    stderr::line("");
     line
 }
 

@@ -273,3 +273,55 @@ fn output_that_nobody_reads_is_no_error() {
     assert!(output.status.success(), "{}", stderr(&output));
     assert_eq!(stderr(&output), "");
 }
+
+/// The writing end of a pipe that nobody reads.
+fn closed_pipe() -> std::io::PipeWriter {
+    std::io::pipe().unwrap().1
+}
+
+#[test]
+fn errors_that_nobody_reads_change_no_exit_code() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = profile_without_controller(folder.path());
+    let admin = folder.path().join("admin.json");
+    let cases: &[(&[&str], i32)] = &[
+        (&["describe", "i-nope"], 3),
+        (&["describe", "i-nope", "--output", "json"], 3),
+        (&["ls", "--profile", "nobody"], 4),
+        (&["ls"], 8),
+        (&["launch"], 2),
+        (&["configure", "--from", admin.to_str().unwrap()], 0),
+        (&["stop", "i-0123456789abcdef0", "--wait"], 8),
+    ];
+    for (args, code) in cases {
+        for full in [false, true] {
+            let mut command = Command::new(env!("CARGO_BIN_EXE_roost"));
+            command.args(*args).env_clear().env("ROOST_CONFIG", &config);
+            if full {
+                command.stderr(std::fs::File::options().write(true).open("/dev/full").unwrap());
+            } else {
+                command.stderr(closed_pipe());
+            }
+            assert_eq!(command.status().unwrap().code(), Some(*code), "{args:?}, full: {full}");
+        }
+    }
+}
+
+#[test]
+fn a_variable_that_is_set_to_nothing_counts_as_unset() {
+    let folder = tempfile::tempdir().unwrap();
+    let config = folder.path().join(".config/roost/config.toml");
+    std::fs::create_dir_all(config.parent().unwrap()).unwrap();
+    std::fs::rename(profile_without_controller(folder.path()), &config).unwrap();
+    for empty in ["ROOST_CONFIG", "ROOST_PROFILE", "ROOST_OUTPUT", "XDG_CONFIG_HOME", "NO_COLOR"] {
+        let output = Command::new(env!("CARGO_BIN_EXE_roost"))
+            .args(["configure", "ls"])
+            .env_clear()
+            .env("HOME", folder.path())
+            .env(empty, "")
+            .output()
+            .unwrap();
+        assert!(output.status.success(), "{empty}: {}", stderr(&output));
+        assert!(stdout(&output).contains("default"), "{empty}: {}", stdout(&output));
+    }
+}

@@ -14,6 +14,8 @@
 //! serve.rs   puts it all together     offline.rs  usage log and bills without a running controller
 //! ```
 
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 #![forbid(unsafe_code)]
 
 pub mod actions;

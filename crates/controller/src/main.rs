@@ -1,5 +1,7 @@
 //! `roost-controller`: the one writer of truth. Unprivileged; serves users on one port and agents on another.
 
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
 #![forbid(unsafe_code)]
 
 use clap::{Args, Parser, Subcommand};
@@ -11,7 +13,7 @@ use roost_controller::server::Limits;
 use roost_controller::setup::{self, InitOptions};
 use roost_types::api::BillBy;
 use roost_types::{AccountId, Micros};
-use std::io::IsTerminal;
+use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -148,25 +150,46 @@ fn moment(text: &str) -> Result<Micros, String> {
 
 fn main() -> ExitCode {
     let cli = Cli::parse();
-    log_to_stderr();
     // A second provider could only come from another call of this line.
     let _ = rustls::crypto::ring::default_provider().install_default();
-    match run(cli.command) {
+    match log_to_stderr().and_then(|()| run(cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("roost-controller: {error}");
+            say(&format!("roost-controller: {error}"));
             ExitCode::from(error.exit_code())
         }
     }
 }
 
-fn log_to_stderr() {
+/// Says a line on standard error; one that is closed changes nothing.
+fn say(text: &str) {
+    let _ = writeln!(std::io::stderr(), "{text}");
+}
+
+/// Prints on standard output; whoever closed it has had enough.
+fn print(text: &str) -> Result<(), StartError> {
+    match std::io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(StartError::Other(format!("standard output: {error}")))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn log_to_stderr() -> Result<(), StartError> {
     let filter = tracing_subscriber::EnvFilter::builder()
         .with_default_directive(tracing_subscriber::filter::LevelFilter::INFO.into())
-        .with_env_var("ROOST_LOG")
-        .from_env_lossy();
+        .parse(std::env::var("ROOST_LOG").unwrap_or_default())
+        .map_err(|error| StartError::Value(format!("ROOST_LOG is no filter such as info: {error}")))?;
     let colours = std::io::stderr().is_terminal();
-    tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_ansi(colours)
+        .with_writer(std::io::stderr)
+        // It would panic where the log cannot be written.
+        .log_internal_errors(false)
+        .init();
+    Ok(())
 }
 
 fn run(command: Command) -> Result<(), StartError> {
@@ -174,21 +197,26 @@ fn run(command: Command) -> Result<(), StartError> {
         Command::Init { state, region, zone, endpoint, names } => {
             let dir = StateDir::new(&state.state_dir);
             let admin = setup::init(&dir, &InitOptions { region, zone, endpoint, names })?;
-            println!("state directory  {}", state.state_dir.display());
-            println!("endpoint         {}", admin.endpoint);
-            println!("region           {}", admin.region);
-            println!("first account    {} (administrator)", admin.account_id);
-            println!("its access key   {}", dir.path("admin.json").display());
-            Ok(())
+            print(&format!(
+                "state directory  {}\nendpoint         {}\nregion           {}\n\
+                 first account    {} (administrator)\nits access key   {}\n",
+                state.state_dir.display(),
+                admin.endpoint,
+                admin.region,
+                admin.account_id,
+                dir.path("admin.json").display()
+            ))
         }
         Command::AgentIdentity { state, hostname, zone, controller, out } => {
             let dir = StateDir::new(&state.state_dir);
             let identity =
                 setup::agent_identity(&dir, &hostname, zone.as_deref(), controller.as_deref(), &out)?;
-            println!("host             {} ({hostname})", identity.host_id);
-            println!("identity         {}", out.display());
-            println!("dials            {}", identity.controller_url);
-            Ok(())
+            print(&format!(
+                "host             {} ({hostname})\nidentity         {}\ndials            {}\n",
+                identity.host_id,
+                out.display(),
+                identity.controller_url
+            ))
         }
         Command::Serve { state, listen, agent_listen, types, prices, public_pool, max_blob_gib } => {
             let halts =
@@ -224,10 +252,10 @@ async fn serve(state: &StateDir, options: &ServeOptions) -> Result<(), StartErro
         (listen_for(SignalKind::terminate())?, listen_for(SignalKind::interrupt())?);
     let (stop, stopped) = watch::channel(false);
     let controller = Controller::open(state, options, stopped).await?;
-    eprintln!(
+    say(&format!(
         "roost-controller: ready: API on https://{}, agents on https://{}",
         controller.api, controller.agents
-    );
+    ));
     notify(sd_notify::NotifyState::Ready);
     tokio::spawn(async move {
         tokio::select! {

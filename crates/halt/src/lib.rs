@@ -40,7 +40,8 @@ pub enum Error {
 /// # Errors
 /// The variable is set and its folder is not root's alone.
 pub fn from_environment() -> Result<Option<&'static Path>, Error> {
-    let Some(folder) = std::env::var_os(VARIABLE).map(PathBuf::from) else { return Ok(None) };
+    let named = std::env::var_os(VARIABLE).filter(|folder| !folder.is_empty());
+    let Some(folder) = named.map(PathBuf::from) else { return Ok(None) };
     check(&folder)?;
     Ok(Some(FOLDER.get_or_init(|| folder)))
 }

@@ -1,5 +1,8 @@
 //! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
 
+// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+#![deny(clippy::print_stderr, clippy::print_stdout)]
+
 use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::exit;
@@ -30,10 +33,7 @@ fn main() {
         Ok(Command::ServeMemory(options)) => ended(page_server::serve(&options)),
         Ok(Command::DumpCpu) => print_template(open_kvm(None).and_then(|kvm| alike::dump(&kvm))),
         Ok(Command::CommonCpu(files)) => print_template(common_template(&files)),
-        Ok(Command::Say(text)) => {
-            print!("{text}");
-            ExitCode::PowerOff
-        }
+        Ok(Command::Say(text)) => ended(log::print(&text)),
         Err(why) => {
             log::error(&why);
             ExitCode::Config
@@ -121,7 +121,9 @@ fn run_rebase(base: &Path, diff: &Path) -> ExitCode {
         })
     };
     let done = open(base, "base", true).and_then(|base| snapshot::rebase(&base, &open(diff, "diff", false)?));
-    ended(done.map(|bytes| println!("{}: {} KiB from {}", base.display(), bytes / 1024, diff.display())))
+    ended(done.and_then(|bytes| {
+        log::print(&format!("{}: {} KiB from {}\n", base.display(), bytes / 1024, diff.display()))
+    }))
 }
 
 fn ended(result: Result<()>) -> ExitCode {
@@ -155,17 +157,20 @@ fn common_template(files: &[PathBuf]) -> Result<CpuTemplate> {
 }
 
 fn print_template(template: Result<CpuTemplate>) -> ExitCode {
-    ended(
-        template.map(|template| println!("{}", serde_json::to_string_pretty(&template).unwrap_or_default())),
-    )
+    ended(template.and_then(|template| {
+        log::print(&format!("{}\n", serde_json::to_string_pretty(&template).unwrap_or_default()))
+    }))
 }
 
 fn run_probe(json: bool) -> ExitCode {
     let report = probe::run();
-    if json {
-        println!("{}", serde_json::to_string_pretty(&report).unwrap_or_default());
+    let text = if json {
+        format!("{}\n", serde_json::to_string_pretty(&report).unwrap_or_default())
     } else {
-        print!("{report}");
+        report.to_string()
+    };
+    match ended(log::print(&text)) {
+        ExitCode::PowerOff if !report.usable() => ExitCode::Kvm,
+        code => code,
     }
-    if report.usable() { ExitCode::PowerOff } else { ExitCode::Kvm }
 }

@@ -224,3 +224,17 @@ fn a_file_in_the_place_of_the_apis_socket_is_left_alone() {
     assert_eq!(ended.code, ExitCode::HostIo.code(), "{}", ended.stderr);
     assert_eq!(std::fs::read(machine.path("api")).unwrap(), b"mine");
 }
+
+#[test]
+fn errors_and_output_that_nobody_reads_change_no_exit_code() {
+    let closed = || std::io::pipe().unwrap().1;
+    let vmm = |arguments: &[&str]| {
+        let mut command = std::process::Command::new(env!("CARGO_BIN_EXE_roost-vmm"));
+        command.args(arguments).stdout(closed()).stderr(closed()).status().unwrap().code()
+    };
+    assert_eq!(vmm(&["nonsense"]), Some(ExitCode::Config.code()));
+    assert_eq!(vmm(&["run", "--config", "/nonexistent"]), Some(ExitCode::Config.code()));
+    assert_eq!(vmm(&["rebase", "/nonexistent", "/nonexistent"]), Some(ExitCode::Config.code()));
+    assert_eq!(vmm(&["--help"]), Some(0));
+    assert_eq!(vmm(&["--version"]), Some(0));
+}

@@ -11,7 +11,7 @@ pub use table::{Table, Tone};
 
 use crate::args::Format;
 use crate::error::{Error, Result};
-use crate::harmless;
+use crate::{harmless, stderr};
 use serde::Serialize;
 use std::io::{IsTerminal, Write};
 
@@ -82,7 +82,7 @@ impl Output {
     /// A remark for the user, on standard error.
     pub fn note(&self, text: &str) {
         if !self.quiet {
-            eprintln!("{}", harmless::lines(text));
+            stderr::line(&harmless::lines(text));
         }
     }
 }

@@ -138,3 +138,40 @@ fn wrong_usage_is_exit_code_two() {
         assert_eq!(run(dir.path(), arguments).0, Some(2), "{arguments:?}");
     }
 }
+
+#[test]
+fn it_goes_on_and_ends_with_its_exit_code_though_nobody_reads_what_it_says() {
+    let closed = || std::io::pipe().unwrap().1;
+    let folder = tempfile::tempdir().unwrap();
+    let quietly = |arguments: &[&str]| {
+        let mut command = program(folder.path(), arguments);
+        command.stdout(closed()).stderr(closed());
+        command
+    };
+    assert_eq!(quietly(&["usage-log", "export"]).status().unwrap().code(), Some(3));
+    assert_eq!(quietly(&["init"]).status().unwrap().code(), Some(0));
+    // The log has no reader either: by the time that it listens it has written several lines.
+    let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+    let (api, agents) = (port.to_string(), "127.0.0.1:0");
+    let mut child = quietly(&["serve", "--listen", &api, "--agent-listen", agents])
+        .env("ROOST_LOG", "debug")
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + DEADLINE;
+    while std::net::TcpStream::connect(port).is_err() {
+        assert_eq!(child.try_wait().unwrap(), None, "it ended");
+        assert!(Instant::now() < deadline, "it does not listen");
+    }
+    kill_process(Pid::from_child(&child), Signal::TERM).unwrap();
+    assert_eq!(child.wait().unwrap().code(), Some(0));
+}
+
+#[test]
+fn an_empty_log_filter_counts_as_unset_and_a_wrong_one_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let with = |filter: &str| program(folder.path(), &["init"]).env("ROOST_LOG", filter).output().unwrap();
+    let wrong = with("nonsense=loud");
+    assert_eq!(wrong.status.code(), Some(3));
+    assert!(String::from_utf8_lossy(&wrong.stderr).contains("ROOST_LOG"), "{wrong:?}");
+    assert!(with("").status.success());
+}

@@ -79,9 +79,10 @@ impl VirtualHost {
     pub fn shared() -> Result<&'static Self> {
         static SHARED: OnceLock<std::result::Result<VirtualHost, String>> = OnceLock::new();
         let host = SHARED.get_or_init(|| {
-            let made = match std::env::var("ROOST_VIRTUAL_HOST") {
-                Ok(name) => Self::find(&name).and_then(|found| found.ok_or(Error::NotRunning(name))),
-                Err(_) => super::workspace_shares(&super::repository_root()).and_then(|shares| {
+            let named = std::env::var("ROOST_VIRTUAL_HOST").ok().filter(|name| !name.is_empty());
+            let made = match named {
+                Some(name) => Self::find(&name).and_then(|found| found.ok_or(Error::NotRunning(name))),
+                None => super::workspace_shares(&super::repository_root()).and_then(|shares| {
                     let name = format!("tests-{}", std::process::id());
                     Self::start(&HostOptions { name, shares, ..HostOptions::default() })
                 }),

@@ -70,6 +70,7 @@ pub(super) fn check_name(name: &str) -> Result<()> {
 #[must_use]
 pub fn repository_root() -> PathBuf {
     std::env::var_os("ROOST_ROOT")
+        .filter(|folder| !folder.is_empty())
         .map_or_else(|| Path::new(env!("CARGO_MANIFEST_DIR")).join("../.."), PathBuf::from)
 }
 

@@ -163,8 +163,8 @@ fn prune(folder: &Path, name: &str) {
 /// # Errors
 /// When the checkout cannot be read.
 pub fn workspace_shares(root: &Path) -> Result<Vec<Share>> {
-    let target =
-        std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), |dir| root.join(dir));
+    let named = std::env::var_os("CARGO_TARGET_DIR").filter(|dir| !dir.is_empty());
+    let target = named.map_or_else(|| root.join("target"), |dir| root.join(dir));
     let programs = ["roost", "roost-vmm", "roost-agent", "roost-controller"];
     let newest = [target.join("x86_64-unknown-linux-gnu/release"), target.join("release")]
         .into_iter()

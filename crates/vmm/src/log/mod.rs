@@ -81,6 +81,20 @@ pub fn debug(text: impl FnOnce() -> String) {
     write(Level::Debug, text, Location::caller());
 }
 
+/// Prints what a command was asked for on stdout; whoever closed it has had enough.
+///
+/// # Errors
+/// [`Error::Io`](crate::Error::Io) where stdout takes nothing, such as a full disk.
+pub fn print(text: &str) -> crate::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
+            Err(crate::Error::io("writing to stdout")(error))
+        }
+        _ => Ok(()),
+    }
+}
+
 fn write(level: Level, text: impl FnOnce() -> String, origin: &Location<'_>) {
     let logger = LOGGER.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(Logger { config, file }) = &*logger else {

@@ -63,7 +63,7 @@ pub fn serve(options: &Options) -> Result<()> {
     let signals = crate::api::block_signals().map_err(Error::io("signalfd"))?;
     let shared = Arc::new(Shared::open(options)?);
     let listener = stand_alone::bind(&options.socket, "socket")?;
-    println!("serving {} at {}", options.memory.display(), options.socket.display());
+    log::print(&format!("serving {} at {}\n", options.memory.display(), options.socket.display()))?;
     let served = accept(&listener, &shared, signals.as_raw_fd());
     // A socket that nobody listens at is no more than a riddle.
     std::fs::remove_file(&options.socket).map_err(Error::io("removing the socket"))?;
@@ -117,7 +117,7 @@ impl Shared {
                 || "will be made of the first clone".to_owned(),
                 |known| format!("{} pages", known.pages()),
             );
-            println!("working set {}: {words}", path.display());
+            log::print(&format!("working set {}: {words}\n", path.display()))?;
             Ok((path.clone(), Mutex::new(known.map(Arc::new))))
         });
         let kept = kept.transpose()?;
