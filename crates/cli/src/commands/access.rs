@@ -137,34 +137,40 @@ fn pair_line(pair: &KeyPair) -> String {
     )
 }
 
-/// Reads a public key file; a `~/` that no shell has expanded is the home folder.
+/// Longest public key that a controller takes; a byte more is enough to be refused.
+const MAX_KEY_BYTES: u64 = 16 * 1024;
+
+/// Reads a public key file; a `~/` that no shell has expanded is the home folder. The controller tells what is wrong
+/// with a public key; a private one is refused here, and never sent.
 fn public_key(file: &Path) -> Result<String> {
     let failed = |source| Error::File { action: "read", path: file.into(), source };
-    let mut text = String::new();
+    let mut bytes = Vec::new();
     if file == Path::new("-") {
-        std::io::stdin().read_to_string(&mut text)?;
+        std::io::stdin().take(MAX_KEY_BYTES + 1).read_to_end(&mut bytes)?;
     } else {
-        let path = match (file.strip_prefix("~"), std::env::var_os("HOME")) {
-            (Ok(rest), Some(home)) => Path::new(&home).join(rest),
+        let path = match (file.strip_prefix("~"), crate::config::variable("HOME")) {
+            (Ok(rest), Some(home)) => home.join(rest),
             _ => file.to_owned(),
         };
         std::fs::File::open(path)
-            .and_then(|file| file.take(64 * 1024).read_to_string(&mut text))
+            .and_then(|file| file.take(MAX_KEY_BYTES + 1).read_to_end(&mut bytes))
             .map_err(failed)?;
     }
-    if text.contains("PRIVATE KEY") {
+    // A comment may be of any encoding, and is not part of the key.
+    let text = String::from_utf8_lossy(&bytes).into_owned();
+    let shown = file.display();
+    if text.contains("PuTTY-User-Key-File") {
         return Err(Error::parameter(format!(
-            "{} is a private key: keep it to yourself and give the public one (the file ending in .pub)",
-            file.display()
+            "{shown} is a private key of PuTTY's: keep it to yourself and give its public half: \
+             `puttygen {shown} -L | roost key import NAME -`"
         )));
     }
-    let mut lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
-    match (lines.next(), lines.next()) {
-        (Some(line), None) => Ok(line.to_owned()),
-        (None, _) => Err(Error::parameter(format!("{} holds no public key", file.display()))),
-        (Some(_), Some(_)) => Err(Error::parameter(format!(
-            "{} holds several lines: give a file with one public key (ssh-ed25519 …)",
-            file.display()
-        ))),
+    // The other formats of ssh-keygen say so in words, PKCS #12 and DER by being no text.
+    if text.contains("PRIVATE KEY") || bytes.contains(&0) {
+        return Err(Error::parameter(format!(
+            "{shown} is a private key or no text: keep it to yourself and give the public one (the file ending in \
+             .pub, or `ssh-keygen -y -f {shown} | roost key import NAME -`)"
+        )));
     }
+    Ok(text)
 }

@@ -68,3 +68,29 @@ fn another_profile_keeps_its_keys_apart() {
     stack.roost(&["--profile", "alice", "key", "create", "home"]).ok();
     assert!(stack.path("cli/keys/alice/home.pem").is_file());
 }
+
+#[test]
+fn a_public_key_file_is_taken_as_people_have_it_and_a_private_one_never_leaves() {
+    let stack = Stack::start();
+    const KEY: &str = "AAAAC3NzaC1lZDI1NTE5AAAAIAt+fXthYKfCVXXVcBE/Od6eT9KrnFbLo9RilGMsJQyj";
+    let file = stack.path("key.pub");
+    let import = |name: &str, content: &[u8]| {
+        std::fs::write(&file, content).unwrap();
+        stack.roost(&["key", "import", name, file.to_str().unwrap()])
+    };
+    import("tab", format!("ssh-ed25519\t{KEY}\tsomeone's laptop — büro\t \r\n").as_bytes()).ok();
+    import("blanks", format!("\n# mine\nssh-ed25519  {KEY}  \n").as_bytes()).ok();
+    import("latin-1", &[format!("ssh-ed25519 {KEY} b").as_bytes(), b"\xfcro\n"].concat()).ok();
+    import("options", format!("no-pty,command=\"a b\" ssh-ed25519 {KEY} x").as_bytes())
+        .fails(3, &["InvalidKey.Format", "no-pty", "grep -o"]);
+    import("two", format!("ssh-ed25519 {KEY}\nssh-ed25519 {KEY}\n").as_bytes()).fails(3, &["lines 1, 2"]);
+    import("rfc4716", b"---- BEGIN SSH2 PUBLIC KEY ----\nAAAA\n---- END SSH2 PUBLIC KEY ----\n")
+        .fails(3, &["ssh-keygen -i -f FILE"]);
+    import("putty", b"PuTTY-User-Key-File-3: ssh-ed25519\n").fails(3, &["puttygen", "roost key import"]);
+    import("der", b"\x30\x82\x00\x01").fails(3, &["ssh-keygen -y -f"]);
+    let listed = stack.json(&["key", "ls"]);
+    for pair in listed["key_pairs"].as_array().unwrap() {
+        assert!(pair["public_key"].as_str().unwrap().starts_with(&format!("ssh-ed25519 {KEY}")), "{pair}");
+    }
+    assert_eq!(listed["key_pairs"].as_array().unwrap().len(), 3);
+}
