@@ -384,15 +384,18 @@ pub struct ConsoleArgs {
 }
 
 #[derive(Debug, Args)]
-#[command(after_help = "`-L`, agent forwarding and the like: use ssh yourself with\n  \
-    ssh -o ProxyCommand='roost tunnel ID 22' USER@ID")]
+#[command(
+    after_help = "ssh's own configuration files are not read, and neither agent nor X11 is forwarded.\n\
+    `-L`, agent forwarding and the like: use ssh yourself with\n  \
+    ssh -o ProxyCommand='roost tunnel ID 22' USER@ID"
+)]
 pub struct SshArgs {
     /// Id or name
     pub instance: String,
     /// Login [default: the image's]
     #[arg(long, short, value_name = "NAME")]
     pub user: Option<String>,
-    /// Private key file [default: where `roost key create` put it, then ssh's own]
+    /// Private key file [default: that of the instance's key pair]
     #[arg(long, value_name = "FILE", value_hint = ValueHint::FilePath)]
     pub key: Option<PathBuf>,
     #[command(flatten)]

@@ -9,6 +9,7 @@ use crate::progress::Progress;
 use roost_types::Micros;
 use std::path::PathBuf;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 /// Options, output and the notes for an interruption.
@@ -19,13 +20,15 @@ pub struct Context {
     pub output: Output,
     /// What to say if the user interrupts now.
     interruption: Mutex<String>,
+    /// A program of the user's runs, and signals are its own matter.
+    hands_on_signals: AtomicBool,
 }
 
 impl Context {
     /// From the options that every command has.
     pub fn new(global: Global) -> Self {
         let output = Output::new(global.output, global.quiet, global.no_color);
-        Self { global, output, interruption: Mutex::default() }
+        Self { global, output, interruption: Mutex::default(), hands_on_signals: AtomicBool::new(false) }
     }
 
     /// The name of the profile.
@@ -72,6 +75,16 @@ impl Context {
     /// Sets what is said if the user interrupts from now on.
     pub fn on_interrupt(&self, note: impl Into<String>) {
         *self.interruption.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = note.into();
+    }
+
+    /// From now on a command passes signals to the program that it runs, instead of being ended by them.
+    pub fn hand_on_signals(&self) {
+        self.hands_on_signals.store(true, Ordering::Relaxed);
+    }
+
+    /// Whether the running command passes signals on.
+    pub fn hands_on_signals(&self) -> bool {
+        self.hands_on_signals.load(Ordering::Relaxed)
     }
 
     /// What to say now that the user has interrupted.

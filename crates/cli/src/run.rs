@@ -28,7 +28,7 @@ pub fn main() -> ExitCode {
     let outcome = runtime.block_on(async {
         tokio::select! {
             outcome = commands::run(&context, cli.command) => outcome,
-            interrupted = interrupted() => match interrupted {
+            interrupted = interrupted(&context) => match interrupted {
                 Ok(()) => Err(Error::Exit(exit::INTERRUPTED)),
                 Err(error) => Err(Error::Stdio(error)),
             },
@@ -50,16 +50,20 @@ pub fn main() -> ExitCode {
 }
 
 /// Returns when the user or the system asks for the end.
-async fn interrupted() -> std::io::Result<()> {
+async fn interrupted(context: &Context) -> std::io::Result<()> {
     let mut signals =
         [signal(SignalKind::interrupt())?, signal(SignalKind::terminate())?, signal(SignalKind::hangup())?];
     let [interrupt, terminate, hangup] = &mut signals;
-    tokio::select! {
-        _ = interrupt.recv() => {}
-        _ = terminate.recv() => {}
-        _ = hangup.recv() => {}
+    loop {
+        tokio::select! {
+            _ = interrupt.recv() => {}
+            _ = terminate.recv() => {}
+            _ = hangup.recv() => {}
+        }
+        if !context.hands_on_signals() {
+            return Ok(());
+        }
     }
-    Ok(())
 }
 
 /// Says once what went wrong and the way out.

@@ -6,22 +6,27 @@
 use super::tunnel;
 use crate::args::SshArgs;
 use crate::client::Client;
-use crate::config::write_private;
+use crate::config::{self, write_private};
 use crate::context::Context;
 use crate::error::{Error, Result};
-use crate::resolve;
 use crate::wait::{self, Goal};
+use crate::{exit, harmless, resolve, stderr};
 use base64::Engine;
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 use roost_types::InstanceId;
-use roost_types::api::Instance;
+use roost_types::api::{DescribeKeyPairs, Instance};
 use std::ffi::OsString;
-use std::os::unix::process::CommandExt;
+use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
-use std::process::Command;
 use std::time::Duration;
+use tokio::process::Command;
+use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 const KEY_TYPE: &str = "ssh-ed25519";
+/// What ssh ends with where ssh itself failed.
+const SSH_FAILED: u8 = 255;
 /// How long a guest that calls itself ready may take to show a host key.
 const READY_WITHOUT_KEY: Duration = Duration::from_secs(10);
 /// Pause between two attempts to reach the ssh server.
@@ -37,21 +42,139 @@ pub async fn run(context: &Context, args: SshArgs) -> Result<()> {
 
     let user = args.user.unwrap_or_else(|| instance.default_user.clone());
     check_user(&user)?;
-    let key = match (args.key, &instance.key_name) {
-        (Some(key), _) => Some(key),
-        (None, Some(name)) => context.key_file(name).ok().filter(|file| file.exists()),
-        (None, None) => None,
-    };
+    let identity = identity(context, &client, args.key, &instance).await?;
     let known_hosts = pin(context, &instance)?;
     let program = std::env::current_exe()?;
     let mut ssh = Command::new("ssh");
+    // A shell of the user's that is not sh would read the proxy's quotes in its own way.
+    ssh.env("SHELL", "/bin/sh");
     ssh.args(options(&id, &known_hosts, &proxy(context, &program, &id)?));
-    if let Some(key) = key {
-        ssh.arg("-i").arg(key).args(["-o", "IdentitiesOnly=yes"]);
+    if let Some(file) = &identity.file {
+        ssh.arg("-i").arg(file);
     }
     ssh.args(["-l", &user, "--", id.as_str()]).args(&args.command);
-    let source = ssh.exec();
-    Err(Error::File { action: "run (apt-get install openssh-client)", path: "ssh".into(), source })
+    let code = run_to_end(context, ssh).await?;
+    if code == SSH_FAILED {
+        stderr::line(&harmless::lines(&format!(
+            "roost: ssh ended with {SSH_FAILED}. {id}, user {user}: {}",
+            identity.explained
+        )));
+    }
+    if code == exit::OK { Ok(()) } else { Err(Error::Exit(code)) }
+}
+
+/// Runs ssh, to which the terminal and every signal belong, and returns its exit code.
+async fn run_to_end(context: &Context, mut ssh: Command) -> Result<u8> {
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut hangup = signal(SignalKind::hangup())?;
+    context.hand_on_signals();
+    let mut child = ssh.spawn().map_err(|source| Error::File {
+        action: "run (apt-get install openssh-client)",
+        path: "ssh".into(),
+        source,
+    })?;
+    let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
+    // Ctrl-C reaches ssh by itself: it is of the same terminal.
+    let status = loop {
+        let passed_on = tokio::select! {
+            status = child.wait() => break status?,
+            _ = terminate.recv() => Signal::SIGTERM,
+            _ = hangup.recv() => Signal::SIGHUP,
+        };
+        if let Some(pid) = pid {
+            // Not waited for yet, so that the number is still its own; if it has just ended, all is well.
+            let _ = kill(pid, passed_on);
+        }
+    };
+    let code = status.code().unwrap_or_else(|| 128 + status.signal().unwrap_or_default());
+    Ok(u8::try_from(code).unwrap_or(SSH_FAILED))
+}
+
+/// The key to log in with.
+struct Identity {
+    /// Its private half, or its public one where an ssh-agent may have the other.
+    file: Option<PathBuf>,
+    /// Which key pair the instance has, what was offered, and the way out; for a login that failed.
+    explained: String,
+}
+
+/// Finds the private key that the instance knows: only that is offered, since a server ends the connection after a
+/// few wrong ones, and an ssh-agent may hold many.
+async fn identity(
+    context: &Context,
+    client: &Client,
+    given: Option<PathBuf>,
+    instance: &Instance,
+) -> Result<Identity> {
+    let pair = instance.key_name.as_deref();
+    let has = pair.map_or_else(
+        || "it has no key pair (it was launched without --key)".to_owned(),
+        |name| format!("it has the key pair {name:?}"),
+    );
+    if let Some(file) = given {
+        std::fs::metadata(&file).map_err(|source| Error::File {
+            action: "read",
+            path: file.clone(),
+            source,
+        })?;
+        let explained = format!("{has}; offered was {} (--key)", file.display());
+        return Ok(Identity { file: Some(file), explained });
+    }
+    let Some(name) = pair else {
+        let explained = format!(
+            "{has}, so that only ssh's own key files were offered; name another with --key FILE, or use \
+             `roost console --attach {}`",
+            instance.instance_id
+        );
+        return Ok(Identity { file: None, explained });
+    };
+    if let Ok(file) = context.key_file(name)
+        && file.exists()
+    {
+        let explained = format!("{has}; offered was {}; --key names another file", file.display());
+        return Ok(Identity { file: Some(file), explained });
+    }
+    let pairs = client.call(&DescribeKeyPairs {}).await?.key_pairs;
+    let Some(public) = pairs.into_iter().find(|known| known.key_name == name).map(|known| known.public_key)
+    else {
+        let explained = format!(
+            "{has}, which was removed since, so that only ssh's own key files were offered; name the right one \
+             with --key FILE"
+        );
+        return Ok(Identity { file: None, explained });
+    };
+    let home = config::variable("HOME").map(|home| home.join(".ssh"));
+    if let Some(file) = home.and_then(|folder| private_half(&folder, &public)) {
+        let explained = format!("{has}; offered was {}", file.display());
+        return Ok(Identity { file: Some(file), explained });
+    }
+    let folder = config_folder(context)?.join("known_hosts");
+    let file = folder.join(format!("{}.pub", instance.instance_id));
+    write_private(&file, format!("{public}\n").as_bytes(), true)?;
+    let explained = format!(
+        "{has}, whose private half is neither where `roost key create` puts it nor in ~/.ssh; offered was the one \
+         that an ssh-agent has, if any has it (`ssh-add -l`); name its file with --key FILE"
+    );
+    Ok(Identity { file: Some(file), explained })
+}
+
+/// The private key in this folder whose public half is this one, where its `.pub` file is beside it.
+fn private_half(folder: &Path, public: &str) -> Option<PathBuf> {
+    let key = |line: &str| line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>();
+    let wanted = key(public);
+    let mut files: Vec<PathBuf> =
+        std::fs::read_dir(folder).ok()?.filter_map(|entry| Some(entry.ok()?.path())).collect();
+    files.sort();
+    files.into_iter().filter(|file| file.extension().is_some_and(|end| end == "pub")).find_map(|file| {
+        let text = std::fs::read_to_string(&file).ok()?;
+        let private = file.with_extension("");
+        (text.lines().any(|line| key(line) == wanted) && private.is_file()).then_some(private)
+    })
+}
+
+fn config_folder(context: &Context) -> Result<PathBuf> {
+    let config = context.config_path()?;
+    Ok(config.parent().map_or_else(PathBuf::new, Path::to_owned))
 }
 
 /// Waits for the host key, but not for ever for one that will not come.
@@ -112,11 +235,19 @@ fn pin(context: &Context, instance: &Instance) -> Result<PathBuf> {
              `roost console {id}` shows all of it"
         ))
     })?;
-    let config = context.config_path()?;
-    let folder =
-        config.parent().map_or_else(|| PathBuf::from("known_hosts"), |home| home.join("known_hosts"));
-    let file = folder.join(id.as_str());
-    write_private(&file, format!("{id} {KEY_TYPE} {key}\n").as_bytes(), true)?;
+    let file = config_folder(context)?.join("known_hosts").join(id.as_str());
+    let line = format!("{id} {KEY_TYPE} {key}\n");
+    match std::fs::read_to_string(&file) {
+        Ok(before) if before != line => stderr::line(&format!(
+            "roost: warning: {id} shows another host key than at the last `roost ssh`: SSH's keys were made again \
+             inside, or its disk is another one. The new one comes from its console and is used from now on; the \
+             old one was {:?} ({})",
+            before.trim(),
+            file.display()
+        )),
+        _ => {}
+    }
+    write_private(&file, line.as_bytes(), true)?;
     Ok(file)
 }
 
@@ -145,7 +276,9 @@ fn options(id: &InstanceId, known_hosts: &Path, proxy: &str) -> Vec<OsString> {
     let mut known = OsString::from("UserKnownHostsFile=\"");
     known.push(known_hosts);
     known.push("\"");
-    let mut options: Vec<OsString> = Vec::new();
+    // No configuration file, the user's or the system's: nothing in it is meant for a host of unknown owners. Agent
+    // and X11 would be open to whoever is root there.
+    let mut options: Vec<OsString> = ["-F", "none", "-a", "-x"].map(OsString::from).to_vec();
     for option in [
         OsString::from(format!("ProxyCommand={proxy}")),
         known,
@@ -156,6 +289,8 @@ fn options(id: &InstanceId, known_hosts: &Path, proxy: &str) -> Vec<OsString> {
         "CheckHostIP=no".into(),
         "UpdateHostKeys=no".into(),
         "LogLevel=ERROR".into(),
+        // Only what -i names, whatever an ssh-agent holds.
+        "IdentitiesOnly=yes".into(),
     ] {
         options.push("-o".into());
         options.push(option);

@@ -173,25 +173,34 @@ fn a_port_that_nothing_listens_on_is_named() {
     stack.roost(&["tunnel", "web", "80"]).fails(8, &["port 80", "Connection refused"]);
 }
 
+/// A folder for the PATH with an ssh that prints its arguments, reads the server's greeting through the proxy as ssh
+/// would, and ends with this code.
+fn stand_in_for_ssh(stack: &Stack, code: u8) -> String {
+    let bin = stack.path("bin");
+    std::fs::create_dir_all(&bin).unwrap();
+    let script = format!(
+        "#!/bin/sh\nprintf '%s\\n' \"$@\"\nfor word; do case $word in ProxyCommand=*) \
+         eval \"${{word#ProxyCommand=}}\" </dev/null | head -n 1;; esac; done\nexit {code}\n"
+    );
+    std::fs::write(bin.join("ssh"), script).unwrap();
+    std::fs::set_permissions(bin.join("ssh"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    format!("{}:/usr/bin:/bin", bin.display())
+}
+
 #[test]
 fn ssh_is_given_a_pinned_host_key_and_a_proxy_that_reaches_the_instance() {
     let (stack, _agent) = launched();
     stack.roost(&["key", "create", "home"]).ok();
     let id = stack.roost(&["launch", "-t", "t3.nano", "-i", "tiny", "--key", "home", "--wait"]).ok();
     let id = id.trim();
-    // Stands in for ssh: prints its arguments, and reads the server's greeting through the proxy as ssh would.
-    let bin = stack.path("bin");
-    std::fs::create_dir(&bin).unwrap();
-    let script = "#!/bin/sh\nprintf '%s\\n' \"$@\"\nfor word; do case $word in ProxyCommand=*) \
-                  eval \"${word#ProxyCommand=}\" </dev/null | head -n 1;; esac; done\nexit 7\n";
-    std::fs::write(bin.join("ssh"), script).unwrap();
-    std::fs::set_permissions(bin.join("ssh"), std::fs::Permissions::from_mode(0o755)).unwrap();
+    let path = stand_in_for_ssh(&stack, 7);
     let mut command = stack.command(&["ssh", id, "--", "echo", "a b"]);
-    command.env("PATH", format!("{}:/usr/bin:/bin", bin.display()));
+    command.env("PATH", &path);
     let ran = Ran::of(command.stdin(Stdio::null()).output().unwrap());
     assert_eq!(ran.code, 7, "the exit code is ssh's own: {ran:?}");
     let lines: Vec<&str> = ran.stdout.lines().collect();
-    for option in ["StrictHostKeyChecking=yes", "IdentitiesOnly=yes", "UpdateHostKeys=no"] {
+    for option in ["StrictHostKeyChecking=yes", "IdentitiesOnly=yes", "UpdateHostKeys=no", "none", "-a", "-x"]
+    {
         assert!(lines.contains(&option), "{option}: {lines:#?}");
     }
     let end = ["-l", "admin", "--", id, "echo", "a b", "SSH-2.0-simulated"];
@@ -200,4 +209,76 @@ fn ssh_is_given_a_pinned_host_key_and_a_proxy_that_reaches_the_instance() {
     let pinned = std::fs::read_to_string(stack.path("cli/known_hosts").join(id)).unwrap();
     let key: Vec<&str> = HOST_KEY.split(' ').collect();
     assert_eq!(pinned, format!("{id} ssh-ed25519 {}\n", key[1]));
+}
+
+#[test]
+fn only_the_instances_own_key_is_offered_and_a_failure_says_which() {
+    let (stack, _agent) = launched();
+    let path = stand_in_for_ssh(&stack, 255);
+    let home = stack.path("home");
+    let ssh = |name: &str, more: &[&str]| {
+        let mut command = stack.command(&[&["ssh", name], more].concat());
+        command.env("PATH", &path).env("HOME", &home).env("SHELL", "/bin/false");
+        let ran = Ran::of(command.stdin(Stdio::null()).output().unwrap());
+        assert_eq!(ran.code, 255, "{ran:?}");
+        ran
+    };
+    let offered = |ran: &Ran| {
+        let lines: Vec<&str> = ran.stdout.lines().collect();
+        lines.iter().position(|line| *line == "-i").map(|at| lines[at + 1].to_owned())
+    };
+    let launch = |name: &str, key: &str| {
+        stack
+            .roost(&["launch", "-t", "t3.nano", "-i", "tiny", "--name", name, "--key", key, "--wait"])
+            .ok()
+            .trim()
+            .to_owned()
+    };
+    // Launched without a key: nothing is named, and the failure says so.
+    let none = ssh("web", &[]);
+    assert_eq!(offered(&none), None, "{none:?}");
+    assert!(none.stderr.contains("launched without --key"), "{none:?}");
+
+    // An imported key pair whose file is among the user's own.
+    std::fs::create_dir_all(home.join(".ssh")).unwrap();
+    let data = HOST_KEY.split(' ').nth(1).unwrap();
+    std::fs::write(home.join(".ssh/laptop.pub"), format!("ssh-ed25519 {data} me\n")).unwrap();
+    let public = home.join(".ssh/laptop.pub");
+    stack.roost(&["key", "import", "laptop", public.to_str().unwrap()]).ok();
+    let id = launch("mine", "laptop");
+    // Its private half is elsewhere, perhaps in an agent: the public one says which.
+    let agents = ssh("mine", &[]);
+    let file = offered(&agents).unwrap();
+    assert!(std::fs::read_to_string(&file).unwrap().contains(data), "{agents:?}");
+    assert!(agents.stderr.contains("\"laptop\"") && agents.stderr.contains("ssh-add -l"), "{agents:?}");
+    std::fs::write(home.join(".ssh/laptop"), "private").unwrap();
+    let found = ssh("mine", &[]);
+    assert_eq!(offered(&found).as_deref(), home.join(".ssh/laptop").to_str(), "{found:?}");
+    assert!(found.stderr.contains("\"laptop\"") && found.stderr.contains(".ssh/laptop"), "{found:?}");
+    let named = ssh("mine", &["--key", public.to_str().unwrap()]);
+    assert_eq!(offered(&named).as_deref(), public.to_str(), "{named:?}");
+    stack.roost(&["ssh", "mine", "--key", "/nonexistent/k"]).fails(3, &["/nonexistent/k"]);
+    assert!(!found.stderr.contains("warning"), "the host key is the same: {found:?}");
+
+    // Another host key than before is not taken silently.
+    let pinned = stack.path("cli/known_hosts").join(&id);
+    std::fs::write(&pinned, format!("{id} ssh-ed25519 AAAAold\n")).unwrap();
+    let changed = ssh("mine", &[]);
+    assert!(changed.stderr.contains("another host key") && changed.stderr.contains("AAAAold"), "{changed:?}");
+    assert!(!ssh("mine", &[]).stderr.contains("another host key"));
+}
+
+#[test]
+fn the_systems_ssh_takes_our_options_whatever_the_users_configuration_says() {
+    let (stack, _agent) = launched();
+    let home = stack.path("home");
+    std::fs::create_dir_all(home.join(".ssh")).unwrap();
+    std::fs::write(home.join(".ssh/config"), "this is no option\n").unwrap();
+    let mut command = stack.command(&["ssh", "web"]);
+    command.env("HOME", &home).env("SHELL", "/bin/false").env("SSH_AUTH_SOCK", "/nonexistent");
+    let ran = Ran::of(command.stdin(Stdio::null()).output().unwrap());
+    // It speaks with what greets at port 22, which is no ssh server behind its greeting.
+    assert_eq!(ran.code, 255, "{ran:?}");
+    assert!(!ran.stderr.contains("configuration option"), "{ran:?}");
+    assert!(ran.stderr.contains("launched without --key"), "{ran:?}");
 }
