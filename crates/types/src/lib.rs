@@ -8,6 +8,7 @@
 
 pub mod agent;
 pub mod api;
+pub mod contents;
 pub mod error;
 pub mod ids;
 pub mod instance_type;

@@ -138,7 +138,7 @@ impl Stack {
         let mut kernel = vec![7; 100_000];
         kernel[..4].copy_from_slice(b"\x7fELF");
         std::fs::write(folder.join("vmlinux"), kernel).unwrap();
-        std::fs::write(folder.join("initrd"), b"initrd").unwrap();
+        std::fs::write(folder.join("initrd"), b"070701 initrd").unwrap();
         std::fs::File::create(folder.join("root.raw")).unwrap().set_len(root_mib << 20).unwrap();
         let manifest = serde_json::json!({
             "name": name, "kernel": "vmlinux", "initrd": "initrd", "root": "root.raw", "description": "of a test",

@@ -7,13 +7,19 @@ use crate::server::Front;
 use roost_store::{ImageRow, StoreError};
 use roost_types::api::{DeregisterImage, DescribeImages, Done, Image, Images, RegisterImage};
 use roost_types::{ApiError, BlobId, ErrorCode, ID_BYTES, ImageId};
+use std::fs::File;
+use std::io::Read;
+use std::path::Path;
 
 const GIB: u64 = 1 << 30;
+/// Longest header of a zstd frame.
+const ZSTD_HEADER_BYTES: u64 = 18;
 /// 16 TiB, EBS's own largest volume.
 const MAX_ROOT_BYTES: u64 = 16 << 40;
 
 pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -> Answer<Image> {
     printable("name", &request.name, 1, 128)?;
+    check_no_id("name", &request.name)?;
     printable("description", &request.description, 0, 255)?;
     check_boot_args(&request.boot_args)?;
     check_user(&request.default_user)?;
@@ -31,6 +37,7 @@ pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -
     for (parameter, blob) in blobs {
         blob.map_or(Ok(()), |id| check_blob(front, parameter, id))?;
     }
+    check_root_bytes(&front.blobs.path(&request.root), request.root_bytes)?;
     let mut id = [0; ID_BYTES];
     front.random.fill(&mut id);
     let image = Image {
@@ -78,7 +85,14 @@ fn is_same(one: &ImageRow, other: &ImageRow) -> bool {
     let parts = |row: &ImageRow| {
         let image = &row.image;
         let words = [&image.description, &image.boot_args, &image.default_user].map(String::clone);
-        (image.owner.clone(), row.kernel.clone(), row.initrd.clone(), row.root.clone(), row.root_bytes, words)
+        (
+            image.owner.clone(),
+            row.kernel.clone(),
+            row.initrd.clone(),
+            row.root.clone(),
+            row.root_bytes,
+            words,
+        )
     };
     parts(one) == parts(other)
 }
@@ -118,6 +132,61 @@ fn check_blob(front: &Front, parameter: &str, id: &BlobId) -> Answer<()> {
     Err(ApiError::new(ErrorCode::InvalidBlobNotFound, message))
 }
 
+/// The root disk's size is what volumes are made of, and claimed for: where the compressed file says how long it is
+/// unpacked, the two are the same.
+fn check_root_bytes(root: &Path, root_bytes: u64) -> Answer<()> {
+    let mut header = Vec::new();
+    let file = File::open(root).map_err(|error| {
+        ApiError::new(ErrorCode::InternalError, format!("the uploaded root disk cannot be read: {error}"))
+    })?;
+    file.take(ZSTD_HEADER_BYTES).read_to_end(&mut header).map_err(|error| {
+        ApiError::new(ErrorCode::InternalError, format!("the uploaded root disk cannot be read: {error}"))
+    })?;
+    match content_size(&header) {
+        Some(size) if size != root_bytes => Err(ApiError::new(
+            ErrorCode::InvalidParameterValue,
+            format!(
+                "root_bytes is {root_bytes}, and the root disk that was uploaded has {size} bytes unpacked"
+            ),
+        )),
+        _ => Ok(()),
+    }
+}
+
+/// The frame content size of a zstd frame (RFC 8878, 3.1.1.1), where its header has one.
+fn content_size(header: &[u8]) -> Option<u64> {
+    let descriptor = *header.get(4)?;
+    let single_segment = descriptor & 0x20 != 0;
+    let window = usize::from(!single_segment);
+    let dictionary = [0, 1, 2, 4][usize::from(descriptor & 3)];
+    let at = 5 + window + dictionary;
+    let (length, added) = match descriptor >> 6 {
+        0 if !single_segment => return None,
+        0 => (1, 0),
+        1 => (2, 256),
+        2 => (4, 0),
+        _ => (8, 0),
+    };
+    let mut bytes = [0; 8];
+    bytes[..length].copy_from_slice(header.get(at..at + length)?);
+    u64::from_le_bytes(bytes).checked_add(added)
+}
+
+/// An image is named by its id or by its name: a name that begins as an id does could never be used.
+fn check_no_id(parameter: &str, name: &str) -> Answer<()> {
+    if !name.starts_with(ImageId::PREFIX) {
+        return Ok(());
+    }
+    let shown: String = name.chars().take(80).collect();
+    Err(ApiError::new(
+        ErrorCode::InvalidParameterValue,
+        format!(
+            "{parameter} is {shown:?}, allowed is what does not begin with {:?}, as ids do",
+            ImageId::PREFIX
+        ),
+    ))
+}
+
 /// A kernel command line: printable ASCII, as long as x86 kernels take.
 fn check_boot_args(text: &str) -> Answer<()> {
     if text.len() <= 2047 && text.bytes().all(|b| (b' '..=b'~').contains(&b)) {
@@ -149,6 +218,31 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_root_disk_has_the_size_that_its_compressed_file_says() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("blob");
+        let magic = [0x28, 0xb5, 0x2f, 0xfd];
+        let frames: &[(&[u8], Option<u64>)] = &[
+            (&[0x20, 200], Some(200)),
+            (&[0x60, 44, 1], Some(556)),
+            (&[0xa0, 0, 0, 16, 0], Some(1 << 20)),
+            (&[0xc0, 0x58, 0, 0, 0, 64, 0, 0, 0, 0], Some(1 << 30)),
+            (&[0x01 | 0x80, 0x58, 9, 0, 0, 16, 0], Some(1 << 20)),
+            (&[0x00, 0x58], None),
+            (&[0xc0, 0x58, 0], None),
+            (&[], None),
+        ];
+        for (rest, size) in frames {
+            let frame = [&magic, *rest].concat();
+            assert_eq!(content_size(&frame), *size, "{rest:x?}");
+            std::fs::write(&path, &frame).unwrap();
+            assert!(check_root_bytes(&path, size.unwrap_or(7)).is_ok(), "{rest:x?}");
+            let other = check_root_bytes(&path, 8);
+            assert_eq!(other.is_ok(), size.is_none(), "{other:?}");
+        }
+    }
+
+    #[test]
     fn login_names_and_command_lines_are_plain() {
         for good in ["root", "debian", "_a", "a-1"] {
             assert!(check_user(good).is_ok(), "{good}");
@@ -156,6 +250,8 @@ mod tests {
         for bad in ["", "-a", "1a", "a b", "a;reboot", "Root", &"a".repeat(33)] {
             assert!(check_user(bad).is_err(), "{bad}");
         }
+        assert!(check_no_id("name", "ami").is_ok() && check_no_id("name", "debian-ami-1").is_ok());
+        assert!(check_no_id("name", "ami-web").is_err());
         assert!(check_boot_args("console=ttyS0 root=/dev/vda rw").is_ok());
         assert!(check_boot_args("a\nb").is_err());
         assert!(check_boot_args(&"a".repeat(2048)).is_err());

@@ -230,7 +230,8 @@ pub async fn refusal(reply: Response) -> Refusal {
 
 /// Bytes that begin as a zstd file does.
 pub fn zstd_like(text: &str) -> Vec<u8> {
-    [&[0x28, 0xb5, 0x2f, 0xfd], text.as_bytes()].concat()
+    // A frame's header without a content size.
+    [&[0x28, 0xb5, 0x2f, 0xfd, 0, 0], text.as_bytes()].concat()
 }
 
 pub fn blob_id(bytes: &[u8]) -> BlobId {
