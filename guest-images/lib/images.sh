@@ -7,7 +7,7 @@
 #   ONLY_PACKAGES=(...) packages without what they depend on
 #   ROOT_SIZE           size of root.ext4 (mke2fs syntax)
 #   MKE2FS=(...)        more options for mke2fs
-#   BOOT_ARGS, DEFAULT_USER, MIN_VOLUME_GIB, DESCRIPTION    for the manifest
+#   BOOT_ARGS, DEFAULT_USER, SSH (true or false), MIN_VOLUME_GIB, DESCRIPTION    for the manifest
 #   OWNER               "root" when every file belongs to root: then nobody need be root to build it
 #   KERNELS_ALLOWED     which kernels it can boot (default: debian fast)
 # and defines  recipe_root DIR WORK  to fill the new root DIR (as root); rootfs/, if there, is copied over it.
@@ -24,7 +24,7 @@ _load_recipe() {
     RECIPE=$RECIPES/$1 VARIANT=''
     [[ -r $RECIPE/recipe.sh ]] || { RECIPE=$RECIPES/${1%-*} VARIANT=${1##*-}; }
     [[ -r $RECIPE/recipe.sh ]] || die "no image '$1'; there are: $(image_names)"
-    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() OWNER='' ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast' VARIANTS=()
+    PACKAGES=() ONLY_PACKAGES=() MKE2FS=() OWNER='' ROOT_SIZE='' BOOT_ARGS='' DEFAULT_USER=root SSH=true MIN_VOLUME_GIB=1 DESCRIPTION='' KERNELS_ALLOWED='debian fast' VARIANTS=()
     # shellcheck disable=SC1091
     . "$RECIPE/recipe.sh"
     [[ -z $VARIANT || " ${VARIANTS[*]} " == *" $VARIANT "* ]] || die "no image '$1'; there are: $(image_names)"
@@ -100,6 +100,7 @@ _build_image() {
   "root": "root.ext4",
   "boot_args": "$BOOT_ARGS",
   "default_user": "$DEFAULT_USER",
+  "ssh": $SSH,
   "min_volume_gib": $MIN_VOLUME_GIB
 }
 JSON

@@ -10,7 +10,21 @@ use std::time::{Duration, Instant};
 fn launch_to_ready(rig: &Rig, profile: &str, image: &str) -> (Duration, String) {
     let began = Instant::now();
     let launched = rig
-        .roost(profile, &["launch", "--image", image, "--type", "home1.micro", "--wait", "--output", "json"])
+        .roost(
+            profile,
+            &[
+                "launch",
+                "--image",
+                image,
+                "--type",
+                "home1.micro",
+                "--wait",
+                "--wait-for",
+                "running",
+                "--output",
+                "json",
+            ],
+        )
         .json();
     let id = launched["instances"][0]["instance_id"].as_str().unwrap().to_owned();
     let mut console = Command::new(rig.bin.join("roost"))

@@ -194,6 +194,10 @@ impl Tenant<'_> {
     pub fn launch(&self, image: &str, instance_type: &str, more: &[&str]) -> String {
         let mut args = vec!["launch", "--output", "json", "--image", image, "--type", instance_type];
         args.extend(more);
+        if more.contains(&"--wait") && !more.contains(&"--wait-for") {
+            // What the guest does then is each test's own matter.
+            args.extend(["--wait-for", "running"]);
+        }
         let reservation = self.roost(&args).json();
         reservation["instances"][0]["instance_id"].as_str().unwrap().to_owned()
     }

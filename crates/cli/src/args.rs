@@ -269,7 +269,8 @@ pub enum KeyCommand {
 pub enum ImageCommand {
     /// Upload an image: a folder with manifest.json, kernel, root disk and perhaps an initrd
     #[command(after_help = "manifest.json: {\"name\", \"kernel\", \"initrd\"?, \"root\", \"boot_args\", \
-        \"default_user\", \"description\"?}; file names are relative to it.\n\
+        \"default_user\", \"ssh\"?, \"description\"?};\n\
+        files are regular ones inside its folder; \"ssh\" says whether instances run an ssh server.\n\
         What the controller has already is not sent again, so an import that was cut off is simply repeated.")]
     Import {
         /// Folder, or its manifest.json
@@ -323,11 +324,11 @@ pub struct LaunchArgs {
     /// Check everything, launch nothing
     #[arg(long, conflicts_with = "wait")]
     pub dry_run: bool,
-    /// Return when the instances are there
+    /// Return when the instances can be used (see --wait-for)
     #[arg(long, short)]
     pub wait: bool,
-    /// What to wait for: `running` (its CPUs run) or `ready` (the guest says so)
-    #[arg(long, value_name = "STATE", default_value = "running", requires = "wait")]
+    /// What to wait for: `running` (its CPUs run) or `ready` (it answers ssh, or where its image has none, says so)
+    #[arg(long, value_name = "STATE", default_value = "ready", requires = "wait")]
     pub wait_for: WaitFor,
     #[command(flatten)]
     pub timeout: Timeout,
@@ -338,7 +339,7 @@ pub struct LaunchArgs {
 pub enum WaitFor {
     /// Virtual CPUs run.
     Running,
-    /// The guest said that it is ready.
+    /// It answers ssh; where its image has no ssh, its guest said that it is ready.
     Ready,
 }
 

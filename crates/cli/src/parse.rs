@@ -1,10 +1,14 @@
 //! Small texts of the command line: counts, tags, spans and points in time.
 
 use crate::error::{Error, Result};
+use crate::harmless;
 use jiff::{Timestamp, civil, tz::TimeZone};
-use roost_types::Micros;
 use roost_types::api::{MAX_LAUNCH_COUNT, Tags};
+use roost_types::{InstanceId, Micros};
 use std::time::Duration;
+
+/// Longest value of a tag, in characters, as on EC2.
+const MAX_NAME: usize = 255;
 
 /// `N` or `MIN:MAX`.
 pub fn count(text: &str) -> Result<(u32, u32)> {
@@ -34,12 +38,33 @@ pub fn tags(pairs: &[String], name: Option<&str>) -> Result<Tags> {
     });
     for pair in named.map(Ok).into_iter().chain(given) {
         let (key, value) = pair?;
+        if key == "Name" {
+            check_name(&value)?;
+        }
         if tags.contains_key(&key) {
             return Err(Error::parameter(format!("the tag {key:?} is given twice: give it once")));
         }
         tags.insert(key, value);
     }
     Ok(tags)
+}
+
+/// A name is typed instead of an id, and shown in a table.
+fn check_name(name: &str) -> Result<()> {
+    let count = name.chars().count();
+    let rule = if name.starts_with(InstanceId::PREFIX) {
+        "it must not begin with \"i-\", as ids do"
+    } else if name.starts_with('-') {
+        "it must not begin with \"-\", as options do"
+    } else if name.trim() != name || count == 0 || count > MAX_NAME {
+        "it must have 1 to 255 characters, of which neither the first nor the last is a blank"
+    } else if harmless::text(name) != name {
+        "it must have no characters that a terminal cannot show"
+    } else {
+        return Ok(());
+    };
+    let shown: String = name.chars().take(80).collect();
+    Err(Error::parameter(format!("the name {shown:?} is not allowed: {rule}")))
 }
 
 /// `90`, `90s`, `5m`, `2h` or `1d`.
@@ -108,6 +133,22 @@ mod tests {
             [(&["x"][..], None), (&["=v"], None), (&["Name=a"], Some("b")), (&["a=1", "a=2"], None)]
         {
             assert_eq!(tags_of(pairs, name).unwrap_err().exit_code(), 3, "{pairs:?}");
+        }
+    }
+
+    #[test]
+    fn a_name_can_be_typed_shown_and_told_from_an_id() {
+        for good in ["web", "Zürich 東京", "i", "web-i-1", &"a".repeat(255)] {
+            assert!(tags(&[], Some(good)).is_ok(), "{good}");
+        }
+        for bad in
+            ["i-web", "", " web", "web\t", "--all", "a\u{1b}[2J", "a\u{202e}b", "a\nb", &"a".repeat(256)]
+        {
+            for given in [tags(&[], Some(bad)), tags(&[format!("Name={bad}")], None)] {
+                let error = given.unwrap_err();
+                assert!(error.to_string().contains("it must"), "{error}");
+                assert_eq!(error.exit_code(), 3);
+            }
         }
     }
 

@@ -9,6 +9,9 @@ use std::time::{Duration, Instant};
 /// Waits shorter than this are not worth a spinner.
 const SILENT: Duration = Duration::from_secs(1);
 
+/// After so long without a change, a line is said again.
+const REPEATED: Duration = Duration::from_secs(5);
+
 enum Shown {
     Nothing,
     Lines,
@@ -19,6 +22,7 @@ enum Shown {
 pub struct Progress {
     shown: Shown,
     began: Instant,
+    said: Instant,
     last: String,
 }
 
@@ -30,15 +34,20 @@ impl Progress {
             (false, true) => Shown::Terminal(None),
             (false, false) => Shown::Lines,
         };
-        Self { shown, began: Instant::now(), last: String::new() }
+        let now = Instant::now();
+        Self { shown, began: now, said: now, last: String::new() }
     }
 
-    /// Says where things stand; saying the same again says nothing.
+    /// Says where things stand; the same is said again only after a while, so that a log shows that it goes on.
     pub fn set(&mut self, text: &str) {
         let text = harmless::text(text);
         match &mut self.shown {
             Shown::Nothing => {}
-            Shown::Lines if text != self.last => stderr::line(&text),
+            Shown::Lines if text != self.last || self.said.elapsed() >= REPEATED => {
+                let waited = self.began.elapsed().as_secs();
+                stderr::line(&if waited == 0 { text.clone() } else { format!("{text} ({waited} s)") });
+                self.said = Instant::now();
+            }
             Shown::Lines => {}
             Shown::Terminal(Some(bar)) => bar.set_message(text.clone()),
             Shown::Terminal(bar) if self.began.elapsed() >= SILENT => {

@@ -4,7 +4,7 @@ use crate::client::Client;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use roost_types::api::{DescribeInstances, Instance};
-use roost_types::{ErrorCode, InstanceId, InstanceState};
+use roost_types::{ErrorCode, InstanceId, InstanceState, Step};
 use std::time::Duration;
 use tokio::time::Instant;
 
@@ -13,8 +13,11 @@ use tokio::time::Instant;
 pub enum Goal {
     /// Virtual CPUs run.
     Running,
-    /// The guest said that it is ready.
-    Ready,
+    /// It can be used.
+    Ready {
+        /// Whether its image runs an ssh server, where that is known.
+        ssh: Option<bool>,
+    },
     /// The guest's ssh host key is known.
     HostKey,
     /// Nothing of it runs.
@@ -31,6 +34,17 @@ enum Verdict {
     Never(String),
 }
 
+/// What is done in this step, in words.
+fn doing(step: Step) -> &'static str {
+    match step {
+        Step::Place => "its host is asked whether it answers",
+        Step::Launch => {
+            "its host makes its disk (the first time, it fetches and unpacks the image) and starts it"
+        }
+        other => other.as_str(),
+    }
+}
+
 fn judge(instance: &Instance, goal: Goal) -> Verdict {
     use InstanceState::{Pending, Running, ShuttingDown, Stopped, Stopping, Terminated};
     let id = &instance.instance_id;
@@ -44,12 +58,16 @@ fn judge(instance: &Instance, goal: Goal) -> Verdict {
         (Goal::Stopped, Stopped) | (Goal::Terminated, Terminated) => Verdict::Reached,
         (Goal::Stopped, ShuttingDown | Terminated) => never(),
         (Goal::Stopped | Goal::Terminated, _) => not_yet(&format!("is {state}")),
-        (_, Pending) => not_yet(&format!("is {state} ({})", instance.step)),
+        (_, Pending) => not_yet(&format!("is {state}: {}", doing(instance.step))),
         (_, Stopping | Stopped | ShuttingDown | Terminated) => never(),
         (Goal::Running, Running) => Verdict::Reached,
-        (Goal::Ready, Running) if instance.guest_ready => Verdict::Reached,
-        (Goal::HostKey, Running) if instance.ssh_host_key.is_some() => Verdict::Reached,
-        (Goal::Ready, Running) => not_yet("runs; its guest boots"),
+        (Goal::Ready { ssh: Some(false) | None }, Running) if instance.guest_ready => Verdict::Reached,
+        (Goal::HostKey | Goal::Ready { ssh: Some(true) | None }, Running)
+            if instance.ssh_host_key.is_some() =>
+        {
+            Verdict::Reached
+        }
+        (Goal::Ready { .. }, Running) => not_yet("runs; its guest boots"),
         (Goal::HostKey, Running) => not_yet("runs; its ssh host key is not on its console yet"),
     }
 }
@@ -150,7 +168,8 @@ mod tests {
     #[test]
     fn every_goal_ends_for_every_state_that_lasts() {
         use InstanceState::{Running, Stopped, Terminated};
-        for goal in [Goal::Running, Goal::Ready, Goal::HostKey, Goal::Stopped, Goal::Terminated] {
+        for goal in [Goal::Running, Goal::Ready { ssh: None }, Goal::HostKey, Goal::Stopped, Goal::Terminated]
+        {
             for state in [Stopped, Terminated] {
                 let waits = matches!(judge(&at(state), goal), Verdict::NotYet(_));
                 // Only an instance that was asked to terminate leaves `stopped` by itself.
@@ -158,10 +177,22 @@ mod tests {
             }
         }
         assert_eq!(judge(&at(Running), Goal::Running), Verdict::Reached);
-        assert!(matches!(judge(&at(Running), Goal::Ready), Verdict::NotYet(_)));
-        let ready = Instance { guest_ready: true, ..at(Running) };
-        assert_eq!(judge(&ready, Goal::Ready), Verdict::Reached);
-        assert!(matches!(judge(&ready, Goal::HostKey), Verdict::NotYet(_)));
+    }
+
+    #[test]
+    fn an_instance_is_ready_when_it_can_be_used() {
+        let silent = at(InstanceState::Running);
+        let says_so = Instance { guest_ready: true, ..silent.clone() };
+        let shows_key = Instance { ssh_host_key: Some("ssh-ed25519 AAAA".into()), ..silent.clone() };
+        for (instance, of_unknown, with_ssh, without_ssh) in
+            [(&silent, false, false, false), (&says_so, true, false, true), (&shows_key, true, true, false)]
+        {
+            for (ssh, reached) in [(None, of_unknown), (Some(true), with_ssh), (Some(false), without_ssh)] {
+                let verdict = judge(instance, Goal::Ready { ssh });
+                assert_eq!(verdict == Verdict::Reached, reached, "{ssh:?} {verdict:?}");
+            }
+        }
+        assert!(matches!(judge(&says_so, Goal::HostKey), Verdict::NotYet(_)));
     }
 
     #[test]

@@ -7,6 +7,7 @@ ONLY_PACKAGES=(busybox-static)
 ROOT_SIZE=3840K
 MKE2FS=(-b 1024 -N 400 -J size=1 -O '^resize_inode,^metadata_csum,^64bit')
 DEFAULT_USER=root
+SSH=false
 OWNER=root
 DESCRIPTION='BusyBox in under 4 MB: boots in a moment, for tests and lessons; no password, no ssh'
 BOOT_ARGS='console=ttyS0 root=/dev/vda rw rootfstype=ext4 quiet loglevel=4 panic=1 memhp_default_state=online_movable init=/init.sh'

@@ -56,6 +56,7 @@ async fn import(context: &Context, path: &Path, name: Option<String>, replace: b
         root_bytes,
         boot_args: manifest.boot_args,
         default_user: manifest.default_user,
+        ssh: manifest.ssh,
     };
     if replace {
         match client.call(&DeregisterImage { image: name.clone() }).await {

@@ -1,15 +1,18 @@
 //! `launch`.
 
+use super::ssh;
 use crate::args::{LaunchArgs, WaitFor};
+use crate::client::Client;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::parse;
 use crate::wait::{self, Goal};
 use base64::Engine;
-use roost_types::api::{MAX_USER_DATA, Reservation, RunInstances};
+use roost_types::api::{DescribeImages, Instance, MAX_USER_DATA, Reservation, RunInstances};
 use roost_types::{ErrorCode, InstanceId};
 use std::io::Read;
 use std::path::Path;
+use tokio::time::Instant;
 
 /// `launch`.
 pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
@@ -20,19 +23,30 @@ pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
         ));
     }
     let request = RunInstances {
-        image: args.image,
-        instance_type: args.instance_type,
+        image: args.image.clone(),
+        instance_type: args.instance_type.clone(),
         min_count,
         max_count,
-        key_name: args.key,
+        key_name: args.key.clone(),
         user_data: args.user_data.as_deref().map(user_data).transpose()?,
         volume_gib: args.volume_gib,
         tags: parse::tags(&args.tags, args.name.as_deref())?,
         // With a token of its own, a launch that is sent again because an answer was lost stays one launch.
-        client_token: Some(args.client_token.map_or_else(new_token, Ok)?),
+        client_token: Some(args.client_token.clone().map_or_else(new_token, Ok)?),
         dry_run: args.dry_run,
     };
     let client = context.client()?;
+    let images = client.call(&DescribeImages {}).await?.images;
+    let ssh = images
+        .iter()
+        .find(|image| image.name == request.image || image.image_id.as_str() == request.image)
+        .and_then(|image| image.ssh);
+    if request.key_name.is_none() && ssh == Some(true) {
+        context.output.note(
+            "launched without --key: nobody can log in by ssh, unless the user data sees to it \
+             (`roost key create NAME`, then --key NAME)",
+        );
+    }
     context.on_interrupt(
         "interrupted; the launch may have been accepted: `roost ls` shows it, `roost terminate ID` ends it",
     );
@@ -57,11 +71,7 @@ pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
     if !args.wait {
         return if context.json() { context.output.json(&reservation) } else { Ok(()) };
     }
-    let goal = match args.wait_for {
-        WaitFor::Running => Goal::Running,
-        WaitFor::Ready => Goal::Ready,
-    };
-    let waited = wait::until(context, &client, &ids, goal, args.timeout.timeout).await;
+    let waited = wait(context, &client, &ids, &args, ssh).await;
     if waited.is_err() && context.json() {
         context.output.json(&reservation)?;
     }
@@ -70,10 +80,41 @@ pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
         return context.output.json(&Reservation { instances, ..reservation });
     }
     for instance in &instances {
-        let how = if instance.guest_ready { "runs and is ready" } else { "runs" };
+        let how = match args.wait_for {
+            WaitFor::Running => "runs",
+            WaitFor::Ready if answers_ssh(instance, ssh) => "answers ssh",
+            WaitFor::Ready => "is ready",
+        };
         context.output.note(&format!("{} {how} at {}", instance.instance_id, instance.public_ip));
     }
     Ok(())
+}
+
+/// Waits as long as was asked for. The host key is on the console before the ssh server listens.
+async fn wait(
+    context: &Context,
+    client: &Client,
+    ids: &[InstanceId],
+    args: &LaunchArgs,
+    ssh: Option<bool>,
+) -> Result<Vec<Instance>> {
+    let deadline = Instant::now() + args.timeout.timeout;
+    let goal = match args.wait_for {
+        WaitFor::Running => Goal::Running,
+        WaitFor::Ready => Goal::Ready { ssh },
+    };
+    let instances = wait::until(context, client, ids, goal, args.timeout.timeout).await?;
+    if args.wait_for == WaitFor::Ready {
+        for instance in instances.iter().filter(|instance| answers_ssh(instance, ssh)) {
+            ssh::wait_for_server(context, client, &instance.instance_id, deadline).await?;
+        }
+    }
+    Ok(instances)
+}
+
+/// Whether one can log in to an instance that is ready: a host key alone may be there without a server.
+fn answers_ssh(instance: &Instance, image_has_ssh: Option<bool>) -> bool {
+    instance.ssh_host_key.is_some() && image_has_ssh != Some(false)
 }
 
 /// 32 random hexadecimal digits.

@@ -24,6 +24,9 @@ pub struct Manifest {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
+    /// Whether it runs an ssh server, for which it takes a key pair.
+    #[serde(default)]
+    pub ssh: Option<bool>,
     /// A sentence.
     #[serde(default)]
     pub description: String,

@@ -15,7 +15,7 @@ use base64::Engine;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 use roost_types::InstanceId;
-use roost_types::api::{DescribeKeyPairs, Instance};
+use roost_types::api::{DescribeImages, DescribeKeyPairs, Instance};
 use std::ffi::OsString;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -185,6 +185,13 @@ async fn wait_for_key(
     deadline: Instant,
 ) -> Result<Instance> {
     let first = resolve::describe(client, id).await?;
+    let images = client.call(&DescribeImages {}).await?.images;
+    if images.iter().any(|image| image.image_id == first.image_id && image.ssh == Some(false)) {
+        return Err(Error::State(format!(
+            "the image of {id}, {:?}, has no ssh server: `roost console --attach {id}` reaches it",
+            first.image_name
+        )));
+    }
     let left = deadline.saturating_duration_since(Instant::now());
     let patience = if first.guest_ready { left.min(READY_WITHOUT_KEY) } else { left };
     let ids = [id.clone()];
@@ -207,7 +214,7 @@ async fn wait_for_key(
 }
 
 /// Waits until something listens on port 22: the key is on the console before the server is up.
-async fn wait_for_server(
+pub(super) async fn wait_for_server(
     context: &Context,
     client: &Client,
     id: &InstanceId,

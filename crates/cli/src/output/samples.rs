@@ -135,6 +135,7 @@ pub fn images() -> Images {
             min_volume_gib: 2,
             boot_args: "console=ttyS0".into(),
             default_user: "admin".into(),
+            ssh: Some(true),
             created_at: ago(3600),
         }],
     }

@@ -188,6 +188,7 @@ pub fn images(images: &Images, now: Micros) -> Table {
         .text("NAME", 0)
         .number("MIN-GIB", 1)
         .text("LOGIN", 3)
+        .text("SSH", 3)
         .text("PUBLIC", 4)
         .text("OWNER", 5)
         .number("AGE", 2)
@@ -198,6 +199,12 @@ pub fn images(images: &Images, now: Micros) -> Table {
             image.name.clone(),
             image.min_volume_gib.to_string(),
             image.default_user.clone(),
+            match image.ssh {
+                Some(true) => "yes",
+                Some(false) => "no",
+                None => "-",
+            }
+            .to_owned(),
             if image.public { "yes" } else { "no" }.to_owned(),
             image.owner.to_string(),
             age(image.created_at, now),

@@ -131,3 +131,35 @@ fn an_interrupted_wait_says_that_the_launch_goes_on_and_how_to_end_it() {
     let said = String::from_utf8(ended.stderr).unwrap();
     assert!(said.contains("the launch goes on") && said.contains(&format!("roost terminate {id}")), "{said}");
 }
+
+#[test]
+fn a_launch_says_when_one_can_log_in_and_when_nobody_can() {
+    let (stack, _agent) = prepared();
+    for (name, ssh) in [("with", true), ("without", false)] {
+        let folder = stack.image_folder(name, 1);
+        Stack::has_ssh(&folder, ssh);
+        stack.roost(&["image", "import", &folder]).ok();
+    }
+    stack.roost(&["key", "create", "home"]).ok();
+    let launch = |name: &str, more: &[&str]| {
+        let ran = stack.roost(
+            &[&["launch", "-t", "t3.nano", "--name", name, "--wait", "--timeout", "60s"], more].concat(),
+        );
+        ran.stderr.clone() + &ran.ok()
+    };
+    let keyless = launch("keyless", &["-i", "with"]);
+    assert!(keyless.contains("without --key: nobody can log in"), "{keyless}");
+    assert!(keyless.contains("answers ssh at"), "{keyless}");
+    let keyed = launch("keyed", &["-i", "with", "--key", "home"]);
+    assert!(!keyed.contains("without --key") && keyed.contains("answers ssh at"), "{keyed}");
+    let runs = launch("runs", &["-i", "with", "--key", "home", "--wait-for", "running"]);
+    assert!(runs.contains("runs at"), "{runs}");
+    let without = launch("quiet", &["-i", "without"]);
+    assert!(!without.contains("without --key") && without.contains("is ready at"), "{without}");
+    stack.roost(&["ssh", "quiet"]).fails(6, &["\"without\"", "no ssh server", "roost console --attach"]);
+    for name in ["i-web", "a\u{1b}[2J"] {
+        stack
+            .roost(&["launch", "-t", "t3.nano", "-i", "with", "--name", name])
+            .fails(3, &["the name", "must"]);
+    }
+}

@@ -131,6 +131,14 @@ impl Stack {
         self.roost(&all).json()
     }
 
+    /// Has the manifest of an image's folder say whether its instances run an ssh server.
+    pub fn has_ssh(folder: &str, ssh: bool) {
+        let file = Path::new(folder).join("manifest.json");
+        let mut manifest: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+        manifest["ssh"] = ssh.into();
+        std::fs::write(file, manifest.to_string()).unwrap();
+    }
+
     /// A folder that `image import` takes, with a root disk of this many MiB.
     pub fn image_folder(&self, name: &str, root_mib: u64) -> String {
         let folder = self.path(name);

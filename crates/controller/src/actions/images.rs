@@ -49,6 +49,7 @@ pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -
         min_volume_gib: request.root_bytes.div_ceil(GIB),
         boot_args: request.boot_args,
         default_user: request.default_user,
+        ssh: request.ssh,
         created_at: front.clock.now(),
     };
     let row = ImageRow {
@@ -87,6 +88,7 @@ fn is_same(one: &ImageRow, other: &ImageRow) -> bool {
         let words = [&image.description, &image.boot_args, &image.default_user].map(String::clone);
         (
             image.owner.clone(),
+            image.ssh,
             row.kernel.clone(),
             row.initrd.clone(),
             row.root.clone(),

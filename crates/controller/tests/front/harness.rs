@@ -186,6 +186,7 @@ impl Client {
             root_bytes: 1,
             boot_args: "console=ttyS0".into(),
             default_user: "root".into(),
+            ssh: None,
         };
         self.call(&request).await.unwrap();
         request

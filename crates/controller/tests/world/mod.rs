@@ -250,6 +250,7 @@ impl World {
                     min_volume_gib: 1,
                     boot_args: "console=ttyS0".into(),
                     default_user: "root".into(),
+                    ssh: None,
                     created_at,
                 },
                 kernel: blob.clone(),

@@ -34,7 +34,7 @@ pub fn blob(db: &Connection, id: &BlobId) -> Result<Option<BlobRow>, StoreError>
 
 const COLUMNS: &str =
     "image_id, account_id, name, description, public, min_volume_gib, boot_args, default_user,
-    created_at, kernel, initrd, root, root_bytes, deregistered_at";
+    ssh, created_at, kernel, initrd, root, root_bytes, deregistered_at";
 
 fn image(row: &Row<'_>) -> Result<ImageRow, rusqlite::Error> {
     let cursor = &mut Cursor::new(row);
@@ -48,6 +48,7 @@ fn image(row: &Row<'_>) -> Result<ImageRow, rusqlite::Error> {
             min_volume_gib: cursor.count()?,
             boot_args: cursor.raw()?,
             default_user: cursor.raw()?,
+            ssh: cursor.raw()?,
             created_at: cursor.time()?,
         },
         kernel: cursor.parse()?,
@@ -66,7 +67,9 @@ pub fn register(db: &Transaction<'_>, row: &ImageRow) -> Result<(), StoreError> 
         }
     }
     db.execute(
-        &format!("INSERT INTO images ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14)"),
+        &format!(
+            "INSERT INTO images ({COLUMNS}) VALUES (?1,?2,?3,?4,?5,?6,?7,?8,?9,?10,?11,?12,?13,?14,?15)"
+        ),
         params![
             text(&image.image_id),
             text(&image.owner),
@@ -76,6 +79,7 @@ pub fn register(db: &Transaction<'_>, row: &ImageRow) -> Result<(), StoreError> 
             int(image.min_volume_gib),
             image.boot_args,
             image.default_user,
+            maybe(image.ssh, flag),
             time(image.created_at),
             text(&row.kernel),
             maybe(row.initrd.as_ref(), text),

@@ -26,6 +26,9 @@ pub struct RegisterImage {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
+    /// Whether its instances run an ssh server, for which they take a key pair; left out where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssh: Option<bool>,
 }
 
 /// An image.
@@ -47,6 +50,9 @@ pub struct Image {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
+    /// Whether its instances run an ssh server, for which they take a key pair; absent where nobody knows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ssh: Option<bool>,
     /// When it was registered.
     pub created_at: Micros,
 }
