@@ -1,5 +1,6 @@
 //! What the findings come to. Pure: everything that was looked at is in [`Findings`].
 
+use super::side_channels::SideChannels;
 use serde::Serialize;
 
 /// Instructions per second at CPL 0 below which a guest's kernel crawls: hardware and a virtual host's own KVM do
@@ -72,6 +73,10 @@ pub struct Findings {
     pub memory_mib: u64,
     /// systemd runs.
     pub systemd: bool,
+    /// The kernel says that the clock is synchronised; `None` where nobody asks it.
+    pub clock_synchronised: Option<bool>,
+    /// What one guest might learn of another; decides nothing.
+    pub side_channels: SideChannels,
     /// What the agent says is wrong with this host; `None` where none has run since the last boot.
     pub agent_troubles: Option<Vec<String>>,
     /// Needed programs that are not there.
@@ -227,6 +232,8 @@ pub mod tests {
             disk_gib: Some(100),
             memory_mib: 8000,
             systemd: true,
+            clock_synchronised: Some(true),
+            side_channels: super::super::side_channels::tests::good(),
             agent_troubles: Some(vec![]),
             missing_programs: vec![],
         }

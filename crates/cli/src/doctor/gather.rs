@@ -3,6 +3,7 @@
 use super::decision::{Findings, Kvm};
 use super::probe;
 use super::report::{Packages, Remedies, VETH_PREFIX};
+use super::side_channels;
 use crate::args::DoctorArgs;
 use nix::sys::statvfs::statvfs;
 use std::fs::{self, OpenOptions};
@@ -47,6 +48,8 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         disk_gib: free_gib(&args.state_dir),
         memory_mib: memory_mib(&fs::read_to_string("/proc/meminfo").unwrap_or_default()),
         systemd: Path::new("/run/systemd/system").is_dir(),
+        clock_synchronised: clock_synchronised().await,
+        side_channels: side_channels::gather(&cpu),
         agent_troubles: agent_troubles(&args.run_dir),
         missing_programs: PROGRAMS
             .iter()
@@ -184,6 +187,17 @@ async fn forward_chain() -> Option<String> {
 fn agent_troubles(run_dir: &Path) -> Option<Vec<String>> {
     let text = fs::read_to_string(run_dir.join("trouble")).ok()?;
     Some(text.lines().map(str::to_owned).collect())
+}
+
+/// What the kernel says of its clock, whichever program keeps it.
+async fn clock_synchronised() -> Option<bool> {
+    let told =
+        said(&program("timedatectl")?, &["show", "--property=NTPSynchronized", "--value"]).await.ok()?;
+    match told.as_str() {
+        "yes" => Some(true),
+        "no" => Some(false),
+        _ => None,
+    }
 }
 
 fn free_gib(folder: &Path) -> Option<u64> {

@@ -9,6 +9,7 @@ mod decision;
 mod gather;
 mod probe;
 mod report;
+mod side_channels;
 
 use crate::args::DoctorArgs;
 use crate::context::Context;
@@ -16,7 +17,7 @@ use crate::error::{Error, Result};
 use crate::exit;
 use crate::output::{Table, Tone};
 use decision::{Decision, decide};
-use report::Check;
+use report::{Check, MAIN};
 use serde_json::json;
 
 /// `doctor`.
@@ -43,7 +44,12 @@ pub async fn run(context: &Context, args: &DoctorArgs) -> Result<()> {
 
 fn table(checks: &[Check]) -> Table {
     let mut table = Table::new("").text("CHECK", 0).text("", 0).text("FOUND", 0);
+    let mut section = MAIN;
     for check in checks {
+        if check.section != section {
+            section = check.section;
+            table.row([format!("{section}:"), String::new(), String::new()]);
+        }
         let mark = if check.ok { ("ok", Tone::Good) } else { ("no", Tone::Bad) };
         let plain = |text: &str| (text.to_owned(), Tone::Plain);
         table.toned([plain(check.check), (mark.0.to_owned(), mark.1), plain(&check.detail)]);

@@ -4,11 +4,14 @@ use super::decision::{
     Findings, Kvm, LEAST_DISK_GIB, LEAST_MEMORY_MIB, NEEDED_CONTROLLERS, OLDEST_KERNEL, SLOWEST_CPL0,
     WANTED_CONTROLLERS, in_millions, missing_controllers,
 };
+use super::side_channels;
 use serde::Serialize;
 
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
+    /// The heading that it stands under.
+    pub section: &'static str,
     /// What.
     pub check: &'static str,
     /// Whether it is as it should be.
@@ -53,7 +56,8 @@ pub struct Remedies {
 }
 
 impl Remedies {
-    fn install(&self, apt: &str, dnf: &str, pacman: &str, zypper: &str) -> String {
+    /// The command that installs a package, by its name in each distribution.
+    pub fn install(&self, apt: &str, dnf: &str, pacman: &str, zypper: &str) -> String {
         match self.packages {
             Packages::Apt => format!("sudo apt-get install -y {apt}"),
             Packages::Dnf => format!("sudo dnf install -y {dnf}"),
@@ -65,11 +69,20 @@ impl Remedies {
 }
 
 fn check(check: &'static str, ok: bool, detail: impl Into<String>, fix: impl FnOnce() -> String) -> Check {
-    Check { check, ok, detail: detail.into(), fix: (!ok).then(fix) }
+    Check { section: MAIN, check, ok, detail: detail.into(), fix: (!ok).then(fix) }
 }
+
+/// The section of what instances need.
+pub const MAIN: &str = "host";
 
 /// Everything that was looked at.
 pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
+    let mut checks = needs(findings, remedies);
+    checks.extend(side_channels::checks(&findings.side_channels, remedies));
+    checks
+}
+
+fn needs(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
     vec![
         check("architecture", findings.arch == "x86_64", &findings.arch, || {
             "use a machine with an x86_64 processor".to_owned()
@@ -88,6 +101,7 @@ pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
             "sudo modprobe tun && echo tun | sudo tee /etc/modules-load.d/roost.conf".to_owned()
         }),
         Check {
+            section: MAIN,
             check: "ip forwarding",
             ok: true,
             detail: if findings.ip_forward { "on" } else { "off; the agent turns it on" }.to_owned(),
@@ -97,6 +111,7 @@ pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
         disk(findings, remedies),
         programs(findings, remedies),
         Check {
+            section: MAIN,
             check: "systemd",
             ok: true,
             detail: if findings.systemd {
@@ -107,8 +122,21 @@ pub fn checks(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
             .to_owned(),
             fix: None,
         },
+        clock(findings),
         agent(findings),
     ]
+}
+
+/// Bills and signatures go by the clock.
+fn clock(findings: &Findings) -> Check {
+    let detail = match findings.clock_synchronised {
+        Some(true) => "synchronised",
+        Some(false) => "not synchronised: it drifts, and signatures fail at five minutes",
+        None => "nobody here tells whether it is synchronised (no timedatectl)",
+    };
+    check("clock", findings.clock_synchronised != Some(false), detail, || {
+        "sudo timedatectl set-ntp true   # where that is not supported: install chrony".to_owned()
+    })
 }
 
 /// What the agent on this machine has found wrong with it.
@@ -119,6 +147,7 @@ fn agent(findings: &Findings) -> Check {
         Some(troubles) => troubles.join("; "),
     };
     Check {
+        section: MAIN,
         check: "agent",
         ok: findings.agent_troubles.as_ref().is_none_or(Vec::is_empty),
         detail,
@@ -299,6 +328,7 @@ mod tests {
             nftables: Some(false),
             tun: false,
             forward_drop: Some(true),
+            clock_synchronised: Some(false),
             disk_gib: Some(0),
             memory_mib: 10,
             missing_programs: vec!["ssh".into()],
@@ -310,7 +340,7 @@ mod tests {
         }
         assert!(of(&good()).iter().all(|check| check.ok));
         let failing = of(&bad).iter().filter(|check| !check.ok).count();
-        assert_eq!(failing, 13, "{:#?}", of(&bad));
+        assert_eq!(failing, 14, "{:#?}", of(&bad));
     }
 
     #[test]
