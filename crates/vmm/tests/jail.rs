@@ -323,6 +323,35 @@ fn a_machine_that_is_configured_through_the_api_has_vsock_in_a_handed_folder() {
     machine.wait();
 }
 
+/// The core scheduling cookie of a process, or the error number with which the kernel refuses to tell.
+fn core_cookie(pid: u32) -> Result<u64, i32> {
+    const PR_SCHED_CORE: libc::c_int = 62;
+    let mut cookie = 0_u64;
+    // SAFETY: command 0 (get) of scope 0 (thread) writes one u64, which lives.
+    let got = unsafe { libc::prctl(PR_SCHED_CORE, 0_usize, pid as usize, 0_usize, &raw mut cookie) };
+    if got == 0 { Ok(cookie) } else { Err(std::io::Error::last_os_error().raw_os_error().unwrap()) }
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it"]
+fn two_machines_never_share_a_core_or_the_log_says_why_they_may() {
+    let mut one = Machine::new(&Code::default().bytes(&[0xeb, 0xfe]));
+    let mut other = Machine::new(&Code::default().bytes(&[0xeb, 0xfe]));
+    let cookies = [start(&mut one, &[], &[]), start(&mut other, &[], &[])].map(core_cookie);
+    let said = fs::read_to_string(one.path("stderr")).unwrap();
+    match cookies {
+        [Ok(one), Ok(other)] => {
+            assert!(one != 0 && other != 0 && one != other, "{one} {other}");
+            assert!(said.contains("cores shared with no other machine"), "{said}");
+        }
+        [Err(libc::ENODEV), Err(libc::ENODEV)] => assert!(said.contains("no SMT"), "{said}"),
+        [Err(libc::EINVAL), Err(libc::EINVAL)] => {
+            assert!(said.contains("no core scheduling in this kernel"), "{said}");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
 /// The kernel's version of landlock, 0 if there is none.
 fn landlock_abi() -> i64 {
     // SAFETY: with the flag 1 there is no struct to read.

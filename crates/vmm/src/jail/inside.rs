@@ -32,6 +32,7 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
     // SAFETY: plain call.
     check(unsafe { libc::setsid() }).map_err(Error::io("starting a session"))?;
     streams(inside).map_err(Error::io("redirecting the standard streams"))?;
+    let cores = core_scheduling()?;
     ask(talk, JOIN)?;
     // After the cgroup, which becomes the root of all cgroups that can be seen from here.
     let flags = libc::CLONE_NEWNS | libc::CLONE_NEWIPC | libc::CLONE_NEWUTS | libc::CLONE_NEWNET;
@@ -57,7 +58,7 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
     }
     let folders: Vec<RawFd> = inside.folders.iter().map(|(_, folder)| *folder).collect();
     let abi = landlock::restrict(inside.program.as_raw_fd(), &folders).map_err(Error::io("landlock"))?;
-    announce(options, abi);
+    announce(options, abi, cores);
     // SAFETY: clears permissions of files that this process makes.
     unsafe { libc::umask(0o077) };
     close_others(inside)?;
@@ -74,6 +75,25 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
     die_with_parent(!options.daemonize)?;
     talk.write_all(&[EXECUTE]).map_err(Error::io("talking to the parent"))?;
     execute(inside)
+}
+
+/// Takes a cookie of this process's own, which its threads inherit: no thread of another process then runs on the
+/// sibling of a core while one of these runs on it, so that what SMT shares tells no guest of another. Returns what
+/// came of it, in words.
+fn core_scheduling() -> Result<&'static str> {
+    // linux/prctl.h; libc has none of them.
+    const PR_SCHED_CORE: libc::c_int = 62;
+    const CREATE: libc::c_ulong = 1;
+    const SCOPE_THREAD_GROUP: libc::c_ulong = 1;
+    const THIS_PROCESS: libc::c_ulong = 0;
+    // SAFETY: takes numbers; the last is a pointer that only another command writes to.
+    let made = unsafe { libc::prctl(PR_SCHED_CORE, CREATE, THIS_PROCESS, SCOPE_THREAD_GROUP, 0_usize) };
+    match check(made).map_err(|error| (error.raw_os_error(), error)) {
+        Ok(()) => Ok("cores shared with no other machine at the same moment"),
+        Err((Some(libc::ENODEV), _)) => Ok("no SMT, and so no core scheduling"),
+        Err((Some(libc::EINVAL), _)) => Ok("no core scheduling in this kernel"),
+        Err((_, error)) => Err(Error::io("core scheduling")(error)),
+    }
 }
 
 /// Has the parent do something, and waits until it has.

@@ -306,11 +306,11 @@ fn check(result: impl Into<i64>) -> io::Result<()> {
 }
 
 /// Says what walls stand, where the monitor's output goes.
-fn announce(options: &Options, landlock: Option<u32>) {
+fn announce(options: &Options, landlock: Option<u32>, cores: &str) {
     let user = if options.no_user_namespace { "no user namespace (as asked)" } else { "a user namespace" };
     let landlock = match landlock {
         Some(abi) => format!("landlock ABI {abi}"),
         None => "no landlock in this kernel: the empty root stands without it".to_owned(),
     };
-    log::line(&format!("jailed: user {}, group {}, {user}, {landlock}", options.uid, options.gid));
+    log::line(&format!("jailed: user {}, group {}, {user}, {landlock}, {cores}", options.uid, options.gid));
 }
