@@ -28,6 +28,8 @@ mod parse;
 mod progress;
 mod resolve;
 mod run;
+#[cfg(test)]
+mod sentences;
 mod stderr;
 mod terminal;
 mod wait;
