@@ -118,7 +118,7 @@ fn image(number: u8, name: &str, owner: &AccountId, public: bool) -> ImageRow {
             min_volume_gib: 1,
             boot_args: "quiet".into(),
             default_user: "root".into(),
-            ssh: (number % 2 == 0).then_some(public),
+            ssh: number.is_multiple_of(2).then_some(public),
             created_at: NOW,
         },
         kernel: blob.clone(),
