@@ -16,7 +16,8 @@ use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
 use roost_agent::task::Pace;
-use roost_agent::{cgroup, connection, durable, leftovers};
+use roost_agent::host::Host;
+use roost_agent::{cgroup, clock, connection, durable, leftovers};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -232,6 +233,8 @@ fn run(serve: &Serve) -> Result<()> {
         .block_on(async {
             let agent = Agent::open(lock, Arc::clone(&host), &folders, pace)?;
             let streams = Streams::new(Arc::clone(&agent), controller.clone(), folders);
+            let watched = Arc::clone(&host);
+            tokio::spawn(async move { clock::watch(watched.troubles()).await });
             tokio::spawn(prune(Arc::clone(&agent), host, idle));
             tokio::task::spawn_blocking(|| {
                 if let Err(error) = firewall::warm_up() {

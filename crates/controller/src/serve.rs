@@ -3,7 +3,7 @@
 use crate::auth::{Authenticator, Sealer};
 use crate::blobs::BlobStore;
 use crate::config::{Settings, StartError, StateDir, file_error};
-use crate::engine::{Clock, Engine, EngineSettings, Random, SystemClock, SystemRandom};
+use crate::engine::{Clock, Engine, EngineSettings, Random, SystemClock, SystemRandom, ThisMachine};
 use crate::server::{Front, Limits, Listeners, serve};
 use crate::streams::Broker;
 use crate::tls;
@@ -92,7 +92,7 @@ impl Controller {
         let (api_address, agents_address) =
             (bound(&api, options.listen), bound(&agents, options.agent_listen));
         let Settings { region, zone, .. } = settings;
-        let clock: Arc<dyn Clock> = Arc::new(SystemClock::new());
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::over(ThisMachine, store.clock_high()?));
         let random: Arc<dyn Random> = Arc::new(SystemRandom);
         let prices = Arc::new(prices);
         let engine = Engine::new(

@@ -143,6 +143,9 @@ pub trait Store: Send + Sync {
 
     // Care --------------------------------------------------------------------------------------------------
 
+    /// The newest time that anything was written at: a clock that is behind it is wrong.
+    fn clock_high(&self) -> Result<Micros, StoreError>;
+
     /// Reads everything and checks that nothing contradicts itself.
     ///
     /// # Errors

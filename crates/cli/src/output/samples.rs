@@ -200,7 +200,7 @@ pub fn hosts() -> Hosts {
         trouble: vec!["the firewall's table was removed and is there again".into()],
         ..host("h-0a1b2c3d4e5f60718", "box", true, 2)
     };
-    Hosts { hosts: vec![box_, host("h-0b1b2c3d4e5f60718", "nuc", false, 400)] }
+    Hosts { hosts: vec![box_, host("h-0b1b2c3d4e5f60718", "nuc", false, 400)], trouble: Vec::new() }
 }
 
 /// One volume.

@@ -280,6 +280,9 @@ pub fn hosts(hosts: &Hosts, now: Micros) -> Table {
             table.note(format!("{}: {sentence}", host.facts.hostname));
         }
     }
+    for sentence in &hosts.trouble {
+        table.note(format!("controller: {sentence}"));
+    }
     table
 }
 

@@ -105,7 +105,7 @@ impl Authenticator {
             };
             ApiError::new(code, error.to_string())
         })?;
-        let now = self.clock.now();
+        let now = self.clock.wall();
         if (now.0 - claim.signed_at.0).abs() > MAX_SKEW.0 {
             return Err(ApiError::new(
                 ErrorCode::RequestExpired,

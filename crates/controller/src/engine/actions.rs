@@ -144,8 +144,7 @@ impl Engine {
             if stopped.is_empty() {
                 return Ok(());
             }
-            let now = self.clock.now();
-            let mut hosts = watch.store(self, || self.placeable(now))?;
+            let mut hosts = watch.store(self, || self.placeable())?;
             for (draft, view) in stopped {
                 let claim = watch.placement(self, || reclaim(&mut hosts, draft))?;
                 accept::start(draft, claim, view.now, &view.limits);
@@ -170,9 +169,10 @@ impl Engine {
     pub fn stop_instances(&self, caller: &Caller, request: StopInstances) -> Answer<StateChanges> {
         let ids = at_least_one(&request.instance_ids)?;
         self.change(caller, &ids, "controller.stop", |drafts, views| {
-            drafts.iter_mut().zip(views).try_for_each(|(draft, view)| {
-                accept::stop(draft, request.force, view.proof, view.now, &view.limits)
-            })
+            drafts
+                .iter_mut()
+                .zip(views)
+                .try_for_each(|(draft, view)| accept::stop(draft, request.force, view))
         })
     }
 
@@ -196,7 +196,7 @@ impl Engine {
         let ids = at_least_one(&request.instance_ids)?;
         self.change(caller, &ids, "controller.terminate", |drafts, views| {
             for (draft, view) in drafts.iter_mut().zip(views) {
-                accept::terminate(draft, view.proof, view.now, &view.limits);
+                accept::terminate(draft, view);
             }
             Ok(())
         })
@@ -209,8 +209,8 @@ impl Engine {
     pub fn modify_instance_type(&self, caller: &Caller, request: ModifyInstanceType) -> Answer<Done> {
         let id: InstanceId = request.instance_id.parse()?;
         let kind = self.instance_type(&request.instance_type)?.clone();
-        self.change(caller, &[id], "controller.modify", |drafts, views| {
-            let hosts = self.placeable(views.first().map_or_else(|| self.clock.now(), |view| view.now))?;
+        self.change(caller, &[id], "controller.modify", |drafts, _| {
+            let hosts = self.placeable()?;
             for draft in drafts {
                 accept::retype(draft, &kind)?;
                 let wanted =

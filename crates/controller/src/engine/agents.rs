@@ -15,6 +15,8 @@ use std::collections::HashMap;
 struct Sight<'a> {
     boot_id: &'a str,
     now: Micros,
+    /// Now, on the monotonic clock.
+    monotonic: Micros,
     /// The first report of a run of the agent, which may speak from memory.
     from_memory: bool,
 }
@@ -92,11 +94,12 @@ impl Engine {
             self.store.put_host(&report.host, now).map_err(errors::of_store)?;
         }
         self.with_proofs(|_| ())?;
-        let due = self.remember().reported(host, &report.boot_id, now, self.settings.proof_every);
+        let monotonic = self.clock.monotonic();
+        let due = self.remember().reported(host, &report.boot_id, monotonic, self.settings.proof_every);
         let durable = due || report.last;
         self.remember().set_trouble(host, &report.trouble);
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
-        let sight = Sight { boot_id: &report.boot_id, now, from_memory };
+        let sight = Sight { boot_id: &report.boot_id, now, monotonic, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
         let records = self.store.instances(&filter).map_err(errors::of_store)?;
         let words: HashMap<&InstanceId, &Observation> =
@@ -122,7 +125,7 @@ impl Engine {
             // Before the changes: what they close may hang on it, and what they do not touch must be proved too.
             let seen = self.proofs_of(&report)?;
             self.store.host_reported(host, &report.boot_id, now, &seen).map_err(errors::of_store)?;
-            self.remember().written(host, &report.boot_id, now);
+            self.remember().written(host, &report.boot_id, monotonic);
         }
         if !changes.is_empty() {
             self.commit_report(&changes, sight)?;
@@ -141,7 +144,7 @@ impl Engine {
 
     /// One observation, taken in: the row as it will be after it and all steps that follow.
     fn digest(&self, record: InstanceRecord, word: &Observation, sight: Sight<'_>) -> Answer<Draft> {
-        let Sight { boot_id, now, from_memory } = sight;
+        let Sight { boot_id, now, monotonic, from_memory } = sight;
         let mut draft = Draft::new(record);
         if let Some(row) = observe::observe(&draft.record.row, word, boot_id, now) {
             draft.record.row = row;
@@ -158,9 +161,9 @@ impl Engine {
         let counts = word.incarnation == row.incarnation
             && row.boot_id.as_ref().is_none_or(|boot| boot == boot_id)
             && !matches!(row.step, Step::Rest | Step::Gone);
-        if let Some(seen) = observe::proof_of_life(word, now, from_memory).filter(|_| counts) {
+        if let Some((seen, age)) = observe::proof_of_life(row, word, now, from_memory).filter(|_| counts) {
             let seen = row.bill_until.map_or(seen, |end| end.min(seen));
-            self.remember().prove(&row.instance_id, seen);
+            self.remember().prove(&row.instance_id, seen, monotonic - age);
         }
         let was_open = row.open_since.is_some();
         let view = self.view(row, true, now)?;

@@ -110,12 +110,15 @@ impl Engine {
         now: Micros,
     ) -> Instance {
         let InstanceRecord { row, interface, volume } = record;
-        let seconds = roost_billing::seconds(events, proofs, row.instance_id.as_str(), now);
+        // The host's clock says how long a run lasts, so a proof may lie ahead of the controller's time.
+        let id = row.instance_id.as_str();
+        let seconds =
+            roost_billing::seconds(events, proofs, id, proofs.get(id).map_or(now, |at| now.max(*at)));
         let own = row.observed.as_ref().filter(|seen| seen.incarnation == row.incarnation);
         let silent = host
-            .filter(|host| !matches!(row.step, Step::Rest | Step::Gone) && !self.is_alive(host, now))
+            .filter(|host| !matches!(row.step, Step::Rest | Step::Gone) && !self.is_alive(host))
             .map(|host| {
-                let silence = (now - host.last_report_at).floor_secs();
+                let silence = self.silence(host).floor_secs();
                 format!("host {} has not reported for {silence} s", host.facts.hostname)
             });
         Instance {
@@ -217,22 +220,20 @@ impl Engine {
         let rows = self.store.hosts().map_err(errors::of_store)?;
         let mut hosts = Vec::with_capacity(rows.len());
         for row in rows {
-            let alive = self.is_alive(&row, now);
-            let memory = self.remember();
-            let reported = memory.last_report(&row.facts.host_id).unwrap_or_default();
-            let trouble = memory.trouble(&row.facts.host_id);
-            drop(memory);
+            let alive = self.is_alive(&row);
+            let silence = self.silence(&row);
+            let trouble = self.remember().trouble(&row.facts.host_id);
             hosts.push(HostView {
                 alive,
                 trouble,
-                last_report_at: row.last_report_at.max(reported),
+                last_report_at: now - silence,
                 facts: row.facts,
                 claimed_cpu_milli: row.claimed_cpu_milli,
                 claimed_memory_mib: row.claimed_memory_mib,
                 instances: row.claims,
             });
         }
-        Ok(Hosts { hosts })
+        Ok(Hosts { hosts, trouble: self.clock.trouble().into_iter().collect() })
     }
 
     /// Lists instance types with their prices, and why one cannot run here.
@@ -245,7 +246,7 @@ impl Engine {
         _request: DescribeInstanceTypes,
     ) -> Answer<InstanceTypes> {
         let now = self.clock.now();
-        let hosts = self.placeable(now)?;
+        let hosts = self.placeable()?;
         let instance_types = self
             .catalogue
             .iter()

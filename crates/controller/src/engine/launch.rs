@@ -198,7 +198,7 @@ impl Engine {
         let found = self.find(caller, &request, &mut watch)?;
         for _ in 0..ATTEMPTS {
             let now = self.clock.now();
-            let hosts = watch.store(self, || self.placeable(now))?;
+            let hosts = watch.store(self, || self.placeable())?;
             let wanted =
                 Wanted { instance_type: &found.instance_type, volume_gib: found.volume_gib, zone: None };
             let (min, max) = (request.min_count as usize, request.max_count as usize);

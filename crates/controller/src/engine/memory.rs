@@ -11,30 +11,33 @@ pub struct Memory {
     hosts: HashMap<HostId, HostMemory>,
     /// Until when each instance was seen running; the store's at first.
     pub proofs: Option<Proofs>,
+    /// When, on the monotonic clock, each instance was at its proof.
+    pub proved_at: HashMap<InstanceId, Micros>,
     /// Incarnation and the controller's own parts of its start.
     pub timings: HashMap<InstanceId, (u64, Vec<TimedPart>)>,
 }
 
 #[derive(Debug, Default)]
 struct HostMemory {
-    last_report: Micros,
+    /// On the monotonic clock.
+    last_report: Option<Micros>,
     agent_run: String,
     /// What its agent last said is wrong with it.
     trouble: Vec<String>,
-    /// When this was last made durable, and under which boot.
+    /// When this was last made durable, on the monotonic clock, and under which boot.
     written: Option<(Micros, String)>,
 }
 
 impl Memory {
-    /// When a host last reported, as far as is remembered here.
+    /// When a host last reported to this run of the engine, on the monotonic clock.
     pub fn last_report(&self, host: &HostId) -> Option<Micros> {
-        self.hosts.get(host).map(|host| host.last_report)
+        self.hosts.get(host).and_then(|host| host.last_report)
     }
 
-    /// Notes a report; whether it is time to make it durable.
+    /// Notes a report at a moment of the monotonic clock; whether it is time to make it durable.
     pub fn reported(&mut self, host: &HostId, boot_id: &str, now: Micros, every: Micros) -> bool {
         let known = self.hosts.entry(host.clone()).or_default();
-        known.last_report = known.last_report.max(now);
+        known.last_report = known.last_report.max(Some(now));
         let fresh = known
             .written
             .as_ref()
@@ -66,10 +69,13 @@ impl Memory {
         self.hosts.entry(host.clone()).or_default().written = Some((now, boot_id.to_owned()));
     }
 
-    /// Notes that an instance was seen running; proofs only grow.
-    pub fn prove(&mut self, instance: &InstanceId, seen: Micros) {
+    /// Notes that an instance was seen running up to `seen`, which was at `at` on the monotonic clock; proofs only grow.
+    pub fn prove(&mut self, instance: &InstanceId, seen: Micros, at: Micros) {
         let proofs = self.proofs.get_or_insert_default();
         let known = proofs.entry(instance.to_string()).or_insert(seen);
-        *known = (*known).max(seen);
+        if seen >= *known {
+            *known = seen;
+            self.proved_at.insert(instance.clone(), at);
+        }
     }
 }

@@ -20,7 +20,7 @@ mod memory;
 mod settings;
 mod worker;
 
-pub use clock::{Clock, Random, SystemClock, SystemRandom};
+pub use clock::{Clock, Machine, Random, SystemClock, SystemRandom, ThisMachine};
 pub use settings::EngineSettings;
 
 use crate::lifecycle::{Limits, View};
@@ -60,6 +60,8 @@ pub struct Engine {
     settings: EngineSettings,
     /// One run of the engine: who holds a lease.
     name: String,
+    /// When this run of the engine began: by its time, and on the monotonic clock.
+    began: (Micros, Micros),
     memory: Mutex<Memory>,
     changed: watch::Sender<u64>,
     due: Notify,
@@ -77,7 +79,9 @@ impl Engine {
     ) -> Arc<Self> {
         let mut name = [0; 8];
         random.fill(&mut name);
+        let began = (clock.now(), clock.monotonic());
         Arc::new(Self {
+            began,
             store,
             catalogue,
             prices,
@@ -131,23 +135,33 @@ impl Engine {
         }
     }
 
-    fn is_alive(&self, host: &HostRow, now: Micros) -> bool {
-        let seen = self.remember().last_report(&host.facts.host_id).unwrap_or_default();
-        now - host.last_report_at.max(seen) <= self.settings.alive_within
+    /// How long ago a host last reported, on the monotonic clock. Of a host that has not reported to this run of the
+    /// engine, the time before the run is what the wall clock says of it.
+    fn silence(&self, host: &HostRow) -> Micros {
+        let now = self.clock.monotonic();
+        let (began, began_monotonic) = self.began;
+        match self.remember().last_report(&host.facts.host_id) {
+            Some(seen) => now - seen,
+            None => now - began_monotonic + Micros((began - host.last_report_at).0.max(0)),
+        }
     }
 
-    fn is_host_alive(&self, host: Option<&HostId>, now: Micros) -> Result<bool, StoreError> {
+    fn is_alive(&self, host: &HostRow) -> bool {
+        self.silence(host) <= self.settings.alive_within
+    }
+
+    fn is_host_alive(&self, host: Option<&HostId>) -> Result<bool, StoreError> {
         let Some(host) = host else { return Ok(false) };
-        Ok(self.store.host(host)?.is_some_and(|host| self.is_alive(&host, now)))
+        Ok(self.store.host(host)?.is_some_and(|host| self.is_alive(&host)))
     }
 
     /// Every host as placement sees it.
-    fn placeable(&self, now: Micros) -> Answer<Vec<Host>> {
+    fn placeable(&self) -> Answer<Vec<Host>> {
         let hosts = self.store.hosts().map_err(errors::of_store)?;
         Ok(hosts
             .into_iter()
             .map(|host| Host {
-                alive: self.is_alive(&host, now),
+                alive: self.is_alive(&host),
                 facts: host.facts,
                 claimed_cpu_milli: host.claimed_cpu_milli,
                 claimed_memory_mib: host.claimed_memory_mib,
@@ -159,7 +173,12 @@ impl Engine {
     fn view(&self, row: &InstanceRow, host_alive: bool, now: Micros) -> Answer<View> {
         let proof = self.with_proofs(|proofs| proofs.get(row.instance_id.as_str()).copied())?;
         let recent = Micros(self.settings.report_every.0.saturating_mul(3));
-        Ok(View { now, host_alive, proof, recent, limits: self.limits() })
+        let proved_at = self.remember().proved_at.get(&row.instance_id).copied();
+        let run_now = match (row.open_since, proof, proved_at) {
+            (Some(_), Some(proof), Some(at)) => proof + (self.clock.monotonic() - at),
+            _ => now.max(proof.unwrap_or(now)),
+        };
+        Ok(View { now, run_now, began: self.began.0, host_alive, proof, recent, limits: self.limits() })
     }
 
     fn random_bytes<const N: usize>(&self) -> [u8; N] {

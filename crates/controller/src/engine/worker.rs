@@ -36,7 +36,7 @@ impl Engine {
         let leased = self.store.lease(id, &self.name, now, now + self.settings.lease);
         let Some(mut record) = leased.map_err(errors::of_store)? else { return Ok(()) };
         for _ in 0..ATTEMPTS {
-            let alive = self.is_host_alive(record.row.host_id.as_ref(), now).map_err(errors::of_store)?;
+            let alive = self.is_host_alive(record.row.host_id.as_ref()).map_err(errors::of_store)?;
             let view = self.view(&record.row, alive, now)?;
             let mut draft = Draft::new(record);
             advance(&mut draft, &view);

@@ -1,6 +1,6 @@
 //! What an accepted call does to an instance, and which state forbids it. EC2's rules.
 
-use super::draft::{Draft, Limits};
+use super::draft::{Draft, Limits, View};
 use super::step::because;
 use roost_store::{Claim, InstanceRow};
 use roost_types::state::{InstanceState, Step};
@@ -37,13 +37,7 @@ pub fn start(draft: &mut Draft, claim: Claim, now: Micros, limits: &Limits) {
 ///
 /// # Errors
 /// `IncorrectInstanceState` in any other state.
-pub fn stop(
-    draft: &mut Draft,
-    force: bool,
-    proof: Option<Micros>,
-    now: Micros,
-    limits: &Limits,
-) -> Result<(), ApiError> {
+pub fn stop(draft: &mut Draft, force: bool, view: &View) -> Result<(), ApiError> {
     match draft.record.row.state() {
         InstanceState::Stopped => {}
         InstanceState::Stopping => {
@@ -54,8 +48,8 @@ pub fn stop(
             }
         }
         InstanceState::Running => {
-            draft.hop(Step::Stop, now, limits);
-            end_of_bill(draft, proof, now);
+            draft.hop(Step::Stop, view.now, &view.limits);
+            end_of_bill(draft, view);
             let row = &mut draft.record.row;
             row.force = force;
             row.state_reason =
@@ -67,11 +61,12 @@ pub fn stop(
 }
 
 /// Nothing after now is billed, and what was seen until now is kept.
-fn end_of_bill(draft: &mut Draft, proof: Option<Micros>, now: Micros) {
+fn end_of_bill(draft: &mut Draft, view: &View) {
     let row = &mut draft.record.row;
     if row.open_since.is_some() {
+        let now = view.run_now;
         row.bill_until = Some(row.bill_until.map_or(now, |earlier| earlier.min(now)));
-        draft.prove(proof.map(|seen| seen.min(now)));
+        draft.prove(view.proof.map(|seen| seen.min(now)));
     }
 }
 
@@ -90,12 +85,12 @@ pub fn reboot(draft: &mut Draft) -> Result<(), ApiError> {
 }
 
 /// Removes an instance for good, from any state; again changes nothing.
-pub fn terminate(draft: &mut Draft, proof: Option<Micros>, now: Micros, limits: &Limits) {
+pub fn terminate(draft: &mut Draft, view: &View) {
     if matches!(draft.record.row.step, Step::Terminate | Step::Gone) {
         return;
     }
-    draft.hop(Step::Terminate, now, limits);
-    end_of_bill(draft, proof, now);
+    draft.hop(Step::Terminate, view.now, &view.limits);
+    end_of_bill(draft, view);
     draft.record.row.state_reason =
         Some(because("Client.UserInitiatedShutdown", "Terminated at its owner's request."));
 }

@@ -21,11 +21,27 @@ pub struct Limits {
     pub stop: Micros,
 }
 
+impl Limits {
+    /// How long a step may take.
+    pub const fn of(&self, step: Step) -> Option<Micros> {
+        match step {
+            Step::Place => Some(self.place),
+            Step::Launch => Some(self.launch),
+            Step::Stop | Step::Terminate => Some(self.stop),
+            Step::Run | Step::Rest | Step::Gone => None,
+        }
+    }
+}
+
 /// What is known beside the row.
 #[derive(Debug, Clone)]
 pub struct View {
     /// Now, by the controller's clock.
     pub now: Micros,
+    /// Now, as the run that is billed counts it: its last proof and what passed since on the monotonic clock.
+    pub run_now: Micros,
+    /// When this run of the controller began: no deadline counts time during which there was no controller.
+    pub began: Micros,
     /// Whether the instance's host has reported lately.
     pub host_alive: bool,
     /// Until when the instance was seen running.
@@ -89,12 +105,7 @@ impl Draft {
         row.trouble = None;
         row.tries = 0;
         row.not_before = now;
-        row.deadline = match next {
-            Step::Place => Some(now + limits.place),
-            Step::Launch => Some(now + limits.launch),
-            Step::Stop | Step::Terminate => Some(now + limits.stop),
-            Step::Run | Step::Rest | Step::Gone => None,
-        };
+        row.deadline = limits.of(next).map(|limit| now + limit);
         match next {
             Step::Place => {
                 row.desired = DesiredState::Running;

@@ -63,7 +63,7 @@ pub fn close_volume(volume: &VolumeRow, at: Micros) -> UsageEvent {
 /// 2. the last moment at which an agent saw it alive: the agent's own durable word or our last proof, the later;
 /// 3. nobody dated the end, but it was asked for and the agent had reported shortly before: the asked-for end.
 ///
-/// Never after the asked-for end, never before `open`, never after now. After a reboot of the host only
+/// Never after the asked-for end, never before `open`. After a reboot of the host only
 /// proofs count: ages of another boot mean nothing.
 pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Micros) -> Micros {
     let seen = seen.filter(|seen| {
@@ -80,5 +80,5 @@ pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Mic
         None => proof,
     };
     let end = row.bill_until.map_or(end, |asked| end.min(asked));
-    end.min(view.now).max(open)
+    end.max(open)
 }

@@ -1,7 +1,9 @@
 //! What is new in an agent's word on an instance, dated by the controller's clock.
 //!
-//! Ages become times once: the first report of an event dates it, later ones do not move it. No date lies before
-//! the incarnation was accepted or after now, so neither a wrong age nor a clock that stepped can make time negative.
+//! Ages become times once: the first report of an event dates it, later ones do not move it. The begin of a run is
+//! dated by the controller's time, and lies between the acceptance of the incarnation and now. Everything later in
+//! that run is its begin plus how long the host says it lasted: a run is billed for what it ran, and no step of the
+//! controller's clock, nor a restart under a wrong one, is part of it.
 
 use roost_store::{InstanceRow, Seen};
 use roost_types::Micros;
@@ -12,15 +14,31 @@ fn ago(now: Micros, age_us: u64) -> Micros {
     Micros(now.0.saturating_sub(i64::try_from(age_us).unwrap_or(i64::MAX)))
 }
 
-/// Until when the observation proves that the virtual CPUs run; `None` if it does not. `stopping` proves nothing: it
-/// is also said of a run that ended unseen and is being cleared up. An agent that has just started may say
-/// `running` from memory, before its first look: then only what it has on record counts (`from_memory`).
-pub fn proof_of_life(word: &Observation, now: Micros, from_memory: bool) -> Option<Micros> {
-    match (word.state, from_memory) {
-        (Observed::Running, false) => Some(now),
-        (Observed::Running, true) => word.last_seen_age_us.map(|age| ago(now, age)),
-        _ => None,
-    }
+/// What was `age_us` ago in a run that began at `began`; `None` if the host does not say how long the run lasts.
+fn in_run(began: Option<Micros>, word: &Observation, age_us: u64) -> Option<Micros> {
+    let lasted = word.run_began_age_us?.saturating_sub(age_us);
+    Some(Micros(began?.0.saturating_add(i64::try_from(lasted).unwrap_or(i64::MAX))))
+}
+
+/// Until when the observation proves that the virtual CPUs run, and how long ago that was; `None` if it does not.
+/// `stopping` proves nothing: it is also said of a run that ended unseen and is being cleared up. An agent that has
+/// just started may say `running` from memory, before its first look: then only what it has on record counts
+/// (`from_memory`). `row` has the observation in it.
+pub fn proof_of_life(
+    row: &InstanceRow,
+    word: &Observation,
+    now: Micros,
+    from_memory: bool,
+) -> Option<(Micros, Micros)> {
+    let age = match (word.state, from_memory) {
+        (Observed::Running, false) => 0,
+        (Observed::Running, true) => word.last_seen_age_us?,
+        _ => return None,
+    };
+    let own = row.observed.as_ref().filter(|seen| seen.incarnation == row.incarnation);
+    let began = row.open_since.or_else(|| own.and_then(|seen| seen.run_began));
+    let seen = in_run(began, word, age).unwrap_or_else(|| ago(now, age));
+    Some((seen, Micros(i64::try_from(age).unwrap_or(i64::MAX))))
 }
 
 /// The row with the observation in it; `None` if it says nothing new.
@@ -54,12 +72,14 @@ pub fn observe(row: &InstanceRow, word: &Observation, boot_id: &str, now: Micros
         .and_then(|seen| seen.run_began)
         .or_else(|| word.run_began_age_us.filter(|_| own).map(|age| date(age, earliest)));
     let run_from = run_began.unwrap_or(earliest);
+    let date_in_run =
+        |age: u64| in_run(run_began, word, age).map_or_else(|| date(age, run_from), |at| at.max(run_from));
     let run_ended = old
         .and_then(|seen| seen.run_ended)
-        .or_else(|| word.run_ended_age_us.filter(|_| own).map(|age| date(age, run_from)));
-    let last_seen = old.and_then(|seen| seen.last_seen).or_else(|| {
-        word.last_seen_age_us.filter(|_| own && over && same_boot).map(|age| date(age, run_from))
-    });
+        .or_else(|| word.run_ended_age_us.filter(|_| own).map(date_in_run));
+    let last_seen = old
+        .and_then(|seen| seen.last_seen)
+        .or_else(|| word.last_seen_age_us.filter(|_| own && over && same_boot).map(date_in_run));
     let since = old
         .filter(|seen| seen.state == word.state && same_boot)
         .map_or_else(|| date(word.age_us, earliest), |seen| seen.since);

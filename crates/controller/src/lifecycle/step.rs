@@ -82,8 +82,16 @@ fn host_name(row: &InstanceRow) -> &str {
     row.host_id.as_ref().map_or("(none)", |host| host.as_str())
 }
 
-fn overdue(row: &InstanceRow, now: Micros) -> bool {
-    row.deadline.is_some_and(|deadline| now >= deadline)
+/// When the step becomes trouble. One that was begun before this run of the controller has its whole time anew: what
+/// the wall clock says of the time in between may be anything.
+fn deadline(row: &InstanceRow, view: &View) -> Option<Micros> {
+    let deadline = row.deadline?;
+    let anew = view.limits.of(row.step).filter(|_| row.step_since < view.began);
+    Some(anew.map_or(deadline, |limit| deadline.max(view.began + limit)))
+}
+
+fn overdue(row: &InstanceRow, view: &View) -> bool {
+    deadline(row, view).is_some_and(|deadline| view.now >= deadline)
 }
 
 /// A start failed. One that never ran is of no use to anybody and goes; one that did keeps its disk.
@@ -97,10 +105,10 @@ fn place(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
         return hop(Step::Launch);
     }
     let silent = format!("host {} does not report", host_name(row));
-    if overdue(row, view.now) {
+    if overdue(row, view) {
         return fail_start(row, because("Server.InternalError", silent));
     }
-    let until = (view.now + back_off(row.tries)).min(row.deadline.unwrap_or(NEVER));
+    let until = (view.now + back_off(row.tries)).min(deadline(row, view).unwrap_or(NEVER));
     StepOutcome { nap: Some(Nap { until, trouble: Some(silent), failed: true }), ..StepOutcome::default() }
 }
 
@@ -159,12 +167,12 @@ fn launch(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
 }
 
 fn wait_for_start(row: &InstanceRow, view: &View, trouble: Option<&str>) -> StepOutcome {
-    if overdue(row, view.now) {
+    if overdue(row, view) {
         let last = trouble.map_or_else(String::new, |trouble| format!(": {trouble}"));
         let text = format!("The instance did not start within {} s{last}.", view.limits.launch.floor_secs());
         return fail_start(row, because("Server.InternalError", text));
     }
-    nap(row.deadline.unwrap_or(NEVER), trouble.map(str::to_owned))
+    nap(deadline(row, view).unwrap_or(NEVER), trouble.map(str::to_owned))
 }
 
 fn run(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
@@ -227,8 +235,8 @@ fn terminate(row: &InstanceRow, view: &View) -> StepOutcome {
 
 /// An end is never given up: only the host can say that nothing is left. Past the deadline it is called trouble.
 fn wait_for_end(row: &InstanceRow, view: &View, trouble: Option<&str>) -> StepOutcome {
-    if !overdue(row, view.now) {
-        return nap(row.deadline.unwrap_or(NEVER), trouble.map(str::to_owned));
+    if !overdue(row, view) {
+        return nap(deadline(row, view).unwrap_or(NEVER), trouble.map(str::to_owned));
     }
     let detail = trouble.map_or_else(|| format!("host {} says nothing", host_name(row)), str::to_owned);
     nap(NEVER, Some(format!("not done within {} s: {detail}", view.limits.stop.floor_secs())))

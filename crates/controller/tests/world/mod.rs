@@ -3,7 +3,7 @@
 #![allow(dead_code, reason = "each test file uses its part of the world")]
 
 use roost_billing::PriceBook;
-use roost_controller::engine::{Caller, Clock, Engine, EngineSettings, Random};
+use roost_controller::engine::{Caller, Clock, Engine, EngineSettings, Machine, Random, SystemClock};
 use roost_store::{
     AccessKeyRow, BlobRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow, NewAccountRows, SqliteStore,
     Store, UsageFilter,
@@ -25,24 +25,41 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-/// A clock that is moved by hand.
+/// The clocks of the controller's machine, moved by hand. The simulated hosts go by the true time.
 #[derive(Debug)]
-pub struct TestClock(AtomicI64);
+pub struct TestClock {
+    truth: AtomicI64,
+    /// How far somebody set the wall clock wrong.
+    wrong: AtomicI64,
+}
 
 impl TestClock {
     pub fn advance(&self, by: Micros) {
-        self.0.fetch_add(by.0, Ordering::SeqCst);
+        self.truth.fetch_add(by.0, Ordering::SeqCst);
+    }
+
+    /// The true time.
+    pub fn now(&self) -> Micros {
+        Micros(self.truth.load(Ordering::SeqCst))
+    }
+
+    /// Sets the wall clock of the controller's machine, and of nothing else, ahead or back.
+    pub fn step(&self, by: Micros) {
+        self.wrong.fetch_add(by.0, Ordering::SeqCst);
     }
 }
 
-impl Clock for TestClock {
-    fn now(&self) -> Micros {
-        Micros(self.0.load(Ordering::SeqCst))
+impl Machine for TestClock {
+    fn wall(&self) -> Micros {
+        self.now() + Micros(self.wrong.load(Ordering::SeqCst))
     }
-    fn monotonic(&self) -> Micros {
-        self.now()
+    fn boottime(&self) -> Micros {
+        self.now() - START
     }
 }
+
+/// When every world begins.
+const START: Micros = Micros::from_secs(1_700_000_000);
 
 /// Bytes that never repeat, the same in every run.
 #[derive(Debug, Default)]
@@ -120,8 +137,8 @@ impl World {
     }
 
     pub fn with(settings: EngineSettings, hosts: &[(u32, u64)]) -> Self {
-        let start = Micros::from_secs(1_700_000_000);
-        let clock = Arc::new(TestClock(AtomicI64::new(start.0)));
+        let start = START;
+        let clock = Arc::new(TestClock { truth: AtomicI64::new(start.0), wrong: AtomicI64::new(0) });
         let hosts = hosts
             .iter()
             .zip(1_u8..)
@@ -163,11 +180,13 @@ impl World {
         }
         let store = Arc::new(SqliteStore::open(&self.database()).unwrap());
         let shared: Arc<dyn Store> = store.clone();
+        let high = store.clock_high().unwrap();
+        let clock: Arc<dyn Clock> = Arc::new(SystemClock::over(Arc::clone(&self.clock), high));
         self.engine = Some(Engine::new(
             shared,
             Arc::new(Catalogue::builtin()),
             Arc::new(PriceBook::builtin()),
-            self.clock.clone(),
+            clock,
             self.random.clone(),
             self.settings.clone(),
         ));

@@ -6,6 +6,7 @@ mod hosts;
 mod images;
 mod instances;
 mod launch;
+mod meta;
 mod schema;
 mod usage;
 
@@ -229,7 +230,10 @@ impl Store for SqliteStore {
         self.write(|db| images::deregister(db, id, at))
     }
     fn put_host(&self, facts: &HostFacts, at: Micros) -> Result<(), StoreError> {
-        self.write(|db| hosts::put(db, facts, at))
+        self.write(|db| {
+            hosts::put(db, facts, at)?;
+            meta::written_at(db, at)
+        })
     }
     fn host_reported(
         &self,
@@ -238,7 +242,10 @@ impl Store for SqliteStore {
         at: Micros,
         proofs: &[(InstanceId, Micros)],
     ) -> Result<(), StoreError> {
-        self.write(|db| hosts::reported(db, host, boot_id, at, proofs))
+        self.write(|db| {
+            hosts::reported(db, host, boot_id, at, proofs)?;
+            meta::written_at(db, at)
+        })
     }
     fn hosts(&self) -> Result<Vec<HostRow>, StoreError> {
         self.read(hosts::all)
@@ -247,7 +254,10 @@ impl Store for SqliteStore {
         self.read(|db| hosts::one(db, id))
     }
     fn launch(&self, new: &Launch) -> Result<Launched, StoreError> {
-        self.write(|db| launch::launch(db, new))
+        self.write(|db| {
+            meta::written_at(db, new.reservation.created_at)?;
+            launch::launch(db, new)
+        })
     }
     fn client_token(
         &self,
@@ -263,7 +273,10 @@ impl Store for SqliteStore {
         self.read(|db| instances::list(db, filter))
     }
     fn commit(&self, changes: &[Change], now: Micros) -> Result<(), StoreError> {
-        self.write(|db| changes.iter().try_for_each(|change| instances::change(db, change, now)))
+        self.write(|db| {
+            meta::written_at(db, now)?;
+            changes.iter().try_for_each(|change| instances::change(db, change, now))
+        })
     }
     fn lease(
         &self,
@@ -292,6 +305,10 @@ impl Store for SqliteStore {
     fn proofs(&self) -> Result<Proofs, StoreError> {
         self.read(usage::proofs)
     }
+    fn clock_high(&self) -> Result<Micros, StoreError> {
+        self.read(meta::clock_high)
+    }
+
     fn check(&self) -> Result<(), StoreError> {
         let connection = self.open_reader().map_err(|error| explain(&self.path, &error))?;
         verdict(&self.path, &connection, "integrity_check")?;

@@ -6,14 +6,28 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 2;
+pub const VERSION: i64 = 3;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH)])
+    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META)])
 }
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
+
+/// Numbers about the database itself. `epoch` grows with every restore from a backup; `clock_high` is the newest time
+/// that anything was written at.
+const META: &str = "
+CREATE TABLE meta (
+    name  TEXT PRIMARY KEY,
+    value INTEGER NOT NULL
+) STRICT;
+INSERT INTO meta VALUES ('epoch', 1);
+INSERT INTO meta VALUES ('clock_high', max(
+    (SELECT coalesce(max(at), 0) FROM usage_events),
+    (SELECT coalesce(max(seen_at), 0) FROM proofs),
+    (SELECT coalesce(max(last_report_at), 0) FROM hosts)));
+";
 
 const FIRST: &str = "
 CREATE TABLE accounts (

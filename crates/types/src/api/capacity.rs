@@ -43,6 +43,9 @@ pub struct DescribeHosts {}
 pub struct Hosts {
     /// By name.
     pub hosts: Vec<HostView>,
+    /// What is wrong with the controller itself, a sentence each.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub trouble: Vec<String>,
 }
 
 /// A host and how full it is.
