@@ -4,11 +4,12 @@
 
 mod world;
 
+use roost_controller::engine::EngineSettings;
 use roost_testbed::sim::Death;
 use roost_types::api::{DescribeHosts, Hosts};
-use roost_types::state::InstanceState;
-use roost_types::{InstanceId, Micros};
-use world::{World, caller};
+use roost_types::state::{InstanceState, Step};
+use roost_types::{ErrorCode, InstanceId, Micros};
+use world::{World, caller, request};
 
 const HOUR: Micros = Micros::from_secs(3600);
 
@@ -120,4 +121,86 @@ fn administrators_are_told_of_a_clock_that_was_set() {
     world.clock.step(Micros(-HOUR.0));
     restart(&mut world);
     assert!(hosts(&world).trouble[0].contains("behind"), "but dates nothing before what is written");
+}
+
+#[test]
+fn a_row_that_cannot_be_written_holds_up_no_other_on_its_host_and_is_told() {
+    let mut world = World::new();
+    let bad = world.one();
+    // As if a defect had written an interval for it before.
+    world.tamper(
+        "INSERT INTO usage_events
+            (account_id, resource, meter, incarnation, sequence, kind, at, sku, quantity, is_open)
+         SELECT account_id, instance_id, 'instance-seconds', 99, 0, 'open', 0, 'x', 1, 1 FROM instances",
+    );
+    let good = world.one();
+    world.wait(&good, InstanceState::Running);
+    ticks(&mut world, 70);
+    assert!(hosts(&world).hosts[0].alive);
+    assert_eq!(world.show(&good).used_seconds, 71, "it is seen and billed");
+    assert!(world.show(&bad).trouble.unwrap().contains("an interval is open already"));
+    let told = hosts(&world).trouble;
+    assert!(told.len() == 1 && told[0].contains(bad.as_str()) && told[0].contains("an interval is open"), "{told:?}");
+    let tries: u32 = told[0].split(' ').find_map(|word| word.parse().ok()).unwrap();
+    assert!((4..=8).contains(&tries), "it is tried less and less often: {told:?}");
+    world.tamper("DELETE FROM usage_events WHERE incarnation = 99");
+    world.wait(&bad, InstanceState::Running);
+    assert!(hosts(&world).trouble.is_empty());
+    assert_eq!(world.show(&bad).trouble, None);
+}
+
+#[test]
+fn a_row_that_cannot_be_read_holds_up_no_other_on_its_host() {
+    let mut world = World::new();
+    let bad = world.one();
+    world.wait(&bad, InstanceState::Running);
+    let good = world.one();
+    world.tamper(&format!("UPDATE instances SET tags = 'no JSON' WHERE instance_id = '{bad}'"));
+    world.until("the other runs", |world| world.state(&good) == InstanceState::Running);
+    ticks(&mut world, 10);
+    assert!(hosts(&world).trouble[0].contains(bad.as_str()));
+    assert!(world.hosts[0].running().contains(&bad), "its host leaves it as it is");
+    world.tamper(&format!("UPDATE instances SET tags = '{{}}' WHERE instance_id = '{bad}'"));
+    ticks(&mut world, 70);
+    assert!(hosts(&world).trouble.is_empty());
+    assert!(world.show(&bad).used_seconds > 80, "it is billed for all that it ran");
+}
+
+#[test]
+fn rows_that_cannot_be_written_hold_up_no_other_in_the_worker() {
+    let settings = EngineSettings { place_deadline: Micros(0), ..Default::default() };
+    let mut world = World::with(settings, &[(64, 64 * 1024)]);
+    let ids = world.launch("alice", 7, |_| {});
+    world.wait(&ids[6], InstanceState::Running);
+    world.hosts[0].kill_agent();
+    for id in &ids[..6] {
+        // Their step closes an interval that the log does not have.
+        world.tamper(&format!("DELETE FROM usage_events WHERE resource = '{id}'"));
+        world.tamper(&format!(
+            "UPDATE instances SET step = 'terminate', state = 'shutting-down', not_before = 0,
+                 observed = json_set(observed, '$.state', 'absent') WHERE instance_id = '{id}'"
+        ));
+    }
+    let other = &ids[6];
+    world.tamper(&format!("DELETE FROM usage_events WHERE resource = '{other}'"));
+    world.tamper(&format!(
+        "UPDATE instances SET step = 'place', state = 'pending', not_before = 1, deadline = 1, step_since = 0,
+             open_since = NULL, running_since = NULL, observed = NULL WHERE instance_id = '{other}'"
+    ));
+    world.clock.advance(Micros::from_secs(30));
+    assert_eq!(world.engine().sweep().unwrap(), 7);
+    assert_eq!(world.record(other).row.step, Step::Terminate, "the overdue start has failed");
+    assert_eq!(hosts(&world).trouble.len(), 6);
+    assert_eq!(world.engine().sweep().unwrap(), 0, "the others are not tried again at once");
+}
+
+#[test]
+fn a_dry_run_never_answers_with_what_a_used_client_token_launched() {
+    let world = World::new();
+    let mut launch = request(1);
+    launch.client_token = Some("once".into());
+    world.engine().run_instances(&caller("alice"), launch.clone()).unwrap();
+    launch.dry_run = true;
+    let error = world.engine().run_instances(&caller("alice"), launch).unwrap_err();
+    assert_eq!(error.code, ErrorCode::DryRunOperation, "{error}");
 }

@@ -111,6 +111,13 @@ pub trait Store: Send + Sync {
     fn instance(&self, id: &InstanceId) -> Result<Option<InstanceRecord>, StoreError>;
     /// Instances, oldest first, then by launch index.
     fn instances(&self, filter: &InstanceFilter) -> Result<Vec<InstanceRecord>, StoreError>;
+    /// The same, without those that cannot be read; these by id and fault.
+    #[expect(clippy::type_complexity, reason = "a list, and what is missing from it")]
+    fn readable_instances(
+        &self,
+        filter: &InstanceFilter,
+    ) -> Result<(Vec<InstanceRecord>, Vec<(InstanceId, StoreError)>), StoreError>;
+
     /// Writes changes of instances, all or none.
     ///
     /// # Errors

@@ -87,7 +87,8 @@ impl Engine {
             let records = self.owned(caller, ids, false, now)?;
             let before: Vec<InstanceState> = records.iter().map(|record| record.row.state()).collect();
             let views =
-                records.iter().map(|record| self.view(&record.row, true, now)).collect::<Answer<Vec<_>>>()?;
+                records.iter().map(|record| self.view(&record.row, true, now)).collect::<Result<Vec<_>, _>>();
+            let views = views.map_err(errors::of_store)?;
             let mut drafts: Vec<_> = records.into_iter().map(Draft::new).collect();
             edit(&mut drafts, &views)?;
             let answer = drafts
@@ -99,8 +100,12 @@ impl Engine {
                     current: draft.record.row.state(),
                 })
                 .collect();
-            let changes: Vec<_> =
-                drafts.into_iter().filter(Draft::is_change).map(Draft::into_change).collect();
+            let changes = drafts
+                .into_iter()
+                .filter(Draft::is_change)
+                .map(Draft::into_change)
+                .collect::<Result<Vec<_>, _>>()
+                .map_err(errors::of_store)?;
             let committed = {
                 let _points = roost_halt::around(point);
                 self.store.commit(&changes, now)

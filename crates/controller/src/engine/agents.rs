@@ -64,16 +64,21 @@ impl Engine {
     /// If the store fails.
     pub fn desired(&self, host: &HostId) -> Answer<Desired> {
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
-        let records = self.store.instances(&filter).map_err(errors::of_store)?;
+        // An instance that cannot be read, or whose image cannot, is not named: its host leaves it as it is.
+        let (records, _) = self.store.readable_instances(&filter).map_err(errors::of_store)?;
         let mut images: HashMap<ImageId, ImageRow> = HashMap::new();
         let mut instances = Vec::with_capacity(records.len());
         for record in records.iter().filter(|record| record.row.step != Step::Gone) {
             let id = &record.row.image_id;
             if !images.contains_key(id) {
-                let row = self.store.image(id).map_err(errors::of_store)?.ok_or_else(|| {
-                    ApiError::new(ErrorCode::InternalError, format!("image {id} is not in the database"))
-                })?;
-                images.insert(id.clone(), row);
+                match self.store.image(id) {
+                    Ok(Some(row)) => drop(images.insert(id.clone(), row)),
+                    Ok(None) => tracing::error!(image = %id, "an instance's image is not in the database"),
+                    Err(error) if errors::is_of_one_row(&error) => {
+                        tracing::error!(image = %id, %error, "an instance's image cannot be read");
+                    }
+                    Err(error) => return Err(errors::of_store(error)),
+                }
             }
             if let Some(image) = images.get(id) {
                 instances.push(spec::ensure(record, image));
@@ -93,7 +98,7 @@ impl Engine {
         if known.as_ref().is_none_or(|known| known.facts != report.host) {
             self.store.put_host(&report.host, now).map_err(errors::of_store)?;
         }
-        self.with_proofs(|_| ())?;
+        self.with_proofs(|_| ()).map_err(errors::of_store)?;
         let monotonic = self.clock.monotonic();
         let due = self.remember().reported(host, &report.boot_id, monotonic, self.settings.proof_every);
         let durable = due || report.last;
@@ -101,7 +106,10 @@ impl Engine {
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
         let sight = Sight { boot_id: &report.boot_id, now, monotonic, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
-        let records = self.store.instances(&filter).map_err(errors::of_store)?;
+        let (records, unreadable) = self.store.readable_instances(&filter).map_err(errors::of_store)?;
+        for (id, error) in unreadable.iter().filter(|(id, _)| !self.is_aside(id)) {
+            self.set_aside(id, error);
+        }
         let words: HashMap<&InstanceId, &Observation> =
             report.instances.iter().map(|word| (&word.instance_id, word)).collect();
         let mut changes = Vec::new();
@@ -116,9 +124,14 @@ impl Engine {
                 None => continue,
             };
             let id = record.row.instance_id.clone();
-            let draft = self.digest(record, word, sight)?;
+            if self.is_aside(&id) {
+                continue;
+            }
+            let draft = self.digest(record, word, sight).map_err(errors::of_store)?;
             if draft.is_change() {
                 changes.push((id, word.clone(), draft));
+            } else {
+                self.remember().set_aside.remove(id.as_str());
             }
         }
         if durable {
@@ -140,10 +153,16 @@ impl Engine {
             let of = |id: &InstanceId| Some((id.clone(), *proofs.get(id.as_str())?));
             report.instances.iter().filter_map(|word| of(&word.instance_id)).collect()
         })
+        .map_err(errors::of_store)
     }
 
     /// One observation, taken in: the row as it will be after it and all steps that follow.
-    fn digest(&self, record: InstanceRecord, word: &Observation, sight: Sight<'_>) -> Answer<Draft> {
+    fn digest(
+        &self,
+        record: InstanceRecord,
+        word: &Observation,
+        sight: Sight<'_>,
+    ) -> Result<Draft, StoreError> {
         let Sight { boot_id, now, monotonic, from_memory } = sight;
         let mut draft = Draft::new(record);
         if let Some(row) = observe::observe(&draft.record.row, word, boot_id, now) {
@@ -177,36 +196,42 @@ impl Engine {
         Ok(draft)
     }
 
-    /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile, one by one anew.
+    /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile or cannot be written,
+    /// one by one anew.
     fn commit_report(&self, changes: &[(InstanceId, Observation, Draft)], sight: Sight<'_>) -> Answer<()> {
-        let all: Vec<_> = changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();
+        let all: Result<Vec<_>, _> =
+            changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();
         let points: Vec<_> =
             changes.iter().filter_map(|(_, _, draft)| draft.point()).map(roost_halt::around).collect();
-        let committed = self.store.commit(&all, sight.now);
+        let committed = all.and_then(|all| self.store.commit(&all, sight.now));
         drop(points);
         match committed {
-            Ok(()) => return Ok(()),
-            Err(StoreError::Stale(_)) => {}
-            Err(error) => return Err(errors::of_store(error)),
+            Ok(()) => {
+                let mut memory = self.remember();
+                changes.iter().for_each(|(id, ..)| drop(memory.set_aside.remove(id.as_str())));
+                Ok(())
+            }
+            Err(error) if errors::is_of_one_row(&error) => changes
+                .iter()
+                .try_for_each(|(id, word, _)| self.settle(id, self.commit_word(id, word, sight))),
+            Err(error) => Err(errors::of_store(error)),
         }
-        changes.iter().try_for_each(|(id, word, _)| self.commit_word(id, word, sight))
     }
 
-    fn commit_word(&self, id: &InstanceId, word: &Observation, sight: Sight<'_>) -> Answer<()> {
+    fn commit_word(&self, id: &InstanceId, word: &Observation, sight: Sight<'_>) -> Result<(), StoreError> {
         for _ in 0..ATTEMPTS {
-            let Some(record) = self.store.instance(id).map_err(errors::of_store)? else { return Ok(()) };
+            let Some(record) = self.store.instance(id)? else { return Ok(()) };
             let draft = self.digest(record, word, sight)?;
             if !draft.is_change() {
                 return Ok(());
             }
             let _points = draft.point().map(roost_halt::around);
-            match self.store.commit(&[draft.into_change()], sight.now) {
-                Ok(()) => return Ok(()),
+            match self.store.commit(&[draft.into_change()?], sight.now) {
                 Err(StoreError::Stale(_)) => {}
-                Err(error) => return Err(errors::of_store(error)),
+                written => return written,
             }
         }
-        Err(errors::of_store(StoreError::Stale(id.clone())))
+        Err(StoreError::Stale(id.clone()))
     }
 }
 

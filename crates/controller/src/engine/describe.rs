@@ -4,6 +4,7 @@ use super::actions::parse_ids;
 use super::{Answer, Caller, Engine, errors};
 use roost_placement::Wanted;
 use roost_store::{HostRow, InstanceFilter, InstanceRecord, UsageFilter};
+use roost_types::agent;
 use roost_types::api::{
     DescribeHosts, DescribeInstanceTiming, DescribeInstanceTypes, DescribeInstances, DescribeVolumes,
     HostView, Hosts, Instance, InstanceTiming, InstanceTypes, Instances, PricedType, Volume, Volumes,
@@ -64,7 +65,7 @@ impl Engine {
             .into_iter()
             .map(|host| (host.facts.host_id.clone(), host))
             .collect();
-        self.with_proofs(Proofs::clone).map(|proofs| {
+        self.proofs().map(|proofs| {
             let none = Vec::new();
             records
                 .iter()
@@ -233,7 +234,22 @@ impl Engine {
                 instances: row.claims,
             });
         }
-        Ok(Hosts { hosts, trouble: self.clock.trouble().into_iter().collect() })
+        Ok(Hosts { hosts, trouble: self.troubles() })
+    }
+
+    /// What is wrong with the controller itself: its clock, and rows that it cannot write.
+    fn troubles(&self) -> Vec<String> {
+        let aside: Vec<_> = self
+            .remember()
+            .set_aside
+            .iter()
+            .map(|(id, aside)| {
+                let times = if aside.tries == 1 { "time" } else { "times" };
+                let sentence = format!("{id} could not be written {} {times}: {}", aside.tries, aside.why);
+                agent::bounded(&sentence)
+            })
+            .collect();
+        self.clock.trouble().into_iter().chain(aside).take(agent::TROUBLES).collect()
     }
 
     /// Lists instance types with their prices, and why one cannot run here.

@@ -3,6 +3,18 @@
 use roost_store::StoreError;
 use roost_types::{ApiError, ErrorCode};
 
+/// Whether an error is about one row only, so that others can be written all the same.
+pub const fn is_of_one_row(error: &StoreError) -> bool {
+    !matches!(
+        error,
+        StoreError::Locked { .. }
+            | StoreError::Full { .. }
+            | StoreError::Corrupt { .. }
+            | StoreError::Unusable { .. }
+            | StoreError::TooNew { .. }
+    )
+}
+
 /// An error of the store as an answer. What only the owner of the controller can mend goes to the log, and the
 /// user learns whether to try again.
 pub fn of_store(error: StoreError) -> ApiError {

@@ -128,6 +128,12 @@ fn check_tags(tags: &Tags) -> Answer<()> {
     Ok(())
 }
 
+/// The answer to a dry run that would have succeeded.
+fn dry_run(count: usize) -> ApiError {
+    let text = format!("the call would have launched {count} instances");
+    ApiError::new(ErrorCode::DryRunOperation, text)
+}
+
 /// Hash of everything in a request that makes a difference to what is launched.
 fn parameter_hash(request: &RunInstances) -> Answer<String> {
     let same = RunInstances { client_token: None, dry_run: false, ..request.clone() };
@@ -192,7 +198,11 @@ impl Engine {
         if let Some(token) = &request.client_token {
             let used = watch.store(self, || self.store.client_token(&caller.account_id, token));
             if let Some((first, reservation)) = used.map_err(errors::of_store)? {
-                return self.repeated(token, &hash, &first, reservation);
+                let repeated = self.repeated(token, &hash, &first, reservation)?;
+                if request.dry_run {
+                    return Err(dry_run(0));
+                }
+                return Ok(repeated);
             }
         }
         let found = self.find(caller, &request, &mut watch)?;
@@ -206,8 +216,7 @@ impl Engine {
                 .placement(self, || roost_placement::place(&hosts, &wanted, min, max))
                 .map_err(|error| of_placement(&error))?;
             if request.dry_run {
-                let text = format!("the call would have launched {} instances", chosen.len());
-                return Err(ApiError::new(ErrorCode::DryRunOperation, text));
+                return Err(dry_run(chosen.len()));
             }
             let zones: HashMap<_, _> = hosts.iter().map(|host| (&host.facts.host_id, &host.facts)).collect();
             let claims = chosen.iter().filter_map(|host| {

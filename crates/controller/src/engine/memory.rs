@@ -4,7 +4,16 @@
 use roost_types::agent::{self, TimedPart};
 use roost_types::metering::Proofs;
 use roost_types::{HostId, InstanceId, Micros};
-use std::collections::HashMap;
+use std::collections::{BTreeMap, HashMap};
+
+/// An instance whose row cannot be written: it is tried again later, and holds up no other.
+#[derive(Debug, Clone)]
+pub struct SetAside {
+    pub tries: u32,
+    /// Not tried again before, on the monotonic clock.
+    pub until: Micros,
+    pub why: String,
+}
 
 #[derive(Debug, Default)]
 pub struct Memory {
@@ -13,6 +22,8 @@ pub struct Memory {
     pub proofs: Option<Proofs>,
     /// When, on the monotonic clock, each instance was at its proof.
     pub proved_at: HashMap<InstanceId, Micros>,
+    /// Instances whose rows cannot be written, by id.
+    pub set_aside: BTreeMap<String, SetAside>,
     /// Incarnation and the controller's own parts of its start.
     pub timings: HashMap<InstanceId, (u64, Vec<TimedPart>)>,
 }
@@ -29,6 +40,11 @@ struct HostMemory {
 }
 
 impl Memory {
+    /// Whether a row that cannot be written is not to be tried now.
+    pub fn is_aside(&self, id: &str, now: Micros) -> bool {
+        self.set_aside.get(id).is_some_and(|aside| now < aside.until)
+    }
+
     /// When a host last reported to this run of the engine, on the monotonic clock.
     pub fn last_report(&self, host: &HostId) -> Option<Micros> {
         self.hosts.get(host).and_then(|host| host.last_report)

@@ -12,6 +12,7 @@
 
 mod actions;
 mod agents;
+mod aside;
 mod clock;
 mod describe;
 mod errors;
@@ -105,13 +106,13 @@ impl Engine {
     /// # Errors
     /// If the store fails.
     pub fn proofs(&self) -> Answer<Proofs> {
-        self.with_proofs(Proofs::clone)
+        self.with_proofs(Proofs::clone).map_err(errors::of_store)
     }
 
-    fn with_proofs<T>(&self, read: impl FnOnce(&Proofs) -> T) -> Answer<T> {
+    fn with_proofs<T>(&self, read: impl FnOnce(&Proofs) -> T) -> Result<T, StoreError> {
         let mut memory = self.remember();
         if memory.proofs.is_none() {
-            memory.proofs = Some(self.store.proofs().map_err(errors::of_store)?);
+            memory.proofs = Some(self.store.proofs()?);
         }
         Ok(read(memory.proofs.get_or_insert_default()))
     }
@@ -170,7 +171,7 @@ impl Engine {
     }
 
     /// What a step needs to know beside the row.
-    fn view(&self, row: &InstanceRow, host_alive: bool, now: Micros) -> Answer<View> {
+    fn view(&self, row: &InstanceRow, host_alive: bool, now: Micros) -> Result<View, StoreError> {
         let proof = self.with_proofs(|proofs| proofs.get(row.instance_id.as_str()).copied())?;
         let recent = Micros(self.settings.report_every.0.saturating_mul(3));
         let proved_at = self.remember().proved_at.get(&row.instance_id).copied();

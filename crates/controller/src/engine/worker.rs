@@ -19,30 +19,32 @@ const PERIOD: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(20);
 
 impl Engine {
-    /// Runs the step of every row that is due; how many there were.
+    /// Runs the step of every row that is due; how many there were. A row that cannot be written holds up no other.
     ///
     /// # Errors
-    /// If the store fails.
+    /// If the store as a whole fails.
     pub fn sweep(&self) -> Answer<usize> {
         let due = self.store.due(self.clock.now(), BATCH).map_err(errors::of_store)?;
-        for id in &due {
-            self.run_leased(id)?;
+        let mut ran = 0;
+        for id in due.iter().filter(|id| !self.is_aside(id)) {
+            self.settle(id, self.run_leased(id))?;
+            ran += 1;
         }
-        Ok(due.len())
+        Ok(ran)
     }
 
-    fn run_leased(&self, id: &InstanceId) -> Answer<()> {
+    fn run_leased(&self, id: &InstanceId) -> Result<(), StoreError> {
         let now = self.clock.now();
         let leased = self.store.lease(id, &self.name, now, now + self.settings.lease);
-        let Some(mut record) = leased.map_err(errors::of_store)? else { return Ok(()) };
+        let Some(mut record) = leased? else { return Ok(()) };
         for _ in 0..ATTEMPTS {
-            let alive = self.is_host_alive(record.row.host_id.as_ref()).map_err(errors::of_store)?;
+            let alive = self.is_host_alive(record.row.host_id.as_ref())?;
             let view = self.view(&record.row, alive, now)?;
             let mut draft = Draft::new(record);
             advance(&mut draft, &view);
             let told = draft.is_change();
             let _points = draft.point().map(roost_halt::around);
-            let mut change = draft.into_change();
+            let mut change = draft.into_change()?;
             change.release_lease = true;
             match self.store.commit(&[change], now) {
                 Ok(()) => {
@@ -53,9 +55,9 @@ impl Engine {
                 }
                 // A report or a call came first: we still hold the lease, so decide again on what it wrote.
                 Err(StoreError::Stale(_)) => {}
-                Err(error) => return Err(errors::of_store(error)),
+                Err(error) => return Err(error),
             }
-            match self.store.instance(id).map_err(errors::of_store)? {
+            match self.store.instance(id)? {
                 Some(fresh) => record = fresh,
                 None => return Ok(()),
             }
@@ -90,12 +92,14 @@ impl Engine {
 
     /// One sweep, and how long to sleep after it.
     fn sweep_once(&self) -> Answer<Duration> {
-        self.sweep()?;
+        let ran = self.sweep()?;
         let next = self.store.next_due().map_err(errors::of_store)?;
         let wait = next.map_or(PERIOD.as_micros(), |next| {
             let Micros(wait) = Micros(next.0.saturating_sub(self.clock.now().0));
             u128::try_from(wait).unwrap_or(0)
         });
+        // What is due and was not run is set aside: no reason to look again at once.
+        let wait = if ran == 0 && wait == 0 { PERIOD.as_micros() } else { wait };
         let wait = Duration::from_micros(u64::try_from(wait).unwrap_or(u64::MAX));
         Ok(wait.clamp(PAUSE, PERIOD))
     }

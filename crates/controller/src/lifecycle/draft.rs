@@ -2,7 +2,7 @@
 
 use super::meter;
 use super::step::{StepOutcome, step};
-use roost_store::{Change, Claim, ClaimChange, InstanceRecord, InstanceRow};
+use roost_store::{Change, Claim, ClaimChange, InstanceRecord, InstanceRow, StoreError};
 use roost_types::Micros;
 use roost_types::metering::UsageEvent;
 use roost_types::state::{DesiredState, Step, VolumeState};
@@ -62,6 +62,8 @@ pub struct Draft {
     take: Option<Claim>,
     proof: Option<Micros>,
     volume: Option<VolumeState>,
+    /// A hop that the transition table does not have: a defect, which must not be written.
+    fault: Option<String>,
 }
 
 /// What a host makes of an instance that is at a step.
@@ -77,7 +79,7 @@ impl Draft {
     /// Begins a change.
     pub fn new(record: InstanceRecord) -> Self {
         let before = record.row.clone();
-        Self { record, before, usage: Vec::new(), take: None, proof: None, volume: None }
+        Self { record, before, usage: Vec::new(), take: None, proof: None, volume: None, fault: None }
     }
 
     /// Takes this claim along.
@@ -90,13 +92,14 @@ impl Draft {
         self.proof = self.proof.max(seen);
     }
 
-    /// Goes to another step. This is the only place that does.
-    ///
-    /// # Panics
-    /// On a hop that the transition table does not have: a defect of the caller, better loud than booked.
+    /// Goes to another step. This is the only place that does. A hop that the transition table does not have is a
+    /// defect of the caller: [`Draft::into_change`] refuses the whole change.
     pub fn hop(&mut self, next: Step, now: Micros, limits: &Limits) {
         let row = &mut self.record.row;
-        assert!(row.step.may_become(next), "{}: no hop {} -> {next}", row.instance_id, row.step);
+        if !row.step.may_become(next) {
+            self.fault.get_or_insert_with(|| format!("there is no hop from step {} to {next}", row.step));
+            return;
+        }
         if wanted_at(row.step) != wanted_at(next) {
             row.generation += 1;
         }
@@ -213,7 +216,13 @@ impl Draft {
     }
 
     /// The change for the store. Capacity follows from the states: an instance at rest or gone holds none.
-    pub fn into_change(self) -> Change {
+    ///
+    /// # Errors
+    /// [`StoreError::Unreadable`] if it went through a hop that the transition table does not have.
+    pub fn into_change(self) -> Result<Change, StoreError> {
+        if let Some(detail) = self.fault {
+            return Err(StoreError::Unreadable { what: format!("row {}", self.before.instance_id), detail });
+        }
         let state = self.record.row.state();
         let claim = match self.take {
             Some(claim) => ClaimChange::Take(claim),
@@ -226,7 +235,7 @@ impl Draft {
         change.usage = self.usage;
         change.proof = self.proof;
         change.volume = self.volume;
-        change
+        Ok(change)
     }
 }
 
@@ -236,7 +245,7 @@ pub fn advance(draft: &mut Draft, view: &View) {
         let outcome = step(&draft.record.row, view);
         let napped = outcome.hops.is_empty();
         draft.apply(outcome, view);
-        if napped {
+        if napped || draft.fault.is_some() {
             return;
         }
     }

@@ -174,6 +174,23 @@ impl World {
         self.folder.path().join("roost.db")
     }
 
+    /// Changes the database behind the controller's back.
+    pub fn tamper(&self, statement: &str) {
+        rusqlite::Connection::open(self.database()).unwrap().execute(statement, []).unwrap();
+    }
+
+    /// Puts a backup in the place of the database and starts the controller again.
+    pub fn restore(&mut self, backup: &Path) {
+        self.kill_controller();
+        for end in ["", "-wal", "-shm"] {
+            let _ = std::fs::remove_file(format!("{}{end}", self.database().display()));
+        }
+        std::fs::copy(backup, self.database()).unwrap();
+        self.start_controller();
+        // What was promised since the backup is forgotten.
+        self.specs.clear();
+    }
+
     pub fn start_controller(&mut self) {
         if self.engine.is_some() {
             return;

@@ -214,6 +214,15 @@ pub fn one(db: &Connection, id: &InstanceId) -> Result<Option<InstanceRecord>, S
 }
 
 pub fn list(db: &Connection, filter: &InstanceFilter) -> Result<Vec<InstanceRecord>, StoreError> {
+    each(db, filter)?.into_iter().map(|(_, record)| record).collect()
+}
+
+/// Instances by id, each read for itself.
+#[expect(clippy::type_complexity, reason = "a list of results")]
+pub fn each(
+    db: &Connection,
+    filter: &InstanceFilter,
+) -> Result<Vec<(InstanceId, Result<InstanceRecord, StoreError>)>, StoreError> {
     let mut conditions = Vec::new();
     let mut arguments = Vec::new();
     let mut demand = |column: &str, id: Option<&str>| {
@@ -236,7 +245,11 @@ pub fn list(db: &Connection, filter: &InstanceFilter) -> Result<Vec<InstanceReco
         "WHERE {} ORDER BY i.launched_at, i.reservation_id, i.launch_index",
         conditions.join(" AND ")
     )))?;
-    let rows = query.query_map(params_from_iter(arguments), record)?;
+    let rows = query.query_map(params_from_iter(arguments), |row| {
+        let mut cursor = Cursor::new(row);
+        let _revision: Value = cursor.raw()?;
+        Ok((cursor.parse()?, record(row).map_err(StoreError::from)))
+    })?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 

@@ -272,6 +272,21 @@ impl Store for SqliteStore {
     fn instances(&self, filter: &InstanceFilter) -> Result<Vec<InstanceRecord>, StoreError> {
         self.read(|db| instances::list(db, filter))
     }
+    fn readable_instances(
+        &self,
+        filter: &InstanceFilter,
+    ) -> Result<(Vec<InstanceRecord>, Vec<(InstanceId, StoreError)>), StoreError> {
+        let all = self.read(|db| instances::each(db, filter))?;
+        let mut readable = (Vec::with_capacity(all.len()), Vec::new());
+        for (id, record) in all {
+            match record {
+                Ok(record) => readable.0.push(record),
+                Err(error) => readable.1.push((id, self.locate(error))),
+            }
+        }
+        Ok(readable)
+    }
+
     fn commit(&self, changes: &[Change], now: Micros) -> Result<(), StoreError> {
         self.write(|db| {
             meta::written_at(db, now)?;
