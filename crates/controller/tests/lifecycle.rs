@@ -511,14 +511,7 @@ fn an_unreachable_hosts_generation_that_ran_ahead_is_overtaken() {
     world.reboot(&id).unwrap();
     world.tick();
     let ahead = world.record(&id).row.generation;
-    world.kill_controller();
-    for end in ["", "-wal", "-shm"] {
-        let file = format!("{}{end}", world.database().display());
-        let _ = std::fs::remove_file(file);
-    }
-    std::fs::copy(&backup, world.database()).unwrap();
-    world.start_controller();
-    world.forget_specs();
+    world.restore(&backup);
     world.until("its word counts again", |world| world.record(&id).row.generation > ahead);
     world.terminate(&id).unwrap();
     world.wait(&id, InstanceState::Terminated);

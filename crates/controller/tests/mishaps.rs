@@ -5,6 +5,7 @@
 mod world;
 
 use roost_controller::engine::EngineSettings;
+use roost_store::Store;
 use roost_testbed::sim::Death;
 use roost_types::api::{DescribeHosts, Hosts};
 use roost_types::state::{InstanceState, Step};
@@ -140,7 +141,10 @@ fn a_row_that_cannot_be_written_holds_up_no_other_on_its_host_and_is_told() {
     assert_eq!(world.show(&good).used_seconds, 71, "it is seen and billed");
     assert!(world.show(&bad).trouble.unwrap().contains("an interval is open already"));
     let told = hosts(&world).trouble;
-    assert!(told.len() == 1 && told[0].contains(bad.as_str()) && told[0].contains("an interval is open"), "{told:?}");
+    assert!(
+        told.len() == 1 && told[0].contains(bad.as_str()) && told[0].contains("an interval is open"),
+        "{told:?}"
+    );
     let tries: u32 = told[0].split(' ').find_map(|word| word.parse().ok()).unwrap();
     assert!((4..=8).contains(&tries), "it is tried less and less often: {told:?}");
     world.tamper("DELETE FROM usage_events WHERE incarnation = 99");
@@ -203,4 +207,71 @@ fn a_dry_run_never_answers_with_what_a_used_client_token_launched() {
     launch.dry_run = true;
     let error = world.engine().run_instances(&caller("alice"), launch).unwrap_err();
     assert_eq!(error.code, ErrorCode::DryRunOperation, "{error}");
+}
+
+#[test]
+fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
+    // When the backup is taken, and what happens after it, before it is put back.
+    #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+    enum Backup {
+        WhileRunning,
+        WhileStopped,
+        WhileStoppedAndEndedSince,
+        WhileStopping,
+    }
+    use Backup::{WhileRunning, WhileStopped, WhileStoppedAndEndedSince, WhileStopping};
+    for taken in [WhileRunning, WhileStopped, WhileStoppedAndEndedSince, WhileStopping] {
+        for ended_at_once in [false, true] {
+            let mut world = World::new();
+            let id = world.one();
+            world.wait(&id, InstanceState::Running);
+            ticks(&mut world, 20);
+            let folder = tempfile::tempdir().unwrap();
+            let backup = folder.path().join("backup.db");
+            let first_end = world.now();
+            if taken == WhileRunning {
+                world.store().backup(&backup).unwrap();
+            }
+            world.stop(&id).unwrap();
+            if taken == WhileStopping {
+                world.store().backup(&backup).unwrap();
+            }
+            world.wait(&id, InstanceState::Stopped);
+            if matches!(taken, WhileStopped | WhileStoppedAndEndedSince) {
+                world.store().backup(&backup).unwrap();
+            }
+            world.start(&id).unwrap();
+            world.wait(&id, InstanceState::Running);
+            ticks(&mut world, 30);
+            if taken == WhileStoppedAndEndedSince {
+                world.hosts[0].end_monitor(&id, Death::PowerOff);
+                world.tick();
+            }
+            world.restore(&backup);
+            let what = format!("{taken:?}, ended at once: {ended_at_once}");
+            let asked = world.now();
+            if ended_at_once {
+                world.terminate(&id).unwrap();
+            } else {
+                ticks(&mut world, 60);
+                world.check();
+                let ended = taken == WhileStoppedAndEndedSince;
+                let expected = if ended { InstanceState::Stopped } else { InstanceState::Running };
+                assert_eq!(world.state(&id), expected, "{what}");
+                assert_eq!(world.record(&id).row.incarnation, 2, "{what}");
+            }
+            let asked = if ended_at_once { asked } else { world.now() };
+            world.terminate(&id).unwrap();
+            world.wait(&id, InstanceState::Terminated);
+            world.tick();
+            world.check_nothing_left();
+            let run = &world.hosts[0].runs[1];
+            let intervals = world.intervals(&id);
+            let (_, open, close) = intervals[1];
+            assert_eq!((open, close.unwrap()), (run.began, run.ended.unwrap().min(asked)), "{what}");
+            let first = intervals[0].2.unwrap();
+            assert!(first <= first_end && first_end - first <= Micros::from_secs(11), "{what}: {first}");
+            assert_eq!(intervals.len(), 2);
+        }
+    }
 }

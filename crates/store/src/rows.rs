@@ -396,6 +396,8 @@ pub enum ClaimChange {
     Keep,
     /// It is taken; it must fit.
     Take(Claim),
+    /// It is taken whether it fits or not: what it stands for is there already.
+    Hold(Claim),
     /// It is given back; giving back none is fine.
     Release,
 }

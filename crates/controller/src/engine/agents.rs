@@ -1,8 +1,9 @@
 //! The agents' side: hello, what a host must look like, and what it reports.
 
 use super::{ATTEMPTS, Answer, Engine, errors};
-use crate::lifecycle::{Draft, advance, observe, spec};
-use roost_store::{ImageRow, InstanceFilter, InstanceRecord, StoreError};
+use crate::lifecycle::{Draft, adopt, advance, observe, spec};
+use roost_placement::Wanted;
+use roost_store::{Claim, ImageRow, InstanceFilter, InstanceRecord, StoreError};
 use roost_types::agent::{
     Desired, HelloRequest, HelloResponse, HostFacts, Observation, PROTOCOL, Report, ReportAck,
 };
@@ -13,12 +14,26 @@ use std::collections::HashMap;
 /// The circumstances of a report.
 #[derive(Debug, Clone, Copy)]
 struct Sight<'a> {
+    host: &'a HostFacts,
     boot_id: &'a str,
     now: Micros,
     /// Now, on the monotonic clock.
     monotonic: Micros,
     /// The first report of a run of the agent, which may speak from memory.
     from_memory: bool,
+}
+
+impl Sight<'_> {
+    /// What an instance holds of this host.
+    fn claim(&self, record: &InstanceRecord) -> Claim {
+        let kind = &record.row.instance_type;
+        let wanted = Wanted { instance_type: kind, volume_gib: record.volume.size_gib, zone: None };
+        Claim {
+            host_id: self.host.host_id.clone(),
+            cpu_milli: wanted.cpu_milli(),
+            memory_mib: wanted.memory_mib(self.host),
+        }
+    }
 }
 
 fn same_host(host: &HostId, facts: &HostFacts) -> Answer<()> {
@@ -104,7 +119,7 @@ impl Engine {
         let durable = due || report.last;
         self.remember().set_trouble(host, &report.trouble);
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
-        let sight = Sight { boot_id: &report.boot_id, now, monotonic, from_memory };
+        let sight = Sight { host: &report.host, boot_id: &report.boot_id, now, monotonic, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
         let (records, unreadable) = self.store.readable_instances(&filter).map_err(errors::of_store)?;
         for (id, error) in unreadable.iter().filter(|(id, _)| !self.is_aside(id)) {
@@ -163,8 +178,19 @@ impl Engine {
         word: &Observation,
         sight: Sight<'_>,
     ) -> Result<Draft, StoreError> {
-        let Sight { boot_id, now, monotonic, from_memory } = sight;
+        let Sight { boot_id, now, monotonic, from_memory, .. } = sight;
         let mut draft = Draft::new(record);
+        let adopts = adopt::is_ahead(&draft.record.row, word);
+        if adopts {
+            let row = &draft.record.row;
+            tracing::warn!(
+                instance = %row.instance_id, known = row.incarnation, found = word.incarnation,
+                "its host knows of a newer start than the database, which came from a backup: it is taken over"
+            );
+            let view = self.view(row, true, now)?;
+            let claim = sight.claim(&draft.record);
+            adopt::adopt(&mut draft, word, claim, &view);
+        }
         if let Some(row) = observe::observe(&draft.record.row, word, boot_id, now) {
             draft.record.row = row;
         }
@@ -177,7 +203,9 @@ impl Engine {
         } else if row.step == Step::Run {
             self.remember().timings.remove(&row.instance_id);
         }
-        let counts = word.incarnation == row.incarnation
+        // The proof of a run that is taken over counts once it is written down: until then the older run's does.
+        let counts = !adopts
+            && word.incarnation == row.incarnation
             && row.boot_id.as_ref().is_none_or(|boot| boot == boot_id)
             && !matches!(row.step, Step::Rest | Step::Gone);
         if let Some((seen, age)) = observe::proof_of_life(row, word, now, from_memory).filter(|_| counts) {

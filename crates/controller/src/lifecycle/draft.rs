@@ -60,6 +60,7 @@ pub struct Draft {
     before: InstanceRow,
     usage: Vec<UsageEvent>,
     take: Option<Claim>,
+    hold: Option<Claim>,
     proof: Option<Micros>,
     volume: Option<VolumeState>,
     /// A hop that the transition table does not have: a defect, which must not be written.
@@ -79,12 +80,26 @@ impl Draft {
     /// Begins a change.
     pub fn new(record: InstanceRecord) -> Self {
         let before = record.row.clone();
-        Self { record, before, usage: Vec::new(), take: None, proof: None, volume: None, fault: None }
+        Self {
+            record,
+            before,
+            usage: Vec::new(),
+            take: None,
+            hold: None,
+            proof: None,
+            volume: None,
+            fault: None,
+        }
     }
 
     /// Takes this claim along.
     pub fn take(&mut self, claim: Claim) {
         self.take = Some(claim);
+    }
+
+    /// Takes this claim along, whether it fits or not.
+    pub fn hold(&mut self, claim: Claim) {
+        self.hold = Some(claim);
     }
 
     /// Makes a proof of life durable along.
@@ -147,7 +162,7 @@ impl Draft {
     }
 
     /// The virtual CPUs began to run: the bill opens, for the volume too at the first time.
-    fn open(&mut self, at: Micros) {
+    pub(super) fn open(&mut self, at: Micros) {
         let row = &mut self.record.row;
         if row.open_since.is_none() {
             self.usage.push(meter::open_instance(row, at));
@@ -162,7 +177,7 @@ impl Draft {
     }
 
     /// They ended: the bill closes.
-    fn close(&mut self, at: Micros) {
+    pub(super) fn close(&mut self, at: Micros) {
         let row = &mut self.record.row;
         if let Some(open) = row.open_since.take() {
             self.usage.push(meter::close_instance(row, at.max(open)));
@@ -224,10 +239,13 @@ impl Draft {
             return Err(StoreError::Unreadable { what: format!("row {}", self.before.instance_id), detail });
         }
         let state = self.record.row.state();
-        let claim = match self.take {
-            Some(claim) => ClaimChange::Take(claim),
-            None if self.before.state().holds_capacity() && !state.holds_capacity() => ClaimChange::Release,
-            None => ClaimChange::Keep,
+        let claim = match (self.take, self.hold) {
+            (Some(claim), _) => ClaimChange::Take(claim),
+            (None, Some(claim)) if state.holds_capacity() => ClaimChange::Hold(claim),
+            (None, _) if self.before.state().holds_capacity() && !state.holds_capacity() => {
+                ClaimChange::Release
+            }
+            (None, _) => ClaimChange::Keep,
         };
         let mut change = Change::of(self.record.row);
         change.release_addresses = change.row.step == Step::Gone && self.before.step != Step::Gone;

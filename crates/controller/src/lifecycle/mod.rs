@@ -24,6 +24,7 @@
 //! reaches to its last proof of life, as for every open interval. See [`meter`].
 
 pub mod accept;
+pub mod adopt;
 pub mod draft;
 pub mod meter;
 pub mod observe;

@@ -165,11 +165,6 @@ impl World {
         self.clock.now()
     }
 
-    /// After a database was put back: what was promised since its backup is forgotten.
-    pub fn forget_specs(&mut self) {
-        self.specs.clear();
-    }
-
     pub fn database(&self) -> PathBuf {
         self.folder.path().join("roost.db")
     }

@@ -96,6 +96,15 @@ pub fn take(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Resul
     }
 }
 
+/// Takes a claim of something that is on the host already.
+pub fn hold(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Result<(), StoreError> {
+    db.execute(
+        "INSERT INTO claims (instance_id, host_id, cpu_milli, memory_mib) VALUES (?1, ?2, ?3, ?4)",
+        params![text(instance), text(&claim.host_id), int(claim.cpu_milli), int(claim.memory_mib)],
+    )?;
+    Ok(())
+}
+
 pub fn release(db: &Transaction<'_>, instance: &InstanceId) -> Result<(), StoreError> {
     db.execute("DELETE FROM claims WHERE instance_id = ?1", [instance.as_str()])?;
     Ok(())

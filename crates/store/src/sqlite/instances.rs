@@ -275,6 +275,7 @@ pub fn change(db: &Transaction<'_>, change: &Change, now: Micros) -> Result<(), 
     match &change.claim {
         ClaimChange::Keep => {}
         ClaimChange::Take(claim) => hosts::take(db, id, claim)?,
+        ClaimChange::Hold(claim) => hosts::hold(db, id, claim)?,
         ClaimChange::Release => hosts::release(db, id)?,
     }
     change.usage.iter().try_for_each(|event| usage::append(db, event))?;
