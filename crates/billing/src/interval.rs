@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 /// Fewest seconds that a start of an instance is charged for, as on EC2.
 pub const MINIMUM_SECONDS: u64 = 60;
 
-/// One stretch of usage: one start of an instance, or the life of a volume.
+/// One stretch of usage: one start of an instance or a part of it, or the life of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Interval<'a> {
     pub account: &'a AccountId,
@@ -20,22 +20,29 @@ pub(crate) struct Interval<'a> {
     pub start: Micros,
     /// Never before `start`.
     pub end: Micros,
+    /// How long the earlier parts of the same start lasted; `None` for the first part.
+    pub before: Option<Micros>,
 }
 
 impl Interval<'_> {
-    /// Seconds used that began before `until`.
+    fn length(&self, until: Micros) -> Micros {
+        Micros(self.end.min(until).0.saturating_sub(self.start.0).max(0))
+    }
+
+    /// Seconds used that began before `until`. A begun second counts once for all parts of a start.
     pub fn used_before(&self, until: Micros) -> u64 {
-        let length = self.end.min(until).0.saturating_sub(self.start.0);
-        Micros(length.max(0)).ceil_secs().unsigned_abs()
+        let before = self.before.unwrap_or_default();
+        begun(sum(before, self.length(until))) - begun(before)
     }
 
     /// Seconds charged that belong before `until`: those used, and from its start on a start's minimum.
     pub fn billed_before(&self, until: Micros) -> u64 {
-        let used = self.used_before(until);
-        match self.meter {
-            Meter::InstanceSeconds if self.start < until => used.max(MINIMUM_SECONDS),
-            Meter::InstanceSeconds | Meter::VolumeGibSeconds => used,
+        if self.meter != Meter::InstanceSeconds || self.start >= until {
+            return self.used_before(until);
         }
+        let with_minimum = |length: Micros| begun(length).max(MINIMUM_SECONDS);
+        let all = with_minimum(sum(self.before.unwrap_or_default(), self.length(until)));
+        all - self.before.map_or(0, with_minimum)
     }
 
     /// Where this interval has its last charge: after this moment, nothing is added.
@@ -44,46 +51,69 @@ impl Interval<'_> {
     }
 }
 
+fn begun(length: Micros) -> u64 {
+    length.ceil_secs().unsigned_abs()
+}
+
+fn sum(a: Micros, b: Micros) -> Micros {
+    Micros(a.0.saturating_add(b.0))
+}
+
 /// Joins the events of a log into intervals.
 ///
 /// Events come in any order and may come twice. An interval without its end goes on to where its resource was
 /// last seen, never past `now`; an instance that nobody saw after its start has run for no time at all. A volume
 /// is there because the controller keeps it, not because somebody sees it: without a proof it lasts to `now`.
 /// An end before the start (a clock that stepped back) is taken as the start.
+///
+/// A start may have several parts: a sequence of opens and closes under one incarnation, and the incarnations that
+/// continue it. They share one minimum, and one begun second.
 pub(crate) fn intervals<'a>(events: &'a [UsageEvent], proofs: &Proofs, now: Micros) -> Vec<Interval<'a>> {
-    type Key<'k> = (&'k str, Meter, u64);
-    let mut pairs: BTreeMap<Key<'_>, (Option<&UsageEvent>, Option<&UsageEvent>)> = BTreeMap::new();
+    type Key<'k> = (&'k str, Meter, u64, u64);
+    let mut opens: BTreeMap<Key<'_>, &UsageEvent> = BTreeMap::new();
+    let mut closes: BTreeMap<Key<'_>, &UsageEvent> = BTreeMap::new();
     for event in events {
-        let pair = pairs.entry((event.resource.as_str(), event.meter, event.incarnation)).or_default();
-        let slot = match event.kind {
-            UsageKind::Open => &mut pair.0,
-            UsageKind::Close => &mut pair.1,
+        let key = (event.resource.as_str(), event.meter, event.incarnation, event.sequence);
+        let held = match event.kind {
+            UsageKind::Open => opens.entry(key).or_insert(event),
+            UsageKind::Close => closes.entry(key).or_insert(event),
         };
-        // The store's unique key allows one of each; should two be handed in, the choice must not hang on order.
-        let rank = |e: &'a UsageEvent| (e.sequence, e.at, &e.account, &e.sku, e.quantity);
-        if slot.is_none_or(|held| rank(event) < rank(held)) {
-            *slot = Some(event);
+        // The store's key is unique; should two be handed in under one, the choice must not hang on their order.
+        let rank = |e: &'a UsageEvent| (e.at, &e.account, &e.sku, e.quantity, e.continues);
+        if rank(event) < rank(held) {
+            *held = event;
         }
     }
-    let whole = pairs.into_values().filter_map(|(open, close)| open.map(|open| (open, close)));
+    let mut whole: Vec<Interval<'_>> = Vec::with_capacity(opens.len());
+    let mut rest = opens.iter().peekable();
+    let mut last_incarnation = 0;
+    while let Some((&key, &open)) = rest.next() {
+        let (resource, meter, incarnation, _) = key;
+        let end_of_start = (resource, meter, incarnation, u64::MAX);
+        let next = rest.peek().map(|(key, _)| **key).filter(|next| *next <= end_of_start);
+        let close = closes.range(key..=next.unwrap_or(end_of_start)).next().map(|(_, close)| close.at);
+        let seen = || match (proofs.get(&open.resource), open.meter) {
+            (Some(proof), _) => (*proof).min(now),
+            (None, Meter::InstanceSeconds) => open.at,
+            (None, Meter::VolumeGibSeconds) => now,
+        };
+        let same = whole.last().filter(|part| (part.resource, part.meter) == (resource, meter));
+        let before = same
+            .filter(|_| open.continues || last_incarnation == incarnation)
+            .map(|part| sum(part.before.unwrap_or_default(), part.length(part.end)));
+        last_incarnation = incarnation;
+        whole.push(Interval {
+            account: &open.account,
+            resource: &open.resource,
+            meter: open.meter,
+            sku: &open.sku,
+            quantity: open.quantity,
+            start: open.at,
+            end: close.unwrap_or_else(seen).max(open.at),
+            before,
+        });
+    }
     whole
-        .map(|(open, close)| {
-            let seen = || match (proofs.get(&open.resource), open.meter) {
-                (Some(proof), _) => (*proof).min(now),
-                (None, Meter::InstanceSeconds) => open.at,
-                (None, Meter::VolumeGibSeconds) => now,
-            };
-            Interval {
-                account: &open.account,
-                resource: &open.resource,
-                meter: open.meter,
-                sku: &open.sku,
-                quantity: open.quantity,
-                start: open.at,
-                end: close.map_or_else(seen, |close| close.at).max(open.at),
-            }
-        })
-        .collect()
 }
 
 /// Seconds that an instance has run, and those that are charged for it, over all its starts.

@@ -24,6 +24,7 @@ fn event(resource: &str, incarnation: u64, kind: UsageKind, at: Micros, sku: &st
         at,
         sku: sku.into(),
         quantity: if volume { 10 } else { 1 },
+        continues: false,
     }
 }
 
@@ -235,4 +236,52 @@ fn extreme_times_neither_panic_nor_go_negative() {
             assert!(bill.total >= Money::ZERO);
         }
     }
+}
+
+/// An event of a start's part.
+fn part(sequence: u64, kind: UsageKind, at: Micros, sku: &str) -> UsageEvent {
+    UsageEvent { sequence, ..event("i-a", 1, kind, at, sku) }
+}
+
+#[test]
+fn parts_of_one_start_have_each_their_own_price_and_together_one_minimum_and_one_begun_second() {
+    use UsageKind::{Close, Open};
+    let lines = |events: &[UsageEvent]| {
+        ever(events, BillBy::Type).lines.iter().map(|l| (l.sku.clone(), l.used, l.billed)).collect::<Vec<_>>()
+    };
+    let at = Micros::from_secs;
+    let long = [
+        part(0, Open, at(0), "t3.micro"),
+        part(1, Close, at(1000), "t3.micro"),
+        part(2, Open, at(1000), "m5.large"),
+        part(3, Close, at(5000), "m5.large"),
+    ];
+    assert_eq!(lines(&long), [("m5.large".to_owned(), 4000, 4000), ("t3.micro".to_owned(), 1000, 1000)]);
+    let short = [
+        part(0, Open, at(0), "t3.micro"),
+        part(1, Close, Micros(10_500_000), "t3.micro"),
+        part(2, Open, Micros(10_500_000), "m5.large"),
+        part(3, Close, Micros(20_900_000), "m5.large"),
+    ];
+    assert_eq!(lines(&short), [("m5.large".to_owned(), 10, 0), ("t3.micro".to_owned(), 11, 60)]);
+    let mut backwards = short.to_vec();
+    backwards.reverse();
+    assert_eq!(lines(&backwards), lines(&short));
+}
+
+#[test]
+fn a_start_that_nobody_asked_for_opens_no_minimum() {
+    let mut log = [
+        ran("i-a", 1, 0, 20, "t3.micro"),
+        ran("i-a", 2, 100, 120, "t3.micro"),
+        ran("i-a", 3, 200, 230, "t3.micro"),
+    ]
+    .concat();
+    let count = |log: &[UsageEvent]| seconds(log, &Proofs::new(), "i-a", Micros::from_secs(1000));
+    assert_eq!(count(&log), Seconds { used: 70, billed: 180 }, "three starts that were asked for");
+    log[2].continues = true;
+    log[4].continues = true;
+    assert_eq!(count(&log), Seconds { used: 70, billed: 70 });
+    log[4].continues = false;
+    assert_eq!(count(&log), Seconds { used: 70, billed: 120 });
 }

@@ -66,6 +66,7 @@ fn interval() -> impl Strategy<Value = (Vec<UsageEvent>, Option<(String, Micros)
                 }
                 .to_owned(),
                 quantity: if volume { gib } else { 1 },
+                continues: false,
             };
             let mut events = vec![event(UsageKind::Open, one)];
             if closed {
@@ -87,8 +88,29 @@ fn log() -> impl Strategy<Value = Log> {
                 proofs.extend(proof);
             }
         }
+        continue_some(&mut events);
         Log { events, proofs, now }
     })
+}
+
+/// Every second start that can go on with the one before it does: that one ended before.
+fn continue_some(events: &mut [UsageEvent]) {
+    let ends: Vec<_> = events
+        .iter()
+        .filter(|event| event.kind == UsageKind::Close && event.meter == Meter::InstanceSeconds)
+        .map(|event| (event.resource.clone(), event.incarnation, event.at))
+        .collect();
+    let begins: Vec<_> = events
+        .iter()
+        .filter(|event| event.kind == UsageKind::Open)
+        .map(|event| (event.resource.clone(), event.incarnation, event.at))
+        .collect();
+    for event in events.iter_mut().filter(|event| event.kind == UsageKind::Open && event.at.0 % 2 == 0) {
+        let earlier = event.incarnation - 1;
+        let (is, at) = (|one: &(String, u64, Micros)| one.0 == event.resource && one.1 == earlier, event.at);
+        event.continues = ends.iter().any(|end| is(end) && end.2 <= at)
+            && begins.iter().any(|begin| is(begin) && begin.2 <= at);
+    }
 }
 
 fn compute(log: &Log, window: (Micros, Micros), by: BillBy) -> Bill {
@@ -114,7 +136,11 @@ fn by_counting(log: &Log, window: (Micros, Micros)) -> (BTreeMap<String, (u128, 
     };
     let mut sums: BTreeMap<String, (u128, u128)> = BTreeMap::new();
     let mut amount = 0.0;
-    for open in log.events.iter().filter(|event| event.kind == UsageKind::Open) {
+    let mut opens: Vec<_> = log.events.iter().filter(|event| event.kind == UsageKind::Open).collect();
+    opens.sort_by_key(|open| (&open.resource, open.incarnation));
+    // How long the start has lasted before this part of it.
+    let mut lasted = 0;
+    for open in opens {
         let close = log.events.iter().find(|event| {
             event.kind == UsageKind::Close
                 && (&event.resource, event.incarnation) == (&open.resource, open.incarnation)
@@ -126,11 +152,13 @@ fn by_counting(log: &Log, window: (Micros, Micros)) -> (BTreeMap<String, (u128, 
             (None, None) if volume => log.now,
             (None, None) => open.at,
         };
-        let mut second = 0_i64;
+        let before = if open.continues { lasted } else { 0 };
+        lasted = before + (end.0 - open.at.0).max(0);
+        let mut second = Micros(before).ceil_secs();
         loop {
-            let begins = open.at + Micros::from_secs(second);
+            let begins = open.at + Micros(second * 1_000_000 - before);
             let (used, in_minimum) = (begins < end, second < 60 && !volume);
-            if !used && !in_minimum {
+            if !used && (!in_minimum || open.continues) {
                 break;
             }
             let within = |at: Micros| window.0 <= at && at < window.1;
@@ -140,7 +168,8 @@ fn by_counting(log: &Log, window: (Micros, Micros)) -> (BTreeMap<String, (u128, 
             if used && within(begins) {
                 sum.0 += quantity;
             }
-            if within(charged_at) {
+            // The minimum is charged at the start, and not again where the start goes on.
+            if within(charged_at) && !(in_minimum && open.continues) {
                 sum.1 += quantity;
                 amount += if volume {
                     let month = if charged_at.0 < 1_772_323_200_000_000 { 28.0 } else { 31.0 };

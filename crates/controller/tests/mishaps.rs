@@ -4,10 +4,11 @@
 
 mod world;
 
+use roost_billing::PriceBook;
 use roost_controller::engine::EngineSettings;
-use roost_store::Store;
+use roost_store::{Store, UsageFilter};
 use roost_testbed::sim::Death;
-use roost_types::api::{DescribeHosts, Hosts};
+use roost_types::api::{BillBy, DescribeHosts, Hosts};
 use roost_types::state::{InstanceState, Step};
 use roost_types::{ErrorCode, InstanceId, Micros};
 use world::{World, caller, request};
@@ -138,7 +139,7 @@ fn a_row_that_cannot_be_written_holds_up_no_other_on_its_host_and_is_told() {
     world.wait(&good, InstanceState::Running);
     ticks(&mut world, 70);
     assert!(hosts(&world).hosts[0].alive);
-    assert_eq!(world.show(&good).used_seconds, 71, "it is seen and billed");
+    assert_eq!(world.show(&good).used_seconds, 70, "it is seen and billed");
     assert!(world.show(&bad).trouble.unwrap().contains("an interval is open already"));
     let told = hosts(&world).trouble;
     assert!(
@@ -214,13 +215,13 @@ fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
     // When the backup is taken, and what happens after it, before it is put back.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Backup {
-        WhileRunning,
-        WhileStopped,
-        WhileStoppedAndEndedSince,
-        WhileStopping,
+        Running,
+        Stopped,
+        StoppedAndEndedSince,
+        Stopping,
     }
-    use Backup::{WhileRunning, WhileStopped, WhileStoppedAndEndedSince, WhileStopping};
-    for taken in [WhileRunning, WhileStopped, WhileStoppedAndEndedSince, WhileStopping] {
+    use Backup::{Running, Stopped, StoppedAndEndedSince, Stopping};
+    for taken in [Running, Stopped, StoppedAndEndedSince, Stopping] {
         for ended_at_once in [false, true] {
             let mut world = World::new();
             let id = world.one();
@@ -229,21 +230,21 @@ fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
             let folder = tempfile::tempdir().unwrap();
             let backup = folder.path().join("backup.db");
             let first_end = world.now();
-            if taken == WhileRunning {
+            if taken == Running {
                 world.store().backup(&backup).unwrap();
             }
             world.stop(&id).unwrap();
-            if taken == WhileStopping {
+            if taken == Stopping {
                 world.store().backup(&backup).unwrap();
             }
             world.wait(&id, InstanceState::Stopped);
-            if matches!(taken, WhileStopped | WhileStoppedAndEndedSince) {
+            if matches!(taken, Stopped | StoppedAndEndedSince) {
                 world.store().backup(&backup).unwrap();
             }
             world.start(&id).unwrap();
             world.wait(&id, InstanceState::Running);
             ticks(&mut world, 30);
-            if taken == WhileStoppedAndEndedSince {
+            if taken == StoppedAndEndedSince {
                 world.hosts[0].end_monitor(&id, Death::PowerOff);
                 world.tick();
             }
@@ -255,7 +256,7 @@ fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
             } else {
                 ticks(&mut world, 60);
                 world.check();
-                let ended = taken == WhileStoppedAndEndedSince;
+                let ended = taken == StoppedAndEndedSince;
                 let expected = if ended { InstanceState::Stopped } else { InstanceState::Running };
                 assert_eq!(world.state(&id), expected, "{what}");
                 assert_eq!(world.record(&id).row.incarnation, 2, "{what}");
@@ -274,4 +275,95 @@ fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
             assert_eq!(intervals.len(), 2);
         }
     }
+}
+
+#[test]
+fn a_reboot_of_the_host_opens_no_second_minimum() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    for started in 2..=4 {
+        ticks(&mut world, 5);
+        world.shut_down(0);
+        world.hosts[0].start_agent();
+        world.start_controller();
+        world.until("it is started again", |world| {
+            let row = world.record(&id).row;
+            row.incarnation == started && row.step == Step::Run
+        });
+    }
+    let shown = world.show(&id);
+    assert!(shown.used_seconds < 30 && shown.billed_seconds == 60, "{shown:?}");
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    world.start(&id).unwrap();
+    world.wait(&id, InstanceState::Running);
+    assert_eq!(world.show(&id).billed_seconds, 120, "a start that its owner asked for has its own");
+}
+
+fn bill_until(world: &World, until: Micros) -> String {
+    let events = world.store().usage_events(&UsageFilter::default()).unwrap();
+    let proofs = world.engine().proofs().unwrap();
+    let now = world.now();
+    let book = PriceBook::builtin();
+    let bill = roost_billing::bill(&events, &proofs, &book, (Micros(0), until), BillBy::Instance, now);
+    serde_json::to_string(&bill).unwrap()
+}
+
+#[test]
+fn a_month_that_is_sealed_does_not_change_when_an_agent_comes_back() {
+    for ends_unseen in [false, true] {
+        let mut world = World::new();
+        let end = Micros::from_secs(1_701_388_800);
+        assert_eq!(roost_billing::month_start(end), end);
+        world.clock.advance(end - world.now() - Micros::from_secs(1000));
+        world.tick();
+        let (away, here) = (world.one(), world.one());
+        world.wait(&here, InstanceState::Running);
+        ticks(&mut world, 100);
+        let last = world.now();
+        world.hosts[0].connected = false;
+        world.clock.advance(end - world.now() + HOUR);
+        world.tick();
+        assert!(world.store().sealed().unwrap() < end, "somebody may still say more of the month");
+        world.clock.advance(world.settings.seal_after);
+        world.tick();
+        assert_eq!(world.store().sealed().unwrap(), end);
+        let sealed = bill_until(&world, end);
+        if ends_unseen {
+            world.hosts[0].end_monitors(Death::PowerOff);
+        }
+        let back = world.now();
+        world.hosts[0].connected = true;
+        ticks(&mut world, 10);
+        assert_eq!(bill_until(&world, end), sealed);
+        restart(&mut world);
+        ticks(&mut world, 10);
+        world.terminate(&away).unwrap();
+        world.wait(&away, InstanceState::Terminated);
+        assert_eq!(bill_until(&world, end), sealed);
+        let parts = world.intervals(&away);
+        assert_eq!(parts.len(), 2, "{parts:?}");
+        assert_eq!((parts[0].2.unwrap(), parts[1].1), (last, end), "what nobody saw in time is free");
+        assert!(parts[1].2.unwrap() >= back, "and what was seen later is billed later");
+        assert_eq!(world.starts(&away).len(), 1, "one start, one minimum");
+        world.check();
+    }
+}
+
+#[test]
+fn a_month_is_sealed_at_once_when_everybody_was_heard() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    let end = Micros::from_secs(1_701_388_800);
+    world.clock.advance(end - world.now() - Micros::from_secs(2));
+    ticks(&mut world, 10);
+    assert_eq!(world.store().sealed().unwrap(), end);
+    let sealed = bill_until(&world, end);
+    ticks(&mut world, 10);
+    world.stop(&id).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    assert_eq!(world.intervals(&id).len(), 1, "it is not cut");
+    assert_eq!(bill_until(&world, end), sealed);
 }

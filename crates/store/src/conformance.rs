@@ -166,6 +166,8 @@ fn row(number: u8) -> InstanceRow {
         boot_id: None,
         open_since: None,
         running_since: None,
+        segment: 0,
+        continues: false,
         bill_until: None,
         tries: 0,
         not_before: NOW,
@@ -391,6 +393,7 @@ fn event(incarnation: u64, kind: UsageKind, seconds: i64) -> UsageEvent {
         at: NOW + Micros::from_secs(seconds),
         sku: "m5.large".into(),
         quantity: 1,
+        continues: false,
     }
 }
 

@@ -230,6 +230,10 @@ pub struct InstanceRow {
     pub open_since: Option<Micros>,
     /// When it last began to run.
     pub running_since: Option<Micros>,
+    /// Sequence of the event that opens the open interval: 0, 2 for the second part of this start, and so on.
+    pub segment: u64,
+    /// Whether this start goes on with the one before: nobody asked for it, as the host had rebooted.
+    pub continues: bool,
     /// When its end was asked for: an open interval ends here at the latest.
     pub bill_until: Option<Micros>,
     /// Fruitless runs of this step.

@@ -150,6 +150,12 @@ pub trait Store: Send + Sync {
 
     // Care --------------------------------------------------------------------------------------------------
 
+    /// Up to when bills do not change any more.
+    fn sealed(&self) -> Result<Micros, StoreError>;
+
+    /// From now on, bills up to `until` do not change any more. It never goes back.
+    fn seal(&self, until: Micros) -> Result<(), StoreError>;
+
     /// The newest time that anything was written at: a clock that is behind it is wrong.
     fn clock_high(&self) -> Result<Micros, StoreError>;
 

@@ -39,7 +39,7 @@ pub struct UsageEvent {
     pub meter: Meter,
     /// Which start of the resource this belongs to; 1 for the first.
     pub incarnation: u64,
-    /// 0 opens, 1 closes; room for adjustments later.
+    /// 0 opens, 1 closes; 2 opens the next part of the same start, and so on.
     pub sequence: u64,
     /// Open or close.
     pub kind: UsageKind,
@@ -49,6 +49,9 @@ pub struct UsageEvent {
     pub sku: String,
     /// How many units run per second: 1 for an instance, the GiB of a volume.
     pub quantity: u64,
+    /// Of an `open`: it goes on with what was used before, as nobody asked for this start (the host had rebooted).
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub continues: bool,
 }
 
 /// For intervals that are still open: until when a resource was last seen in use.

@@ -394,6 +394,8 @@ impl Engine {
             boot_id: None,
             open_since: None,
             running_since: None,
+            segment: 0,
+            continues: false,
             bill_until: None,
             tries: 0,
             not_before: now,

@@ -22,6 +22,10 @@ pub struct Memory {
     pub proofs: Option<Proofs>,
     /// When, on the monotonic clock, each instance was at its proof.
     pub proved_at: HashMap<InstanceId, Micros>,
+    /// Up to when bills do not change any more, as far as was read; whether every interval knows.
+    pub sealed: Option<(Micros, bool)>,
+    /// When, on the monotonic clock, a month that could not be sealed was last looked at.
+    pub seal_looked: Option<Micros>,
     /// Instances whose rows cannot be written, by id.
     pub set_aside: BTreeMap<String, SetAside>,
     /// Incarnation and the controller's own parts of its start.

@@ -18,6 +18,7 @@ mod describe;
 mod errors;
 mod launch;
 mod memory;
+mod seal;
 mod settings;
 mod worker;
 
@@ -172,6 +173,7 @@ impl Engine {
 
     /// What a step needs to know beside the row.
     fn view(&self, row: &InstanceRow, host_alive: bool, now: Micros) -> Result<View, StoreError> {
+        let sealed = self.sealed()?;
         let proof = self.with_proofs(|proofs| proofs.get(row.instance_id.as_str()).copied())?;
         let recent = Micros(self.settings.report_every.0.saturating_mul(3));
         let proved_at = self.remember().proved_at.get(&row.instance_id).copied();
@@ -179,7 +181,16 @@ impl Engine {
             (Some(_), Some(proof), Some(at)) => proof + (self.clock.monotonic() - at),
             _ => now.max(proof.unwrap_or(now)),
         };
-        Ok(View { now, run_now, began: self.began.0, host_alive, proof, recent, limits: self.limits() })
+        Ok(View {
+            now,
+            run_now,
+            sealed,
+            began: self.began.0,
+            host_alive,
+            proof,
+            recent,
+            limits: self.limits(),
+        })
     }
 
     fn random_bytes<const N: usize>(&self) -> [u8; N] {

@@ -30,6 +30,8 @@ pub struct EngineSettings {
     pub launch_deadline: Micros,
     /// How long a stop or a termination may take before it is called trouble.
     pub stop_deadline: Micros,
+    /// How long after its end a month is sealed at the latest.
+    pub seal_after: Micros,
     /// How long a terminated instance stays visible.
     pub show_terminated: Micros,
     /// Volume type of root volumes, for their price.
@@ -54,6 +56,7 @@ impl Default for EngineSettings {
             place_deadline: Micros::from_secs(60),
             launch_deadline: Micros::from_secs(600),
             stop_deadline: Micros::from_secs(300),
+            seal_after: Micros::from_secs(72 * 3600),
             show_terminated: Micros::from_secs(3600),
             volume_type: "gp3".to_owned(),
         }

@@ -24,6 +24,7 @@ impl Engine {
     /// # Errors
     /// If the store as a whole fails.
     pub fn sweep(&self) -> Answer<usize> {
+        self.seal_month()?;
         let due = self.store.due(self.clock.now(), BATCH).map_err(errors::of_store)?;
         let mut ran = 0;
         for id in due.iter().filter(|id| !self.is_aside(id)) {

@@ -46,6 +46,8 @@ pub fn adopt(draft: &mut Draft, word: &Observation, claim: Claim, view: &View) {
     row.incarnation_at = end.map_or(earliest, |end| end.max(earliest));
     row.generation = row.generation.max(word.generation) + 1;
     row.reboots = 0;
+    row.segment = 0;
+    row.continues = false;
     row.observed = None;
     row.boot_id = None;
     row.timing = roost_store::Timing { incarnation: row.incarnation, ..Default::default() };
@@ -53,7 +55,7 @@ pub fn adopt(draft: &mut Draft, word: &Observation, claim: Claim, view: &View) {
         // It shall go all the same, and is billed up to where that was asked for.
         row.bill_until = Some(row.step_since);
         if let Some(began) = began {
-            draft.open(began);
+            draft.open(began.max(view.sealed));
         }
     }
 }

@@ -40,6 +40,8 @@ pub struct View {
     pub now: Micros,
     /// Now, as the run that is billed counts it: its last proof and what passed since on the monotonic clock.
     pub run_now: Micros,
+    /// Bills up to here do not change any more.
+    pub sealed: Micros,
     /// When this run of the controller began: no deadline counts time during which there was no controller.
     pub began: Micros,
     /// Whether the instance's host has reported lately.
@@ -134,6 +136,8 @@ impl Draft {
                 row.observed = None;
                 row.boot_id = None;
                 row.bill_until = None;
+                row.segment = 0;
+                row.continues = false;
                 row.timing = roost_store::Timing { incarnation: row.incarnation, ..Default::default() };
             }
             Step::Stop => row.desired = DesiredState::Stopped,
@@ -185,6 +189,21 @@ impl Draft {
         }
     }
 
+    /// Ends the open interval at the last moment that was seen, and goes on with the next part of the same start at
+    /// `until`: what lies between was seen by nobody in time, and is never billed.
+    pub fn seal(&mut self, proof: Option<Micros>, until: Micros) {
+        let row = &mut self.record.row;
+        let Some(open) = row.open_since.filter(|open| *open < until) else { return };
+        let seen = proof.unwrap_or(open);
+        if seen >= until {
+            return;
+        }
+        self.usage.push(meter::close_instance(row, seen.max(open)));
+        row.segment += 2;
+        row.open_since = Some(until);
+        self.usage.push(meter::open_instance(row, until));
+    }
+
     /// Writes a step's outcome into the draft.
     pub fn apply(&mut self, outcome: StepOutcome, view: &View) {
         if let Some(at) = outcome.open {
@@ -200,6 +219,7 @@ impl Draft {
             self.hop(next, view.now, &view.limits);
         }
         let row = &mut self.record.row;
+        row.continues |= outcome.continues;
         if outcome.regenerate {
             row.generation = row.generation.max(row.observed.as_ref().map_or(0, |seen| seen.generation)) + 1;
             row.observed.iter_mut().for_each(|seen| seen.refused = None);

@@ -5,7 +5,7 @@ use roost_store::{InstanceRow, Seen, VolumeRow};
 use roost_types::Micros;
 use roost_types::metering::{Meter, UsageEvent, UsageKind};
 
-/// Sequence number of the event that opens an interval.
+/// Sequence number of the event that opens a volume's interval.
 const OPEN: u64 = 0;
 /// Sequence number of the event that closes it.
 const CLOSE: u64 = 1;
@@ -21,17 +21,18 @@ fn instance_event(row: &InstanceRow, kind: UsageKind, sequence: u64, at: Micros)
         at,
         sku: row.instance_type.name.clone(),
         quantity: 1,
+        continues: kind == UsageKind::Open && (row.continues || row.segment > 0),
     }
 }
 
-/// The virtual CPUs of this incarnation began to run.
+/// The virtual CPUs of this incarnation began to run, or its next part begins.
 pub fn open_instance(row: &InstanceRow, at: Micros) -> UsageEvent {
-    instance_event(row, UsageKind::Open, OPEN, at)
+    instance_event(row, UsageKind::Open, row.segment, at)
 }
 
-/// They ended.
+/// They ended, or the part does.
 pub fn close_instance(row: &InstanceRow, at: Micros) -> UsageEvent {
-    instance_event(row, UsageKind::Close, CLOSE, at)
+    instance_event(row, UsageKind::Close, row.segment + 1, at)
 }
 
 fn volume_event(volume: &VolumeRow, kind: UsageKind, sequence: u64, at: Micros) -> UsageEvent {
@@ -45,6 +46,7 @@ fn volume_event(volume: &VolumeRow, kind: UsageKind, sequence: u64, at: Micros) 
         at,
         sku: volume.volume_type.clone(),
         quantity: volume.size_gib,
+        continues: false,
     }
 }
 
@@ -63,7 +65,7 @@ pub fn close_volume(volume: &VolumeRow, at: Micros) -> UsageEvent {
 /// 2. the last moment at which an agent saw it alive: the agent's own durable word or our last proof, the later;
 /// 3. nobody dated the end, but it was asked for and the agent had reported shortly before: the asked-for end.
 ///
-/// Never after the asked-for end, never before `open`. After a reboot of the host only
+/// Never after the asked-for end, never before `open` or what is sealed. After a reboot of the host only
 /// proofs count: ages of another boot mean nothing.
 pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Micros) -> Micros {
     let seen = seen.filter(|seen| {
@@ -80,5 +82,6 @@ pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Mic
         None => proof,
     };
     let end = row.bill_until.map_or(end, |asked| end.min(asked));
-    end.max(open)
+    // What was proved before it was sealed is charged already.
+    end.max(open).max(view.sealed.min(proof))
 }

@@ -36,7 +36,7 @@ pub fn proof_of_life(
         _ => return None,
     };
     let own = row.observed.as_ref().filter(|seen| seen.incarnation == row.incarnation);
-    let began = row.open_since.or_else(|| own.and_then(|seen| seen.run_began));
+    let began = own.and_then(|seen| seen.run_began);
     let seen = in_run(began, word, age).unwrap_or_else(|| ago(now, age));
     Some((seen, Micros(i64::try_from(age).unwrap_or(i64::MAX))))
 }

@@ -20,6 +20,8 @@ pub struct StepOutcome {
     pub open: Option<Micros>,
     /// They ended at this time.
     pub close: Option<Micros>,
+    /// The start that the hops lead to goes on with the one before.
+    pub continues: bool,
     /// The host refuses the spec as it is numbered: number it anew.
     pub regenerate: bool,
 }
@@ -118,10 +120,11 @@ fn rebooted(row: &InstanceRow, seen: &Seen) -> bool {
 }
 
 /// The host rebooted under a wanted instance: end this incarnation and start the next one, in one transaction, so
-/// that its capacity cannot be taken by another in between.
+/// that its capacity cannot be taken by another in between. Its owner asked for one start, and pays one minimum.
 fn come_back(row: &InstanceRow, view: &View, seen: &Seen) -> StepOutcome {
     StepOutcome {
         hops: vec![Step::Stop, Step::Rest, Step::Place],
+        continues: row.continues || row.open_since.is_some(),
         close: row.open_since.map(|open| meter::end_of_run(row, Some(seen), view, open)),
         reason: Some(Some(because("Server.HostReboot", "The host rebooted; the instance is started again."))),
         ..StepOutcome::default()
@@ -144,14 +147,15 @@ fn launch(row: &InstanceRow, view: &View, own: Option<&Seen>) -> StepOutcome {
     let began = seen.run_began;
     match seen.state {
         Observed::Running => {
-            StepOutcome { open: Some(began.unwrap_or(seen.since)), reason: Some(None), ..hop(Step::Run) }
+            let open = began.unwrap_or(seen.since).max(view.sealed);
+            StepOutcome { open: Some(open), reason: Some(None), ..hop(Step::Run) }
         }
         Observed::Preparing | Observed::Absent => wait_for_start(row, view, seen.trouble.as_deref()),
         _ if rebooted(row, seen) => come_back(row, view, seen),
         // It ran and ended before anybody told us: billed for what it ran.
         Observed::Stopping | Observed::Stopped | Observed::Failed if began.is_some() => StepOutcome {
-            open: began,
-            close: began.map(|open| meter::end_of_run(row, Some(seen), view, open)),
+            open: began.map(|began| began.max(view.sealed)),
+            close: began.map(|began| meter::end_of_run(row, Some(seen), view, began.max(view.sealed))),
             reason: Some(Some(why_ended(seen))),
             ..hop(Step::Stop)
         },

@@ -420,22 +420,38 @@ impl World {
         self.store().usage_events(&filter).unwrap()
     }
 
+    /// How long each start of an instance was used, all its parts together; all have ended.
+    pub fn starts(&self, id: &InstanceId) -> Vec<Micros> {
+        let usage = self.usage(id.as_str());
+        let continues = |at: Micros| usage.iter().any(|event| event.continues && event.at == at);
+        let mut starts: Vec<Micros> = Vec::new();
+        for (_, open, close) in self.intervals(id) {
+            let length = close.unwrap() - open;
+            match starts.last_mut().filter(|_| continues(open)) {
+                Some(start) => *start = *start + length,
+                None => starts.push(length),
+            }
+        }
+        starts
+    }
+
     /// Every interval of an instance: incarnation, beginning, end.
     pub fn intervals(&self, id: &InstanceId) -> Vec<(u64, Micros, Option<Micros>)> {
-        let mut intervals: BTreeMap<u64, (Micros, Option<Micros>)> = BTreeMap::new();
+        let mut intervals: BTreeMap<(u64, u64), (Micros, Option<Micros>)> = BTreeMap::new();
         for event in self.usage(id.as_str()).into_iter().filter(|e| e.meter == Meter::InstanceSeconds) {
+            let part = (event.incarnation, event.sequence / 2);
             match event.kind {
                 UsageKind::Open => {
-                    assert!(intervals.insert(event.incarnation, (event.at, None)).is_none(), "opened twice");
+                    assert!(intervals.insert(part, (event.at, None)).is_none(), "opened twice");
                 }
                 UsageKind::Close => {
-                    let open = intervals.get_mut(&event.incarnation).expect("closed before opened");
+                    let open = intervals.get_mut(&part).expect("closed before opened");
                     assert!(open.1.replace(event.at).is_none(), "closed twice");
                     assert!(event.at >= open.0, "ends before it begins");
                 }
             }
         }
-        intervals.into_iter().map(|(incarnation, (open, close))| (incarnation, open, close)).collect()
+        intervals.into_iter().map(|((incarnation, _), (open, close))| (incarnation, open, close)).collect()
     }
 
     /// What must hold at every moment.

@@ -12,7 +12,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params, params_from_iter};
 
 /// The columns of an instance's own row, in the order that [`values`] writes and [`instance`] reads.
-const COLUMNS: [&str; 40] = [
+const COLUMNS: [&str; 42] = [
     "instance_id",
     "account_id",
     "owner",
@@ -51,6 +51,8 @@ const COLUMNS: [&str; 40] = [
     "client_token",
     "timing",
     "terminated_at",
+    "segment",
+    "continues",
     "state",
     "type_name",
 ];
@@ -95,6 +97,8 @@ fn values(row: &InstanceRow) -> Result<Vec<Value>, StoreError> {
         maybe(row.client_token.as_ref(), text),
         json(&row.timing)?,
         maybe(row.terminated_at, time),
+        int(row.segment),
+        flag(row.continues),
         text(row.state()),
         text(&row.instance_type.name),
     ])
@@ -141,12 +145,14 @@ fn instance(cursor: &mut Cursor<'_>) -> Result<InstanceRow, rusqlite::Error> {
         client_token: cursor.raw()?,
         timing: cursor.json()?,
         terminated_at: cursor.maybe_time()?,
+        segment: cursor.count()?,
+        continues: cursor.raw()?,
     })
 }
 
 /// Everything of instances, in the order that [`record`] reads.
 fn select(tail: &str) -> String {
-    let own: String = COLUMNS[..38].iter().map(|column| format!(", i.{column}")).collect();
+    let own: String = COLUMNS[..40].iter().map(|column| format!(", i.{column}")).collect();
     format!(
         "SELECT i.revision{own},
             n.interface_id, n.account_id, n.vpc_id, n.subnet_id, n.instance_id, n.mac, n.private_ip,

@@ -11,6 +11,17 @@ pub fn clock_high(db: &Connection) -> Result<Micros, StoreError> {
     Ok(query.query_row([], |row| Ok(Micros(row.get(0)?)))?)
 }
 
+/// Up to when bills do not change any more.
+pub fn sealed(db: &Connection) -> Result<Micros, StoreError> {
+    let mut query = db.prepare_cached("SELECT value FROM meta WHERE name = 'sealed'")?;
+    Ok(query.query_row([], |row| Ok(Micros(row.get(0)?)))?)
+}
+
+pub fn seal(db: &Transaction<'_>, until: Micros) -> Result<(), StoreError> {
+    db.execute("UPDATE meta SET value = ?1 WHERE name = 'sealed' AND value < ?1", params![time(until)])?;
+    Ok(())
+}
+
 /// Notes that something is written at this time.
 pub fn written_at(db: &Transaction<'_>, at: Micros) -> Result<(), StoreError> {
     db.prepare_cached("UPDATE meta SET value = ?1 WHERE name = 'clock_high' AND value < ?1")?

@@ -320,6 +320,14 @@ impl Store for SqliteStore {
     fn proofs(&self) -> Result<Proofs, StoreError> {
         self.read(usage::proofs)
     }
+    fn sealed(&self) -> Result<Micros, StoreError> {
+        self.read(meta::sealed)
+    }
+
+    fn seal(&self, until: Micros) -> Result<(), StoreError> {
+        self.write(|db| meta::seal(db, until))
+    }
+
     fn clock_high(&self) -> Result<Micros, StoreError> {
         self.read(meta::clock_high)
     }

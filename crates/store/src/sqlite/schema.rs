@@ -6,11 +6,11 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 3;
+pub const VERSION: i64 = 4;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META)])
+    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS)])
 }
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
@@ -27,6 +27,15 @@ INSERT INTO meta VALUES ('clock_high', max(
     (SELECT coalesce(max(at), 0) FROM usage_events),
     (SELECT coalesce(max(seen_at), 0) FROM proofs),
     (SELECT coalesce(max(last_report_at), 0) FROM hosts)));
+";
+
+/// A start may have parts: `segment` is the sequence of the event that opened the part of now, `continues` says that
+/// nobody asked for this start. Bills up to `sealed` do not change any more.
+const PARTS: &str = "
+ALTER TABLE instances ADD COLUMN continues INTEGER NOT NULL DEFAULT 0 CHECK (continues IN (0, 1));
+ALTER TABLE instances ADD COLUMN segment INTEGER NOT NULL DEFAULT 0 CHECK (segment >= 0);
+ALTER TABLE usage_events ADD COLUMN continues INTEGER NOT NULL DEFAULT 0 CHECK (continues IN (0, 1));
+INSERT INTO meta VALUES ('sealed', 0);
 ";
 
 const FIRST: &str = "

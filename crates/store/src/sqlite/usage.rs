@@ -8,7 +8,8 @@ use roost_types::Micros;
 use roost_types::metering::{Proofs, UsageEvent, UsageKind};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
-const COLUMNS: &str = "account_id, resource, meter, incarnation, sequence, kind, at, sku, quantity";
+const COLUMNS: &str =
+    "account_id, resource, meter, incarnation, sequence, kind, at, sku, quantity, continues";
 
 fn event(row: &Row<'_>) -> Result<UsageEvent, rusqlite::Error> {
     let cursor = &mut Cursor::new(row);
@@ -22,6 +23,7 @@ fn event(row: &Row<'_>) -> Result<UsageEvent, rusqlite::Error> {
         at: cursor.time()?,
         sku: cursor.raw()?,
         quantity: cursor.count()?,
+        continues: cursor.raw()?,
     })
 }
 
@@ -54,7 +56,7 @@ pub fn append(db: &Transaction<'_>, new: &UsageEvent) -> Result<(), StoreError> 
     }
     db.execute(
         &format!(
-            "INSERT INTO usage_events ({COLUMNS}, is_open) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10)"
+            "INSERT INTO usage_events ({COLUMNS}, is_open) VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?9, ?10, ?11)"
         ),
         params![
             text(&new.account),
@@ -66,6 +68,7 @@ pub fn append(db: &Transaction<'_>, new: &UsageEvent) -> Result<(), StoreError> 
             time(new.at),
             new.sku,
             int(new.quantity),
+            flag(new.continues),
             flag(new.kind == UsageKind::Open),
         ],
     )
