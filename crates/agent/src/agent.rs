@@ -7,8 +7,9 @@ use crate::host::Host;
 use crate::names::Folders;
 use crate::record::{self, Accepted, Records, Run, Verdict};
 use crate::task::{Live, Pace, Shared, Task};
-use roost_types::agent::{Desired, Ensure, Observation, Observed, Report};
+use roost_types::agent::{Desired, Ensure, ORPHANS, Observation, Observed, Orphan, Report};
 use roost_types::ids::InstanceId;
+use roost_types::state::DesiredState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -30,6 +31,8 @@ pub struct Agent<H: Host> {
     entries: Mutex<BTreeMap<InstanceId, Entry>>,
     /// What could not be taken in, such as on a full disk: its incarnation, and why.
     unwritten: Mutex<BTreeMap<InstanceId, (u64, String)>>,
+    /// What the newest `Desired` names; nothing before the first.
+    named: Mutex<Option<BTreeSet<InstanceId>>>,
     changed: Arc<watch::Sender<u64>>,
     runtime: Handle,
     // Held for as long as this agent lives.
@@ -50,6 +53,7 @@ impl<H: Host> Agent<H> {
             run_id: random_hex(),
             entries: Mutex::new(BTreeMap::new()),
             unwritten: Mutex::default(),
+            named: Mutex::default(),
             changed: Arc::new(watch::channel(0).0),
             runtime: Handle::current(),
             _lock: lock,
@@ -101,8 +105,13 @@ impl<H: Host> Agent<H> {
                 failed.get_or_insert(error);
             }
         }
-        let wanted: BTreeSet<&InstanceId> =
-            desired.instances.iter().map(|ensure| &ensure.instance_id).collect();
+        let wanted: BTreeSet<InstanceId> =
+            desired.instances.iter().map(|ensure| ensure.instance_id.clone()).collect();
+        for id in desired.end.iter().filter(|id| !wanted.contains(id)) {
+            if let Err(error) = self.end(id) {
+                failed.get_or_insert(error);
+            }
+        }
         self.entries().retain(|id, entry| {
             let absent = entry.shared.live().state == Observed::Absent;
             if !wanted.contains(id) && !absent {
@@ -110,7 +119,23 @@ impl<H: Host> Agent<H> {
             }
             wanted.contains(id) || !absent
         });
+        let orphans = self.entries().keys().any(|id| !wanted.contains(id));
+        *self.named.lock().unwrap_or_else(PoisonError::into_inner) = Some(wanted);
+        if orphans {
+            self.changed.send_modify(|version| *version += 1);
+        }
         failed.map_or(Ok(()), Err)
+    }
+
+    /// Removes an instance that the controller does not know any more.
+    fn end(&self, id: &InstanceId) -> Result<()> {
+        let Some(mut accepted) = self.accepted(id) else { return Ok(()) };
+        if accepted.ensure.spec.desired != DesiredState::Terminated {
+            accepted.ensure.generation += 1;
+            accepted.ensure.spec.desired = DesiredState::Terminated;
+            self.take_in(&accepted.ensure)?;
+        }
+        Ok(())
     }
 
     /// Takes in one `ensure`: refused, known, or made durable and then worked on.
@@ -201,6 +226,13 @@ impl<H: Host> Agent<H> {
         let now = self.host.now_ns();
         let boot = self.host.boot_id();
         let lives: Vec<Live> = self.entries().values().map(|entry| entry.shared.live().clone()).collect();
+        let named = self.named.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        let is_orphan = |live: &&Live| {
+            let known = named.as_ref().is_none_or(|named| named.contains(live.accepted.id()));
+            !known && live.state != Observed::Absent
+        };
+        let orphans = lives.iter().filter(is_orphan).take(ORPHANS);
+        let orphans = orphans.map(|live| Orphan::of(&live.accepted.ensure, live.state)).collect();
         let mut instances: Vec<_> = lives.iter().map(|live| self.observe(live, now, &boot)).collect();
         for (id, (incarnation, why)) in self.unwritten().iter() {
             match instances.iter_mut().find(|known| known.instance_id == *id) {
@@ -214,6 +246,7 @@ impl<H: Host> Agent<H> {
             agent_run: self.run_id.clone(),
             instances,
             trouble: self.host.troubles().sentences(),
+            orphans,
             last: false,
         }
     }
@@ -289,7 +322,6 @@ fn nothing_yet(id: &InstanceId, incarnation: u64, why: &str) -> Observation {
 }
 
 fn first_state(accepted: &Accepted, run: &Run) -> Observed {
-    use roost_types::state::DesiredState;
     match accepted.spec().desired {
         DesiredState::Running if run.is_open() && run.incarnation == accepted.spec().incarnation => {
             Observed::Running

@@ -117,7 +117,8 @@ impl Bench {
         let host = Arc::new(RealHost::new(settings, monitors, images).unwrap());
         let pace = Pace { stop_grace: Duration::from_secs(60), ..Pace::default() };
         self.agent = Some(Agent::open(lock, host, &self.folders, pace).unwrap());
-        let desired = Desired { version: self.ensure.generation, instances: vec![self.ensure.clone()] };
+        let desired =
+            Desired { version: self.ensure.generation, instances: vec![self.ensure.clone()], end: vec![] };
         self.agent.as_ref().unwrap().apply(&desired).unwrap();
     }
 
@@ -135,7 +136,8 @@ impl Bench {
     fn want(&mut self, change: impl FnOnce(&mut Ensure)) {
         self.ensure.generation += 1;
         change(&mut self.ensure);
-        let desired = Desired { version: self.ensure.generation, instances: vec![self.ensure.clone()] };
+        let desired =
+            Desired { version: self.ensure.generation, instances: vec![self.ensure.clone()], end: vec![] };
         self.agent.as_ref().unwrap().apply(&desired).unwrap();
     }
 

@@ -149,7 +149,7 @@ pub enum Command {
     /// List instance types: size, price, and why one cannot run here
     Types(TypesArgs),
     /// List hosts and how full they are (administrators)
-    Hosts,
+    Hosts(HostsArgs),
     /// List volumes
     Volumes,
     /// Say which account the profile acts as
@@ -494,6 +494,14 @@ pub struct BillArgs {
 fn bill_by() -> impl clap::builder::TypedValueParser<Value = BillBy> {
     use clap::builder::{PossibleValuesParser, TypedValueParser};
     PossibleValuesParser::new(BillBy::ALL.iter().map(|by| by.as_str())).try_map(|text| text.parse::<BillBy>())
+}
+
+/// Arguments of `hosts`.
+#[derive(Debug, Args)]
+pub struct HostsArgs {
+    /// End an instance that a host has and the database does not know, with its disk
+    #[arg(long, value_name = "INSTANCE")]
+    pub end_orphan: Option<String>,
 }
 
 #[derive(Debug, Args)]

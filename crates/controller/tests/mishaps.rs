@@ -8,7 +8,7 @@ use roost_billing::PriceBook;
 use roost_controller::engine::EngineSettings;
 use roost_store::{Store, UsageFilter};
 use roost_testbed::sim::Death;
-use roost_types::api::{BillBy, DescribeHosts, Hosts};
+use roost_types::api::{BillBy, DescribeHosts, EndOrphan, Hosts};
 use roost_types::state::{InstanceState, Step};
 use roost_types::{ErrorCode, InstanceId, Micros};
 use world::{World, caller, request};
@@ -366,4 +366,43 @@ fn a_month_is_sealed_at_once_when_everybody_was_heard() {
     world.wait(&id, InstanceState::Stopped);
     assert_eq!(world.intervals(&id).len(), 1, "it is not cut");
     assert_eq!(bill_until(&world, end), sealed);
+}
+
+#[test]
+fn an_instance_that_a_restored_database_does_not_know_keeps_its_room_and_is_shown_and_ended() {
+    let mut world = World::with(EngineSettings::default(), &[(8, 2 * (512 + 16))]);
+    let folder = tempfile::tempdir().unwrap();
+    let backup = folder.path().join("backup.db");
+    world.store().backup(&backup).unwrap();
+    let ids = world.launch("alice", 2, |_| {});
+    world.wait(&ids[1], InstanceState::Running);
+    world.restore(&backup);
+    ticks(&mut world, 3);
+    assert_eq!(world.hosts[0].running().len(), 2, "they are left as they are");
+    let shown = hosts(&world).hosts.remove(0).orphans;
+    let mut known: Vec<_> = shown.iter().map(|orphan| orphan.instance_id.clone()).collect();
+    known.sort();
+    let mut expected = ids.clone();
+    expected.sort();
+    assert_eq!(known, expected);
+    assert_eq!((shown[0].memory_mib, shown[0].instance_type.as_str()), (512, "home1.small"));
+    let error = world.engine().run_instances(&caller("alice"), request(1)).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InsufficientInstanceCapacity, "{error}");
+    let end = |world: &World, name: &str, id: &str| {
+        world
+            .engine()
+            .end_orphan(&caller(name), &EndOrphan { instance_id: id.to_owned() })
+            .map_err(|e| e.code)
+    };
+    assert_eq!(end(&world, "alice", ids[0].as_str()).unwrap_err(), ErrorCode::UnauthorizedOperation);
+    assert_eq!(end(&world, "root", "i-00000000000000000").unwrap_err(), ErrorCode::InvalidInstanceIdNotFound);
+    for id in &ids {
+        end(&world, "root", id.as_str()).unwrap();
+    }
+    ticks(&mut world, 5);
+    assert_eq!(world.hosts[0].running(), vec![]);
+    assert!(hosts(&world).hosts[0].orphans.is_empty());
+    let again = world.launch("alice", 2, |_| {});
+    world.wait(&again[1], InstanceState::Running);
+    world.check();
 }

@@ -10,8 +10,8 @@
 //! The truth about every run is kept beside it ([`TrueRun`]), so that a test can compare a bill with what was.
 
 use roost_types::agent::{
-    Desired, Ensure, HelloRequest, HelloResponse, HostFacts, InstanceSpec, Observation, Observed, PROTOCOL,
-    Report, ReportAck, StateReason, TimedPart,
+    Desired, Ensure, HelloRequest, HelloResponse, HostFacts, InstanceSpec, Observation, Observed, Orphan,
+    PROTOCOL, Report, ReportAck, StateReason, TimedPart,
 };
 use roost_types::state::DesiredState;
 use roost_types::{ApiError, ErrorCode, HostId, InstanceId, Micros};
@@ -123,6 +123,11 @@ pub enum Death {
     PowerOff,
 }
 
+fn orphan(memory: &Memory) -> Orphan {
+    let state = if memory.ended.is_some() { Observed::Stopped } else { Observed::Running };
+    Orphan::of(&memory.ensure, state)
+}
+
 /// A simulated host with its agent.
 #[derive(Debug)]
 pub struct SimHost {
@@ -148,6 +153,8 @@ pub struct SimHost {
 struct Agent {
     run: String,
     greeted: bool,
+    /// What the newest `Desired` names; nothing before the first.
+    named: Option<Vec<InstanceId>>,
     /// Monitors that this agent has itself seen alive: it dates their end.
     watched: BTreeMap<InstanceId, u64>,
 }
@@ -194,7 +201,7 @@ impl SimHost {
         if self.agent.is_none() {
             self.agent_runs += 1;
             let run = format!("run-{}", self.agent_runs);
-            self.agent = Some(Agent { run, greeted: false, watched: BTreeMap::new() });
+            self.agent = Some(Agent { run, greeted: false, named: None, watched: BTreeMap::new() });
         }
     }
 
@@ -287,6 +294,12 @@ impl SimHost {
         }
         if let (Ok(desired), Some(agent)) = (&heard, &mut self.agent) {
             agent.greeted = true;
+            agent.named = Some(desired.instances.iter().map(|ensure| ensure.instance_id.clone()).collect());
+            for id in &desired.end {
+                if let Some(memory) = self.memory.get_mut(id) {
+                    memory.ensure.spec.desired = DesiredState::Terminated;
+                }
+            }
             desired.instances.iter().for_each(|ensure| self.take_in(ensure));
             self.memory.retain(|id, memory| {
                 !memory.absent || desired.instances.iter().any(|ensure| ensure.instance_id == *id)
@@ -497,8 +510,14 @@ impl SimHost {
             agent_run: run,
             instances: self.memory.values().map(|memory| self.observe(memory)).collect(),
             trouble: Vec::new(),
+            orphans: self.memory.values().filter(|memory| self.is_orphan(memory)).map(orphan).collect(),
             last: false,
         }
+    }
+
+    fn is_orphan(&self, memory: &Memory) -> bool {
+        let named = self.agent.as_ref().and_then(|agent| agent.named.as_ref());
+        named.is_some_and(|named| !named.contains(&memory.ensure.instance_id)) && !memory.absent
     }
 
     fn observe(&self, memory: &Memory) -> Observation {

@@ -77,6 +77,9 @@ pub struct Desired {
     pub version: u64,
     /// Every instance that the controller has placed on this host and that is not gone.
     pub instances: Vec<Ensure>,
+    /// Orphans that an administrator ends: the agent removes them with their disks.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub end: Vec<InstanceId>,
 }
 
 /// One `ensure(id, generation, spec)`.
@@ -242,11 +245,49 @@ pub struct Report {
     /// What is wrong with the host itself now, a sentence each, for its owner: at most 32, of at most 512 bytes each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trouble: Vec<String>,
+    /// Instances that are here and that the newest [`Desired`] does not name: at most 1024.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub orphans: Vec<Orphan>,
     /// The agent stops, and this is the last that it says: it must not be lost, as it may be the end of the bill.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub last: bool,
 }
 
+/// An instance that a host has and its controller does not know: the controller's database came from a backup.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Orphan {
+    /// The instance.
+    pub instance_id: InstanceId,
+    /// The tenant.
+    pub account: AccountId,
+    /// Name of its type.
+    pub instance_type: String,
+    /// CPU that it claims, in milli-CPUs.
+    pub cpu_milli: u64,
+    /// Guest memory in MiB.
+    pub memory_mib: u64,
+    /// What its agent sees.
+    pub state: Observed,
+}
+
+impl Orphan {
+    /// An instance as an orphan.
+    pub fn of(ensure: &Ensure, state: Observed) -> Self {
+        let spec = &ensure.spec;
+        Self {
+            instance_id: ensure.instance_id.clone(),
+            account: spec.account.clone(),
+            instance_type: spec.metadata.instance_type.clone(),
+            // `cpu.weight` is 100 for one claimed CPU.
+            cpu_milli: u64::from(spec.cpu.weight) * 10,
+            memory_mib: spec.memory_mib,
+            state,
+        }
+    }
+}
+
+/// Most orphans in [`Report::orphans`].
+pub const ORPHANS: usize = 1024;
 /// Most sentences in [`Report::trouble`].
 pub const TROUBLES: usize = 32;
 /// Longest sentence there, in bytes.

@@ -364,7 +364,7 @@ impl Bench {
         let mut bench = Self {
             shared: Shared::new(),
             agent: None,
-            desired: Desired { version: 0, instances: vec![] },
+            desired: Desired { version: 0, instances: vec![], end: vec![] },
             folders,
             _folder: folder,
         };

@@ -39,7 +39,7 @@ pub async fn run(context: &Context, command: Command) -> Result<()> {
         Command::Resize(args) => instances::resize(context, args).await,
         Command::Bill(args) => reports::bill(context, args).await,
         Command::Types(args) => reports::types(context, args).await,
-        Command::Hosts => reports::hosts(context).await,
+        Command::Hosts(args) => reports::hosts(context, args).await,
         Command::Volumes => reports::volumes(context).await,
         Command::Whoami => reports::whoami(context).await,
         Command::Completion { shell } => shell::completion(context, shell),

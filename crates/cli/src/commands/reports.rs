@@ -1,12 +1,13 @@
 //! What there is and what it costs.
 
-use crate::args::{BillArgs, TypesArgs};
+use crate::args::{BillArgs, HostsArgs, TypesArgs};
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::output::{format, views};
 use crate::parse;
 use roost_types::api::{
-    DescribeHosts, DescribeInstanceTypes, DescribeVolumes, GetBill, GetCallerIdentity, InstanceTypes,
+    DescribeHosts, DescribeInstanceTypes, DescribeVolumes, EndOrphan, GetBill, GetCallerIdentity,
+    InstanceTypes,
 };
 
 /// `bill`.
@@ -53,7 +54,11 @@ pub async fn types(context: &Context, args: TypesArgs) -> Result<()> {
 }
 
 /// `hosts`.
-pub async fn hosts(context: &Context) -> Result<()> {
+pub async fn hosts(context: &Context, args: HostsArgs) -> Result<()> {
+    if let Some(instance_id) = args.end_orphan {
+        let done = context.client()?.call(&EndOrphan { instance_id: instance_id.clone() }).await?;
+        return context.output.lines(&done, || format!("{instance_id} is removed from its host.\n"));
+    }
     let hosts = context.client()?.call(&DescribeHosts {}).await?;
     context.output.response(&hosts, || views::hosts(&hosts, context.now()))
 }

@@ -195,6 +195,7 @@ pub fn hosts() -> Hosts {
         last_report_at: ago(seconds),
         alive,
         trouble: vec![],
+        orphans: vec![],
     };
     let box_ = HostView {
         trouble: vec!["the firewall's table was removed and is there again".into()],

@@ -279,6 +279,14 @@ pub fn hosts(hosts: &Hosts, now: Micros) -> Table {
         for sentence in &host.trouble {
             table.note(format!("{}: {sentence}", host.facts.hostname));
         }
+        for orphan in &host.orphans {
+            let id = &orphan.instance_id;
+            table.note(format!(
+                "{}: {id} ({}, {}, of account {}) is here, and the database does not know it: nobody is billed. \
+                 `roost hosts --end-orphan {id}` removes it and its disk",
+                host.facts.hostname, orphan.instance_type, orphan.state, orphan.account
+            ));
+        }
     }
     for sentence in &hosts.trouble {
         table.note(format!("controller: {sentence}"));

@@ -13,8 +13,8 @@ use crate::server::{Front, body};
 use roost_types::api::{
     Action, CreateAccount, CreateKeyPair, DeleteKeyPair, DeregisterImage, DescribeAccounts, DescribeHosts,
     DescribeImages, DescribeInstanceTiming, DescribeInstanceTypes, DescribeInstances, DescribeKeyPairs,
-    DescribeVolumes, GetBill, GetCallerIdentity, ImportKeyPair, ModifyInstanceType, RebootInstances,
-    RegisterImage, RunInstances, StartInstances, StopInstances, TerminateInstances,
+    DescribeVolumes, EndOrphan, GetBill, GetCallerIdentity, ImportKeyPair, ModifyInstanceType,
+    RebootInstances, RegisterImage, RunInstances, StartInstances, StopInstances, TerminateInstances,
 };
 use roost_types::{ApiError, ErrorCode};
 use std::collections::BTreeMap;
@@ -50,6 +50,7 @@ static TABLE: LazyLock<BTreeMap<&'static str, Run>> = LazyLock::new(|| {
         on(|f, c, r: DeregisterImage| images::deregister(f, c, &r)),
         on(|f, c, r: DescribeInstanceTypes| f.engine.describe_instance_types(c, r)),
         on(|f, c, r: DescribeHosts| f.engine.describe_hosts(c, r)),
+        on(|f, c, r: EndOrphan| f.engine.end_orphan(c, &r)),
         on(|f, c, r: RunInstances| f.engine.run_instances(c, r)),
         on(|f, c, r: DescribeInstances| f.engine.describe_instances(c, r)),
         on(|f, c, r: StartInstances| f.engine.start_instances(c, r)),

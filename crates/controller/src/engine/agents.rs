@@ -99,7 +99,7 @@ impl Engine {
                 instances.push(spec::ensure(record, image));
             }
         }
-        Ok(spec::desired(instances))
+        Ok(spec::desired(instances, self.remember().ending(host)))
     }
 
     /// Takes an agent's report: dates it, records what is new, and does at once what follows from it.
@@ -118,6 +118,7 @@ impl Engine {
         let due = self.remember().reported(host, &report.boot_id, monotonic, self.settings.proof_every);
         let durable = due || report.last;
         self.remember().set_trouble(host, &report.trouble);
+        self.note_orphans(host, &report);
         let from_memory = self.remember().is_first_of(host, &report.agent_run);
         let sight = Sight { host: &report.host, boot_id: &report.boot_id, now, monotonic, from_memory };
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };

@@ -17,7 +17,7 @@ use std::collections::{BTreeMap, HashMap};
 /// Up to so many instances, their usage is read one by one rather than with everybody's.
 const FEW: usize = 8;
 
-fn admins_only(caller: &Caller, what: &str) -> Answer<()> {
+pub(super) fn admins_only(caller: &Caller, what: &str) -> Answer<()> {
     if caller.admin {
         return Ok(());
     }
@@ -223,10 +223,14 @@ impl Engine {
         for row in rows {
             let alive = self.is_alive(&row);
             let silence = self.silence(&row);
-            let trouble = self.remember().trouble(&row.facts.host_id);
+            let memory = self.remember();
+            let trouble = memory.trouble(&row.facts.host_id);
+            let orphans = memory.orphans(&row.facts.host_id).to_vec();
+            drop(memory);
             hosts.push(HostView {
                 alive,
                 trouble,
+                orphans,
                 last_report_at: now - silence,
                 facts: row.facts,
                 claimed_cpu_milli: row.claimed_cpu_milli,

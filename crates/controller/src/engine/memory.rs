@@ -1,10 +1,10 @@
 //! What the engine remembers beside the store, all of which it can lose: fresher proofs of life than the durable
 //! ones, when hosts last reported, and timings on their way to a row.
 
-use roost_types::agent::{self, TimedPart};
+use roost_types::agent::{self, Orphan, TimedPart};
 use roost_types::metering::Proofs;
 use roost_types::{HostId, InstanceId, Micros};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 /// An instance whose row cannot be written: it is tried again later, and holds up no other.
 #[derive(Debug, Clone)]
@@ -39,6 +39,10 @@ struct HostMemory {
     agent_run: String,
     /// What its agent last said is wrong with it.
     trouble: Vec<String>,
+    /// What it has and the database does not know.
+    orphans: Vec<Orphan>,
+    /// Those of them that an administrator ends.
+    ending: BTreeSet<InstanceId>,
     /// When this was last made durable, on the monotonic clock, and under which boot.
     written: Option<(Micros, String)>,
 }
@@ -74,6 +78,32 @@ impl Memory {
     pub fn set_trouble(&mut self, host: &HostId, trouble: &[String]) {
         let sentences = trouble.iter().take(agent::TROUBLES).map(|sentence| agent::bounded(sentence));
         self.hosts.entry(host.clone()).or_default().trouble = sentences.collect();
+    }
+
+    /// What a host has and the database does not know.
+    pub fn orphans(&self, host: &HostId) -> &[Orphan] {
+        self.hosts.get(host).map_or(&[], |host| &host.orphans)
+    }
+
+    /// Notes what a host has and the database does not know; whether that changed what is to be ended there.
+    pub fn set_orphans(&mut self, host: &HostId, orphans: Vec<Orphan>) -> bool {
+        let known = self.hosts.entry(host.clone()).or_default();
+        let before = known.ending.len();
+        known.ending.retain(|id| orphans.iter().any(|orphan| orphan.instance_id == *id));
+        known.orphans = orphans;
+        known.ending.len() != before
+    }
+
+    /// Ends an orphan; whether a host has it.
+    pub fn end_orphan(&mut self, id: &InstanceId) -> bool {
+        let mut has =
+            self.hosts.values_mut().filter(|host| host.orphans.iter().any(|one| one.instance_id == *id));
+        has.next().map(|host| host.ending.insert(id.clone())).is_some()
+    }
+
+    /// The orphans that a host is to end.
+    pub fn ending(&self, host: &HostId) -> Vec<InstanceId> {
+        self.hosts.get(host).map(|host| host.ending.iter().cloned().collect()).unwrap_or_default()
     }
 
     /// Whether this is the first report of a run of the agent.

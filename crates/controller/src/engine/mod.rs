@@ -18,6 +18,7 @@ mod describe;
 mod errors;
 mod launch;
 mod memory;
+mod orphans;
 mod seal;
 mod settings;
 mod worker;
@@ -162,11 +163,15 @@ impl Engine {
         let hosts = self.store.hosts().map_err(errors::of_store)?;
         Ok(hosts
             .into_iter()
-            .map(|host| Host {
-                alive: self.is_alive(&host),
-                facts: host.facts,
-                claimed_cpu_milli: host.claimed_cpu_milli,
-                claimed_memory_mib: host.claimed_memory_mib,
+            .map(|host| {
+                // Orphans take what they take, known or not.
+                let (cpu_milli, memory_mib) = self.taken_by_orphans(&host.facts);
+                Host {
+                    alive: self.is_alive(&host),
+                    facts: host.facts,
+                    claimed_cpu_milli: host.claimed_cpu_milli + cpu_milli,
+                    claimed_memory_mib: host.claimed_memory_mib + memory_mib,
+                }
             })
             .collect())
     }

@@ -3,6 +3,7 @@
 
 use super::draft::wanted_at;
 use roost_store::{ImageRow, InstanceRecord};
+use roost_types::InstanceId;
 use roost_types::agent::{
     CpuSpec, Desired, Ensure, ImageSpec, InstanceSpec, InterfaceSpec, MetadataSpec, VolumeSpec,
 };
@@ -70,9 +71,9 @@ pub fn ensure(record: &InstanceRecord, image: &ImageRow) -> Ensure {
     Ensure { instance_id: row.instance_id.clone(), generation: row.generation, spec }
 }
 
-/// The version of what a host must look like: a hash of every instance's id and generation, the same after a
+/// The version of what a host must look like: a hash of every instance's id and generation and of what is ended, the same after a
 /// restart of the controller as before.
-pub fn version(instances: &[Ensure]) -> u64 {
+pub fn version(instances: &[Ensure], end: &[InstanceId]) -> u64 {
     // FNV-1a, 64 bits.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;
     let mut eat = |bytes: &[u8]| {
@@ -84,11 +85,12 @@ pub fn version(instances: &[Ensure]) -> u64 {
         eat(ensure.instance_id.as_str().as_bytes());
         eat(&ensure.generation.to_le_bytes());
     }
+    end.iter().for_each(|id| eat(id.as_str().as_bytes()));
     hash
 }
 
 /// What a host must look like.
-pub fn desired(mut instances: Vec<Ensure>) -> Desired {
+pub fn desired(mut instances: Vec<Ensure>, end: Vec<InstanceId>) -> Desired {
     instances.sort_by(|a, b| a.instance_id.cmp(&b.instance_id));
-    Desired { version: version(&instances), instances }
+    Desired { version: version(&instances, &end), instances, end }
 }

@@ -293,6 +293,7 @@ impl Agent {
             agent_run: "run".into(),
             instances: vec![observation],
             trouble: Vec::new(),
+            orphans: Vec::new(),
             last: false,
         };
         let reply = self.request(Method::POST, "observed").json(&report).send().await.unwrap();

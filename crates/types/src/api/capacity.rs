@@ -1,6 +1,6 @@
 //! What there is to launch on: instance types with their prices, and hosts.
 
-use crate::agent::HostFacts;
+use crate::agent::{HostFacts, Orphan};
 use crate::instance_type::InstanceType;
 use crate::money::{Currency, Money};
 use crate::time::Micros;
@@ -48,6 +48,14 @@ pub struct Hosts {
     pub trouble: Vec<String>,
 }
 
+/// Ends an orphan: its host removes it and its disk. Administrators only.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct EndOrphan {
+    /// The instance.
+    pub instance_id: String,
+}
+
 /// A host and how full it is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct HostView {
@@ -66,4 +74,7 @@ pub struct HostView {
     /// What its agent says is wrong with the host itself, a sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trouble: Vec<String>,
+    /// Instances that the host has and the database does not know. Their room is given to no other.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub orphans: Vec<Orphan>,
 }

@@ -68,6 +68,7 @@ actions! {
     DeregisterImage => Done;
     DescribeInstanceTypes => InstanceTypes;
     DescribeHosts => Hosts;
+    EndOrphan => Done;
     RunInstances => Reservation;
     DescribeInstances => Instances;
     StartInstances => StateChanges;

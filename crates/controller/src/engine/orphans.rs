@@ -1,0 +1,50 @@
+//! Orphans: instances that a host has and the database, which came from a backup, does not know. Nobody is billed for
+//! them. Their room is given to no other, administrators see them, and end them.
+
+use super::describe::admins_only;
+use super::{Answer, Caller, Engine};
+use roost_types::agent::{HostFacts, ORPHANS, Orphan, Report};
+use roost_types::api::{Done, EndOrphan};
+use roost_types::state::Step;
+use roost_types::{ApiError, ErrorCode, HostId, InstanceId};
+
+impl Engine {
+    /// Notes the orphans of a report. What has a row here is none, readable or not.
+    pub(super) fn note_orphans(&self, host: &HostId, report: &Report) {
+        let unknown = |orphan: &&Orphan| match self.store.instance(&orphan.instance_id) {
+            Ok(Some(record)) => record.row.step == Step::Gone || record.row.host_id.as_ref() != Some(host),
+            Ok(None) => true,
+            Err(_) => false,
+        };
+        let orphans: Vec<_> = report.orphans.iter().take(ORPHANS).filter(unknown).cloned().collect();
+        if self.remember().set_orphans(host, orphans) {
+            self.announce();
+        }
+    }
+
+    /// What a host's orphans hold of it: milli-CPUs and MiB.
+    pub(super) fn taken_by_orphans(&self, facts: &HostFacts) -> (u64, u64) {
+        self.remember().orphans(&facts.host_id).iter().fold((0, 0), |(cpu, memory), orphan| {
+            let with_overhead = orphan.memory_mib.saturating_add(facts.overhead_mib);
+            (cpu.saturating_add(orphan.cpu_milli), memory.saturating_add(with_overhead))
+        })
+    }
+
+    /// Ends an orphan: its host removes it and its disk.
+    ///
+    /// # Errors
+    /// `UnauthorizedOperation` for others than administrators, `InvalidInstanceID.NotFound` if no host has such an orphan.
+    pub fn end_orphan(&self, caller: &Caller, request: &EndOrphan) -> Answer<Done> {
+        admins_only(caller, "end orphans")?;
+        let id: InstanceId = request.instance_id.parse()?;
+        if !self.remember().end_orphan(&id) {
+            return Err(ApiError::new(
+                ErrorCode::InvalidInstanceIdNotFound,
+                format!("no host reports an orphan {id}: DescribeHosts lists those there are"),
+            ));
+        }
+        tracing::warn!(instance = %id, by = %caller.account_name, "an orphan is ended");
+        self.announce();
+        Ok(Done {})
+    }
+}
