@@ -1,4 +1,5 @@
-//! What pages and scripts tell a reader to type or to open is there.
+//! What pages tell a reader to type of scripts and daemons is there, and so is every file that a script names. What they tell of
+//! `roost` is held by that crate.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_testbed::repository_root;
@@ -8,7 +9,6 @@ use std::path::{Path, PathBuf};
 /// The folder or file whose text has every option of a program.
 fn source_of(program: &str) -> Option<PathBuf> {
     let source = match program {
-        "roost" => "crates/cli/src",
         "roost-agent" => "crates/agent/src",
         "roost-controller" => "crates/controller/src",
         "roost-vmm" => "crates/vmm/src",
@@ -99,13 +99,13 @@ fn every_option_that_a_page_names_is_one_of_the_program() {
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
-    assert!(seen > 60, "the pages were read: {seen} options");
+    assert!(seen > 30, "the pages were read: {seen} options");
 }
 
 #[test]
-fn every_file_of_the_checkout_that_a_page_or_a_script_names_is_there() {
+fn every_file_of_the_checkout_that_a_script_names_is_there() {
     let root = repository_root();
-    let mut texts = pages();
+    let mut texts = Vec::new();
     for folder in ["scripts", "scripts/lib"] {
         for entry in fs::read_dir(root.join(folder)).unwrap() {
             texts.push(entry.unwrap().path());
@@ -134,9 +134,9 @@ fn every_file_of_the_checkout_that_a_page_or_a_script_names_is_there() {
 
 #[test]
 fn options_are_found_where_people_read_them() {
-    let page = "Use `roost ssh NAME [--key FILE] -- ls --all`.\n```sh\n$ scripts/install --image X   # --not this\n```\n";
+    let page = "Use `roost-vmm jail [--key FILE] -- run --all`.\n```sh\n$ scripts/install --image X   # --not this\n```\n";
     let found: Vec<(String, String)> = commands(page).iter().flat_map(|command| options(command)).collect();
-    let expected = [("roost", "key"), ("scripts/install", "image")];
+    let expected = [("roost-vmm", "key"), ("scripts/install", "image")];
     assert_eq!(found, expected.map(|(program, option)| (program.to_owned(), option.to_owned())));
     assert!(!knows(&text_of(&source_of("scripts/install").unwrap()), "no-such-option"));
 }
