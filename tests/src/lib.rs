@@ -7,6 +7,7 @@
 #![forbid(unsafe_code)]
 #![allow(missing_docs, clippy::unwrap_used, reason = "a test harness: every failure is a test's failure")]
 
+pub mod lesson;
 mod own_host;
 pub mod session;
 pub mod user_data;
