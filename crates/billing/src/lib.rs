@@ -2,9 +2,9 @@
 //! whatever order its events come.
 //!
 //! ```text
-//! usage log ──→ intervals (one per resource, meter and start)      interval.rs
+//! usage log ──→ intervals (one per resource, meter and part of a start)      interval.rs
 //!                  │ a second belongs to the moment at which it begins, and begun seconds count;
-//!                  │ a start's 60 s minimum belongs, whole, to the moment of the start
+//!                  │ a start's 60 s minimum belongs, whole, to the moment of the start; its parts share it
 //!                  ▼
 //!               pieces, cut at the window, at price changes and, for volumes, at month ends
 //!                  │
@@ -15,8 +15,9 @@
 //!               groups: sums of lines, so that every grouping has the same total
 //! ```
 //! Whatever is cut (a window in two, a month from the next) adds up again exactly in seconds, because each piece
-//! is the difference of one cumulative count at its two ends. What was charged up to a moment never changes
-//! afterwards: a closed month's bill stays as it is.
+//! is the difference of one cumulative count at its two ends. What a log charges up to a moment changes only by what is
+//! dated before it, or proved later of an interval that is open: the controller seals a month, and from then on
+//! writes neither.
 
 #![forbid(unsafe_code)]
 
