@@ -6,6 +6,7 @@
 //!                    ▲                                                         │ monitor gone
 //!                    └── new incarnation ── rest(stopped) ◀── tear down ◀── end ┘
 //!                                                           (a reboot goes back to `start monitor` instead)
+//!                  a disk that was made before and is gone is never made again: end, with that reason
 //! wanted stopped:    power button, again and again → (grace) → kill → end → tear down → rest(stopped)
 //! wanted terminated: kill → end → tear down → remove disk → forget
 //! ```
@@ -132,6 +133,9 @@ fn none(spec: &InstanceSpec, run: &Run, facts: &Facts) -> Action {
     let current = run.incarnation == spec.incarnation;
     if spec.desired == DesiredState::Running && current && run.ended.is_none() {
         return match facts {
+            Facts { disk: false, .. } if run.volume_made || run.began_ns.is_some() => {
+                Action::NoteEnded(volume_lost(spec, run))
+            }
             Facts { images: false, .. } => Action::Fetch,
             Facts { disk: false, .. } => Action::MakeDisk,
             Facts { network: false, .. } => Action::MakeNetwork,
@@ -191,6 +195,17 @@ pub fn why(death: &Death) -> StateReason {
         ExitReason::Error => reason("Server.InternalError", word.message.clone()),
         ExitReason::Seccomp => reason("Server.MonitorViolation", word.message.clone()),
     }
+}
+
+/// The end of an instance whose volume was made before and is gone: an empty one in its place would hide the loss.
+fn volume_lost(spec: &InstanceSpec, run: &Run) -> Ended {
+    let message = format!(
+        "volume {} is not on this host, where it was made before; it is not replaced by an empty one. Once the owner \
+         of the host has put its file back, the instance can be started again",
+        spec.root_volume.volume_id
+    );
+    let reason = Some(StateReason { code: "Server.VolumeNotFound".into(), message });
+    Ended { at_ns: run.last_seen_ns, reason, failed: !run.is_open() }
 }
 
 /// The reason of a start that failed for good.

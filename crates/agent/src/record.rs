@@ -136,10 +136,13 @@ pub struct Run {
     pub cpu_usage_us: Option<u64>,
     /// Parts of the latest start.
     pub timing: Vec<TimedPart>,
+    /// The root volume was made, and a monitor may have written to it; kept over incarnations.
+    #[serde(default)]
+    pub volume_made: bool,
 }
 
 impl Run {
-    /// A fresh incarnation. The host key stays: it is on the disk.
+    /// A fresh incarnation. The host key stays: it is on the disk. So does the mark of that disk.
     pub fn begin(spec: &InstanceSpec, boot_id: &str, before: &Run) -> Self {
         Self {
             incarnation: spec.incarnation,
@@ -148,6 +151,7 @@ impl Run {
             reboots_done: spec.reboots,
             ssh_host_key: before.ssh_host_key.clone(),
             user_data_not_run: before.user_data_not_run,
+            volume_made: before.volume_made,
             ..Self::default()
         }
     }

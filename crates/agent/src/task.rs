@@ -184,6 +184,7 @@ impl<H: Host> Task<H> {
         let alive = matches!(facts.monitor, MonitorFact::Alive { .. });
         self.saw_alive |= alive;
         let spec = accepted.spec();
+        run.volume_made |= accepted.ensure.volume_made;
         let action = plan::plan(spec, run, &facts, self.power(spec, alive));
         self.show(spec, run, &facts, &action);
         if !matches!(action, Action::Rest(_)) {
@@ -211,6 +212,8 @@ impl<H: Host> Task<H> {
                 // It has just said that its machine is built.
                 self.saw_alive = true;
                 run.console_from = started.console_from;
+                // Durable before the guest can write a first byte.
+                run.volume_made = true;
                 run.guest_ready = false;
                 for part in started.timing {
                     keep(run, part);

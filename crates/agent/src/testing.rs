@@ -65,6 +65,7 @@ pub fn ensure_of(seed: u8, generation: u64) -> Ensure {
                 tags: [("Name".to_owned(), "web".to_owned())].into(),
             },
         },
+        volume_made: false,
     }
 }
 

@@ -377,6 +377,63 @@ async fn what_can_never_work_fails_with_its_reason_and_leaves_only_the_disk() {
 }
 
 #[tokio::test]
+async fn a_volume_that_was_made_before_is_never_made_again() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    let stop = next(&launch, |e| e.spec.desired = DesiredState::Stopped);
+    bench.want(stop.clone());
+    bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    bench.shared.poke(&id, |machine| machine.disk = false);
+    bench.restart_agent().await;
+    let start = next(&stop, |e| {
+        e.spec.desired = DesiredState::Running;
+        e.spec.incarnation = 2;
+    });
+    bench.want(start.clone());
+    let seen = bench.until(&id, "failed", |seen| seen.state == Observed::Failed).await;
+    let reason = seen.reason.unwrap();
+    let expected = format!("volume {} is not on this host", launch.spec.root_volume.volume_id);
+    assert!(reason.code == "Server.VolumeNotFound" && reason.message.starts_with(&expected), "{reason:?}");
+    assert!(!bench.shared.world().machines[&id].disk);
+    // Its file is put back: it starts again.
+    bench.shared.poke(&id, |machine| machine.disk = true);
+    bench.want(next(&start, |e| e.spec.incarnation = 3));
+    bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.incarnation == 3).await;
+}
+
+#[tokio::test]
+async fn a_volume_lost_between_the_two_monitors_of_a_reboot_ends_the_run() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.world().fails = Some(("start", false));
+    bench.want(next(&launch, |e| e.spec.reboots = 1));
+    bench.until(&id, "trouble", |seen| seen.trouble.is_some()).await;
+    bench.shared.poke(&id, |machine| machine.disk = false);
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert_eq!(seen.reason.unwrap().code, "Server.VolumeNotFound");
+    assert!(!bench.shared.world().machines[&id].disk);
+}
+
+/// Nothing on the host knows of the volume any more, but the controller has seen its guest run.
+#[tokio::test]
+async fn a_volume_that_the_controller_knows_is_not_made_on_a_host_with_an_empty_state_folder() {
+    let mut bench = Bench::new();
+    let mut start = ensure(7);
+    start.volume_made = true;
+    let id = start.instance_id.clone();
+    bench.want(start);
+    let seen = bench.until(&id, "failed", |seen| seen.state == Observed::Failed).await;
+    assert_eq!(seen.reason.unwrap().code, "Server.VolumeNotFound");
+    assert!(!bench.shared.world().machines.get(&id).is_some_and(|machine| machine.disk));
+}
+
+#[tokio::test]
 async fn a_monitor_that_cannot_start_fails_the_launch_with_its_last_word() {
     let mut bench = Bench::new();
     let launch = ensure(1);

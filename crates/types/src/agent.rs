@@ -91,6 +91,10 @@ pub struct Ensure {
     pub generation: u64,
     /// What to make of it.
     pub spec: InstanceSpec,
+    /// The root volume was made before, as the controller knows it; the agent never makes such a volume. No part of
+    /// the spec: it may change under one generation.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub volume_made: bool,
 }
 
 /// Everything that a host needs to know about an instance.

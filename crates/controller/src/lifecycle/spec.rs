@@ -7,6 +7,7 @@ use roost_types::InstanceId;
 use roost_types::agent::{
     CpuSpec, Desired, Ensure, ImageSpec, InstanceSpec, InterfaceSpec, MetadataSpec, VolumeSpec,
 };
+use roost_types::state::VolumeState;
 use std::net::Ipv4Addr;
 
 /// EC2's private host name of an address.
@@ -68,7 +69,12 @@ pub fn ensure(record: &InstanceRecord, image: &ImageRow) -> Ensure {
             tags: row.tags.clone(),
         },
     };
-    Ensure { instance_id: row.instance_id.clone(), generation: row.generation, spec }
+    Ensure {
+        instance_id: row.instance_id.clone(),
+        generation: row.generation,
+        spec,
+        volume_made: volume.state != VolumeState::Creating,
+    }
 }
 
 /// The version of what a host must look like: a hash of every instance's id and generation and of what is ended, the same after a
