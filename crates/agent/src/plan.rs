@@ -71,14 +71,41 @@ pub enum Power {
     Overdue,
 }
 
+/// What the time that has passed means for the decision.
+#[derive(Debug, Clone, Copy)]
+pub struct Deadlines<'a> {
+    /// Of a guest that was asked to power off.
+    pub power: Power,
+    /// A reboot's new monitor is overdue; what went wrong last.
+    pub restart: Option<&'a str>,
+}
+
 /// Decides.
-pub fn plan(spec: &InstanceSpec, run: &Run, facts: &Facts, power: Power) -> Action {
+pub fn plan(spec: &InstanceSpec, run: &Run, facts: &Facts, deadlines: Deadlines<'_>) -> Action {
+    let power = deadlines.power;
+    if let Some(why) = deadlines.restart.filter(|_| restarts(spec, run, facts)) {
+        return match &facts.monitor {
+            MonitorFact::Stray | MonitorFact::Alive { .. } => Action::Kill,
+            MonitorFact::None | MonitorFact::Dead(_) => Action::NoteEnded(not_restarted(run, why)),
+        };
+    }
     match &facts.monitor {
         MonitorFact::Stray => Action::Kill,
         MonitorFact::Alive { ran_ns } => alive(spec, run, facts, power, *ran_ns),
         MonitorFact::Dead(death) => dead(spec, run, death),
         MonitorFact::None => none(spec, run, facts),
     }
+}
+
+/// Whether a reboot has taken the monitor of a wanted run down and no vCPU of the next one runs yet.
+pub fn restarts(spec: &InstanceSpec, run: &Run, facts: &Facts) -> bool {
+    let waits = match &facts.monitor {
+        MonitorFact::None | MonitorFact::Stray => true,
+        MonitorFact::Alive { ran_ns } => ran_ns.is_none(),
+        MonitorFact::Dead(death) => death.ran_ns.is_none() && !death.host_rebooted,
+    };
+    let wanted = spec.desired == DesiredState::Running && run.incarnation == spec.incarnation;
+    waits && wanted && run.is_open() && run.restart_ns.is_some()
 }
 
 fn alive(spec: &InstanceSpec, run: &Run, facts: &Facts, power: Power, ran_ns: Option<u64>) -> Action {
@@ -197,6 +224,13 @@ pub fn why(death: &Death) -> StateReason {
     }
 }
 
+/// The end of a run whose reboot got no new monitor. It ended when its last one went down.
+pub fn not_restarted(run: &Run, why: &str) -> Ended {
+    let message = format!("a reboot ended the guest, and it could not be started again: {why}");
+    let reason = Some(StateReason { code: "Server.InternalError".into(), message });
+    Ended { at_ns: run.restart_ns, reason, failed: false }
+}
+
 /// The end of an instance whose volume was made before and is gone: an empty one in its place would hide the loss.
 fn volume_lost(spec: &InstanceSpec, run: &Run) -> Ended {
     let message = format!(
@@ -205,7 +239,7 @@ fn volume_lost(spec: &InstanceSpec, run: &Run) -> Ended {
         spec.root_volume.volume_id
     );
     let reason = Some(StateReason { code: "Server.VolumeNotFound".into(), message });
-    Ended { at_ns: run.last_seen_ns, reason, failed: !run.is_open() }
+    Ended { at_ns: run.restart_ns, reason, failed: !run.is_open() }
 }
 
 /// The reason of a start that failed for good.

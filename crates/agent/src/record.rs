@@ -136,6 +136,9 @@ pub struct Run {
     pub cpu_usage_us: Option<u64>,
     /// Parts of the latest start.
     pub timing: Vec<TimedPart>,
+    /// When a reboot took the monitor down; until the next one's vCPUs run.
+    #[serde(default)]
+    pub restart_ns: Option<u64>,
     /// The root volume was made, and a monitor may have written to it; kept over incarnations.
     #[serde(default)]
     pub volume_made: bool,

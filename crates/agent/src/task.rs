@@ -3,7 +3,7 @@
 
 use crate::error::{Error, Result};
 use crate::host::{Facts, Host, MonitorFact};
-use crate::plan::{self, Action, Power};
+use crate::plan::{self, Action, Deadlines, Power};
 use crate::record::{Accepted, Ended, Records, Run};
 use crate::scan::{Said, Scan};
 use roost_types::agent::{InstanceSpec, Observed, StateReason, TimedPart};
@@ -22,6 +22,8 @@ pub struct Pace {
     pub press_again: Duration,
     /// How often a running guest is looked after.
     pub tick: Duration,
+    /// From the end of one monitor to the vCPUs of the next, in a reboot.
+    pub restart: Duration,
     /// First pause after a failure; doubles up to `retry_max`.
     pub retry_first: Duration,
     /// Longest pause after a failure.
@@ -36,6 +38,7 @@ impl Default for Pace {
             stop_grace: Duration::from_secs(60),
             press_again: Duration::from_secs(3),
             tick: Duration::from_millis(500),
+            restart: Duration::from_secs(60),
             retry_first: Duration::from_millis(250),
             retry_max: Duration::from_secs(15),
             last_seen: Duration::from_secs(5),
@@ -162,12 +165,14 @@ impl<H: Host> Task<H> {
     fn failed(&mut self, accepted: &Accepted, run: &mut Run, error: &Error) -> Duration {
         let text = error.chain();
         tracing::warn!(instance = %accepted.id(), error = %text, "a step failed");
-        // What can never work ends the start; what is being cleared up is tried for ever.
+        // What can never work ends the start, or the run whose reboot it is; what is being cleared up is tried for
+        // ever.
         let starting = accepted.spec().desired == DesiredState::Running
             && run.incarnation == accepted.spec().incarnation
-            && !run.is_open();
+            && (!run.is_open() || run.restart_ns.is_some());
         if error.is_permanent() && starting && run.ended.is_none() {
-            run.ended = Some(plan::failed(text.clone()));
+            let open = run.is_open();
+            run.ended = Some(if open { plan::not_restarted(run, &text) } else { plan::failed(text.clone()) });
             if let Err(error) = self.note(accepted, run) {
                 tracing::error!(instance = %accepted.id(), error = %error.chain(), "cannot write run.json");
             }
@@ -185,7 +190,9 @@ impl<H: Host> Task<H> {
         self.saw_alive |= alive;
         let spec = accepted.spec();
         run.volume_made |= accepted.ensure.volume_made;
-        let action = plan::plan(spec, run, &facts, self.power(spec, alive));
+        let power = self.power(spec, alive);
+        let late = plan::restarts(spec, run, &facts).then(|| self.restart_overdue(run)).flatten();
+        let action = plan::plan(spec, run, &facts, Deadlines { power, restart: late.as_deref() });
         self.show(spec, run, &facts, &action);
         if !matches!(action, Action::Rest(_)) {
             tracing::debug!(instance = %accepted.id(), ?action, "next");
@@ -228,6 +235,7 @@ impl<H: Host> Task<H> {
                     run.began_ns = Some(began);
                 }
                 run.last_seen_ns = Some(host.now_ns());
+                run.restart_ns = None;
                 self.note(accepted, run)?;
             }
             Action::NoteBegan(at) => {
@@ -238,6 +246,7 @@ impl<H: Host> Task<H> {
             Action::NoteReboot => {
                 tracing::info!(instance = %accepted.id(), "rebooting: the monitor starts again");
                 run.reboots_done = accepted.spec().reboots;
+                run.restart_ns = Some(host.now_ns());
                 run.monitor = None;
                 run.guest_ready = false;
                 self.over();
@@ -313,6 +322,15 @@ impl<H: Host> Task<H> {
         }
     }
 
+    /// What went wrong last, if the new monitor of a reboot is overdue.
+    fn restart_overdue(&self, run: &Run) -> Option<String> {
+        let waited = self.host.now_ns().saturating_sub(run.restart_ns?);
+        let last =
+            self.shared.live().trouble.clone().unwrap_or_else(|| "its monitor did not run in time".into());
+        (u128::from(waited) >= self.pace.restart.as_nanos())
+            .then(|| format!("within {} s: {last}", self.pace.restart.as_secs()))
+    }
+
     async fn power_off(&mut self, accepted: &Accepted) -> Result<Next> {
         let now = Instant::now();
         let wanted = accepted.spec().desired;
@@ -333,7 +351,7 @@ impl<H: Host> Task<H> {
         let mut durable = run
             .last_seen_ns
             .is_none_or(|seen| u128::from(now.saturating_sub(seen)) >= self.pace.last_seen.as_nanos());
-        durable |= self.listen(accepted, run);
+        durable |= self.listen(accepted, run) | run.restart_ns.take().is_some();
         if durable {
             run.last_seen_ns = Some(now);
             run.cpu_usage_us = self.host.cpu_usage_us(accepted).or(run.cpu_usage_us);
@@ -449,11 +467,14 @@ pub fn state(spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) -> 
     if spec.desired != DesiredState::Running {
         return Observed::Stopping;
     }
-    if current && run.ended.is_some() {
+    // An end that cannot be noted, as on a full disk, is an end all the same.
+    if current && (run.ended.is_some() || matches!(action, Action::NoteEnded(_))) {
         return Observed::Stopping;
     }
+    // A reboot takes a new monitor within one run; `plan` ends the run if that takes too long.
     let runs = matches!(facts.monitor, MonitorFact::Alive { ran_ns: Some(_) });
-    if current && run.began_ns.is_some() && (runs || spec.reboots >= run.reboots_done && run.is_open()) {
+    let between = plan::restarts(spec, run, facts) || *action == Action::NoteReboot;
+    if current && run.began_ns.is_some() && (runs || between) {
         return Observed::Running;
     }
     Observed::Preparing

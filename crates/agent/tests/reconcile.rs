@@ -420,6 +420,53 @@ async fn a_volume_lost_between_the_two_monitors_of_a_reboot_ends_the_run() {
     assert!(!bench.shared.world().machines[&id].disk);
 }
 
+#[tokio::test]
+async fn a_reboot_whose_monitor_cannot_be_started_again_ends_its_run_with_the_reason() {
+    for for_good in [false, true] {
+        for restarted in [false, true] {
+            let mut bench = Bench::new();
+            let launch = ensure(1);
+            let id = launch.instance_id.clone();
+            bench.want(launch.clone());
+            bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+            bench.shared.world().fails = Some(("start", for_good));
+            bench.want(next(&launch, |e| e.spec.reboots = 1));
+            if restarted {
+                bench.until(&id, "the end of the first monitor", |seen| seen.generation == 2).await;
+                bench.restart_agent().await;
+            }
+            let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+            let reason = seen.reason.unwrap();
+            let told = reason.message.contains("could not be started again")
+                && reason.message.contains("start fails");
+            assert!(reason.code == "Server.InternalError" && told, "{reason:?}");
+            assert!(seen.run_ended_age_us.is_some(), "its end is known: when the first monitor went down");
+            assert!(!bench.shared.world().machines[&id].cgroup, "nothing of the run is left");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_reboot_that_takes_two_tries_is_one_run() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    let before = bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.world().fails = Some(("start", false));
+    bench.want(next(&launch, |e| e.spec.reboots = 1));
+    let between = bench.until(&id, "trouble", |seen| seen.trouble.is_some()).await;
+    assert_eq!(between.state, Observed::Running);
+    bench.shared.world().fails = None;
+    let shared = bench.shared.clone();
+    let after = bench
+        .until(&id, "running", |seen| {
+            seen.state == Observed::Running && shared.world().machines[&seen.instance_id].runs == 2
+        })
+        .await;
+    assert!(after.run_began_age_us > before.run_began_age_us);
+}
+
 /// Nothing on the host knows of the volume any more, but the controller has seen its guest run.
 #[tokio::test]
 async fn a_volume_that_the_controller_knows_is_not_made_on_a_host_with_an_empty_state_folder() {

@@ -377,6 +377,8 @@ impl Bench {
             stop_grace: Duration::from_millis(400),
             press_again: Duration::from_millis(40),
             tick: Duration::from_millis(5),
+            // On the world's clock, which each reading moves on by a microsecond.
+            restart: Duration::from_micros(200),
             retry_first: Duration::from_millis(2),
             retry_max: Duration::from_millis(20),
             last_seen: Duration::from_secs(5),
