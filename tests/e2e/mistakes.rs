@@ -144,6 +144,33 @@ fn a_second_agent_on_the_same_state_is_refused() {
     assert!(ran.stderr.contains("in use") || ran.stderr.contains("already"), "{}", ran.stderr);
 }
 
+/// Its root is a file system without an init: the kernel panics and restarts, as often as it is let.
+#[test]
+fn a_guest_that_cannot_boot_stops_by_itself_with_the_reason() {
+    let rig = Rig::get();
+    let folder = std::env::temp_dir().join(format!("roost-e2e-no-init-{}", std::process::id()));
+    std::fs::create_dir_all(&folder).unwrap();
+    for entry in std::fs::read_dir(&rig.images["tiny-fast"]).unwrap().flatten() {
+        std::fs::copy(entry.path(), folder.join(entry.file_name())).unwrap();
+    }
+    let root = std::process::Command::new("mke2fs")
+        .args(["-q", "-t", "ext4", "-F", folder.join("root.ext4").to_str().unwrap(), "4M"])
+        .status();
+    assert!(root.unwrap().success());
+    let name = format!("no-init-{}", std::process::id());
+    rig.admin(&["image", "import", folder.to_str().unwrap(), "--name", &name]).ok();
+    let tenant = rig.tenant("no-init");
+    let id = tenant.launch(&name, "home1.nano", &[]);
+    let ended = tenant.wait_state(&id, "stopped", std::time::Duration::from_secs(180));
+    let reason = &ended["state_reason"];
+    assert_eq!(reason["code"], "Client.GuestCannotBoot", "{ended}");
+    assert!(reason["message"].as_str().unwrap().contains("roost console"), "{ended}");
+    assert!(tenant.roost(&["console", &id]).ok().contains("panic"), "the console says why");
+    tenant.terminate_clean(&id);
+    rig.admin(&["image", "rm", &name]).ok();
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 #[test]
 fn a_broken_image_makes_a_failed_launch_with_a_reason() {
     let rig = Rig::get();

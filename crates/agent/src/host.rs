@@ -40,6 +40,8 @@ pub enum MonitorFact {
     Alive {
         /// Since when its vCPUs run, if they do.
         ran_ns: Option<u64>,
+        /// When its guest reset itself, oldest first; the monitor starts it again in the same process.
+        resets_ns: Vec<u64>,
     },
     /// The recorded one is gone.
     Dead(Death),

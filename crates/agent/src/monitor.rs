@@ -280,7 +280,8 @@ impl Monitors {
         // The same number, started at the same tick of the same boot, in the instance's cgroup.
         let lives = !rebooted && lives(monitor) && self.cgroups.processes(id).contains(&monitor.pid);
         if lives {
-            MonitorFact::Alive { ran_ns: ran(&read_status(&self.folders.status(id))) }
+            let events = read_status(&self.folders.status(id));
+            MonitorFact::Alive { ran_ns: ran(&events), resets_ns: resets(&events) }
         } else {
             MonitorFact::Dead(self.death(id, rebooted))
         }
@@ -390,6 +391,14 @@ fn ran(events: &[Event]) -> Option<u64> {
         Event::VcpusRunning { boottime_ns } => Some(*boottime_ns),
         _ => None,
     })
+}
+
+fn resets(events: &[Event]) -> Vec<u64> {
+    let at = |event: &Event| match event {
+        Event::GuestReset { boottime_ns } => Some(*boottime_ns),
+        _ => None,
+    };
+    events.iter().filter_map(at).collect()
 }
 
 fn last_word(events: &[Event]) -> Option<LastWord> {

@@ -21,6 +21,11 @@ use roost_vmm::status::ExitReason;
 /// Monitors that may end before their vCPUs ran; then the start has failed.
 pub const START_ATTEMPTS: u32 = 3;
 
+/// A guest that was never ready and resets itself so often within [`RESETS_WITHIN_NS`] cannot boot: its run ends.
+pub const RESETS: usize = 5;
+/// 300 s: five boots of a slow guest that fails late take less.
+pub const RESETS_WITHIN_NS: u64 = 300_000_000_000;
+
 /// The next thing to do.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Action {
@@ -91,7 +96,8 @@ pub fn plan(spec: &InstanceSpec, run: &Run, facts: &Facts, deadlines: Deadlines<
     }
     match &facts.monitor {
         MonitorFact::Stray => Action::Kill,
-        MonitorFact::Alive { ran_ns } => alive(spec, run, facts, power, *ran_ns),
+        MonitorFact::Alive { ran_ns, resets_ns } => cannot_boot(spec, run, resets_ns)
+            .map_or_else(|| alive(spec, run, facts, power, *ran_ns), Action::NoteEnded),
         MonitorFact::Dead(death) => dead(spec, run, death),
         MonitorFact::None => none(spec, run, facts),
     }
@@ -101,7 +107,7 @@ pub fn plan(spec: &InstanceSpec, run: &Run, facts: &Facts, deadlines: Deadlines<
 pub fn restarts(spec: &InstanceSpec, run: &Run, facts: &Facts) -> bool {
     let waits = match &facts.monitor {
         MonitorFact::None | MonitorFact::Stray => true,
-        MonitorFact::Alive { ran_ns } => ran_ns.is_none(),
+        MonitorFact::Alive { ran_ns, .. } => ran_ns.is_none(),
         MonitorFact::Dead(death) => death.ran_ns.is_none() && !death.host_rebooted,
     };
     let wanted = spec.desired == DesiredState::Running && run.incarnation == spec.incarnation;
@@ -222,6 +228,21 @@ pub fn why(death: &Death) -> StateReason {
         ExitReason::Error => reason("Server.InternalError", word.message.clone()),
         ExitReason::Seccomp => reason("Server.MonitorViolation", word.message.clone()),
     }
+}
+
+/// The end of a run whose guest resets itself over and over and was never ready. The monitor still lives: once the
+/// end is noted, it is a stray and killed.
+fn cannot_boot(spec: &InstanceSpec, run: &Run, resets_ns: &[u64]) -> Option<Ended> {
+    let ours = spec.desired == DesiredState::Running && run.incarnation == spec.incarnation && run.is_open();
+    let first = resets_ns.len().checked_sub(RESETS).filter(|_| ours && !run.guest_ready)?;
+    let took = resets_ns.last()?.saturating_sub(*resets_ns.get(first)?);
+    let message = format!(
+        "the guest cannot boot: it restarted itself {RESETS} times within {} s and was never ready; its console \
+         (`roost console`) says why",
+        took.div_ceil(1_000_000_000)
+    );
+    let reason = Some(StateReason { code: "Client.GuestCannotBoot".into(), message });
+    (took <= RESETS_WITHIN_NS).then_some(Ended { at_ns: None, reason, failed: false })
 }
 
 /// The end of a run whose reboot got no new monitor. It ended when its last one went down.

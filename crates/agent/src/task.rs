@@ -24,6 +24,8 @@ pub struct Pace {
     pub tick: Duration,
     /// From the end of one monitor to the vCPUs of the next, in a reboot.
     pub restart: Duration,
+    /// Between two host keys that are taken from one run's console.
+    pub host_key: Duration,
     /// First pause after a failure; doubles up to `retry_max`.
     pub retry_first: Duration,
     /// Longest pause after a failure.
@@ -39,6 +41,7 @@ impl Default for Pace {
             press_again: Duration::from_secs(3),
             tick: Duration::from_millis(500),
             restart: Duration::from_secs(60),
+            host_key: Duration::from_secs(60),
             retry_first: Duration::from_millis(250),
             retry_max: Duration::from_secs(15),
             last_seen: Duration::from_secs(5),
@@ -110,6 +113,10 @@ pub struct Task<H: Host> {
     failures: u32,
     scan: Scan,
     scanned: Option<u64>,
+    /// When this run's newest host key was taken.
+    key_taken: Option<Instant>,
+    /// The newest host key that the guest printed, until it is taken.
+    key_said: Option<String>,
 }
 
 impl<H: Host> Task<H> {
@@ -125,6 +132,8 @@ impl<H: Host> Task<H> {
             failures: 0,
             scan: Scan::default(),
             scanned: None,
+            key_taken: None,
+            key_said: None,
         }
     }
 
@@ -226,6 +235,8 @@ impl<H: Host> Task<H> {
                     keep(run, part);
                 }
                 self.scanned = None;
+                self.key_taken = None;
+                self.key_said = None;
                 self.note(accepted, run)?;
             }
             Action::LetRun => {
@@ -372,7 +383,7 @@ impl<H: Host> Task<H> {
 
     fn listen(&mut self, accepted: &Accepted, run: &mut Run) -> bool {
         let from = self.scanned.unwrap_or(run.console_from);
-        let Some((bytes, next)) = self.host.console(accepted, from) else { return false };
+        let Some((bytes, next)) = self.host.console(accepted, from) else { return self.take_key(run) };
         let length = u64::try_from(bytes.len()).unwrap_or(u64::MAX);
         if next.saturating_sub(length) > from {
             self.scan.gap();
@@ -385,15 +396,27 @@ impl<H: Host> Task<H> {
                     news |= !run.guest_ready;
                     run.guest_ready = true;
                 }
-                Said::HostKey(key) => {
-                    news |= run.ssh_host_key.as_ref() != Some(&key);
-                    run.ssh_host_key = Some(key);
-                }
                 Said::UserDataNotRun(form) => {
                     news |= run.user_data_not_run != Some(form);
                     run.user_data_not_run = Some(form);
                 }
+                Said::HostKey(key) => self.key_said = Some(key),
             }
+        }
+        news | self.take_key(run)
+    }
+
+    /// Takes the host key that the guest printed last: its first in a run at once, later ones now and then, as each costs
+    /// this host and the controller a flush of their disks.
+    fn take_key(&mut self, run: &mut Run) -> bool {
+        if self.key_taken.is_some_and(|at| at.elapsed() < self.pace.host_key) {
+            return false;
+        }
+        let Some(key) = self.key_said.take() else { return false };
+        let news = run.ssh_host_key.as_ref() != Some(&key);
+        if news {
+            run.ssh_host_key = Some(key);
+            self.key_taken = Some(Instant::now());
         }
         news
     }
@@ -472,7 +495,7 @@ pub fn state(spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) -> 
         return Observed::Stopping;
     }
     // A reboot takes a new monitor within one run; `plan` ends the run if that takes too long.
-    let runs = matches!(facts.monitor, MonitorFact::Alive { ran_ns: Some(_) });
+    let runs = matches!(facts.monitor, MonitorFact::Alive { ran_ns: Some(_), .. });
     let between = plan::restarts(spec, run, facts) || *action == Action::NoteReboot;
     if current && run.began_ns.is_some() && (runs || between) {
         return Observed::Running;

@@ -3,11 +3,15 @@
 
 mod support;
 
+use base64::Engine;
+use base64::engine::general_purpose::STANDARD;
 use roost_agent::agent::StateLock;
 use roost_agent::testing::{ensure, ensure_of};
 use roost_types::agent::{Ensure, Observed};
 use roost_types::state::DesiredState;
 use roost_vmm::status::ExitReason;
+use std::collections::BTreeSet;
+use std::time::Instant;
 use support::Bench;
 
 fn next(ensure: &Ensure, change: impl FnOnce(&mut Ensure)) -> Ensure {
@@ -225,6 +229,51 @@ async fn how_a_guest_ended_is_told() {
         bench.want(next(&launch, |e| e.spec.incarnation = 2));
         bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.incarnation == 2).await;
     }
+}
+
+/// Such as one whose root is no file system: its kernel panics and restarts every second.
+#[tokio::test]
+async fn a_guest_that_restarts_itself_over_and_over_and_was_never_ready_is_stopped_with_the_reason() {
+    const SECOND: u64 = 1_000_000_000;
+    for (resets, ready, stops) in [(5, false, true), (4, false, false), (9, true, false)] {
+        let mut bench = Bench::new();
+        let launch = ensure(1);
+        let id = launch.instance_id.clone();
+        bench.want(launch);
+        bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+        if ready {
+            bench.shared.poke(&id, |machine| machine.console.extend(b"roost-guest: ready\n"));
+            bench.until(&id, "ready", |seen| seen.guest_ready).await;
+        }
+        bench.shared.poke(&id, |machine| machine.resets_ns = (1..=resets).map(|n| n * 2 * SECOND).collect());
+        if stops {
+            let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+            let reason = seen.reason.unwrap();
+            assert_eq!(reason.code, "Client.GuestCannotBoot");
+            assert!(reason.message.contains("5 times within 8 s") && reason.message.contains("console"));
+            assert!(seen.run_ended_age_us.is_some() && !bench.shared.world().machines[&id].monitor_alive);
+        } else {
+            let looks = bench.shared.world().looks;
+            let shared = bench.shared.clone();
+            bench.until(&id, "two more looks", |_| shared.world().looks > looks + 2).await;
+            assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
+        }
+    }
+}
+
+#[tokio::test]
+async fn five_resets_over_a_day_are_an_owners_own() {
+    const HOUR: u64 = 3_600_000_000_000;
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.poke(&id, |machine| machine.resets_ns = (1..=9).map(|n| n * HOUR).collect());
+    let looks = bench.shared.world().looks;
+    let shared = bench.shared.clone();
+    bench.until(&id, "two more looks", |_| shared.world().looks > looks + 2).await;
+    assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
 }
 
 #[tokio::test]
@@ -513,6 +562,43 @@ async fn a_console_tells_readiness_and_the_host_key_and_both_are_remembered() {
     bench.restart_agent().await;
     let seen = bench.until(&id, "ready", |seen| seen.guest_ready).await;
     assert_eq!(seen.ssh_host_key.unwrap(), format!("ssh-ed25519 {blob}"));
+}
+
+#[tokio::test]
+async fn a_guest_that_prints_another_host_key_all_the_time_is_heard_now_and_then() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    let printer = bench.shared.clone();
+    let print = |number: u8| {
+        let mut blob = b"\x00\x00\x00\x0bssh-ed25519\x00\x00\x00\x20".to_vec();
+        blob.extend([number; 32]);
+        let line = format!("ssh-ed25519 {}", STANDARD.encode(blob));
+        printer.poke(&id, |machine| {
+            let text =
+                format!("-----BEGIN SSH HOST KEY KEYS-----\n{line}\n-----END SSH HOST KEY KEYS-----\n");
+            machine.console.extend(text.bytes());
+        });
+        line
+    };
+    let first = print(0);
+    bench.until(&id, "the first key", |seen| seen.ssh_host_key.as_ref() == Some(&first)).await;
+    let begin = Instant::now();
+    let mut keys = BTreeSet::new();
+    let mut last = String::new();
+    for number in 1..=60 {
+        last = print(number);
+        let looks = bench.shared.world().looks;
+        let shared = bench.shared.clone();
+        let seen = bench.until(&id, "a look", |_| shared.world().looks > looks + 1).await;
+        keys.extend(seen.ssh_host_key);
+    }
+    let periods = begin.elapsed().as_millis() / Bench::pace().host_key.as_millis();
+    assert!(keys.len() as u128 <= periods + 2, "{} keys in {periods} periods", keys.len());
+    // The newest is not lost.
+    bench.until(&id, "the last key", |seen| seen.ssh_host_key.as_ref() == Some(&last)).await;
 }
 
 #[tokio::test]

@@ -28,6 +28,8 @@ pub struct Machine {
     pub monitor_alive: bool,
     pub ran_ns: Option<u64>,
     pub word: Option<LastWord>,
+    /// When the guest reset itself, in the monitor that lives.
+    pub resets_ns: Vec<u64>,
     pub console: Vec<u8>,
     /// How often vCPUs were let run, over all incarnations.
     pub runs: u32,
@@ -46,6 +48,8 @@ pub struct World {
     pub next_pid: i32,
     pub boot: u32,
     pub operations: u64,
+    /// How often an agent has looked.
+    pub looks: u64,
     /// The agent dies at this operation; `true`: after it took effect.
     pub crash_at: Option<(u64, bool)>,
     pub crashed: bool,
@@ -191,7 +195,11 @@ impl Host for FakeHost {
     }
 
     async fn look(&self, of: &Accepted, run: &Run) -> Result<Facts> {
-        let images = self.shared.world().images;
+        let images = {
+            let mut world = self.shared.world();
+            world.looks += 1;
+            world.images
+        };
         let machine = self.shared.world().machines.get(of.id()).cloned().unwrap_or_default();
         let rebooted = run.boot_id != self.boot_id();
         let death = Death {
@@ -202,7 +210,7 @@ impl Host for FakeHost {
         };
         let monitor = match (&run.monitor, &machine.monitor) {
             (Some(known), Some(there)) if known == there && machine.monitor_alive && !rebooted => {
-                MonitorFact::Alive { ran_ns: machine.ran_ns }
+                MonitorFact::Alive { ran_ns: machine.ran_ns, resets_ns: machine.resets_ns.clone() }
             }
             (Some(_), _) => MonitorFact::Dead(death),
             (None, _) if machine.monitor_alive => MonitorFact::Stray,
@@ -260,6 +268,7 @@ impl Host for FakeHost {
                 machine.monitor = Some(of_monitor);
                 machine.monitor_alive = !machine.breaks_at_start && !machine.is_killed_at_start;
                 machine.ran_ns = None;
+                machine.resets_ns.clear();
                 machine.word = machine.breaks_at_start.then(|| LastWord {
                     at_ns,
                     reason: ExitReason::Error,
@@ -378,6 +387,7 @@ impl Bench {
             press_again: Duration::from_millis(40),
             tick: Duration::from_millis(5),
             // On the world's clock, which each reading moves on by a microsecond.
+            host_key: Duration::from_millis(150),
             restart: Duration::from_micros(200),
             retry_first: Duration::from_millis(2),
             retry_max: Duration::from_millis(20),
