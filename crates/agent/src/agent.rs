@@ -5,13 +5,14 @@ use crate::durable;
 use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::names::Folders;
-use crate::record::{self, Accepted, Records, Run, Verdict};
+use crate::record::{self, Accepted, Loaded, Records, Run, Verdict};
 use crate::task::{Live, Pace, Shared, Task};
 use roost_types::agent::{Desired, Ensure, ORPHANS, Observation, Observed, Orphan, Report};
 use roost_types::ids::InstanceId;
 use roost_types::state::DesiredState;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{File, TryLockError};
+use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::runtime::Handle;
 use tokio::sync::{Notify, watch};
@@ -33,6 +34,8 @@ pub struct Agent<H: Host> {
     unwritten: Mutex<BTreeMap<InstanceId, (u64, String)>>,
     /// What the newest `Desired` names; nothing before the first.
     named: Mutex<Option<BTreeSet<InstanceId>>>,
+    /// Instances whose records could not be read, and why. Nothing here acts on them.
+    quarantined: BTreeMap<InstanceId, String>,
     changed: Arc<watch::Sender<u64>>,
     runtime: Handle,
     // Held for as long as this agent lives.
@@ -46,6 +49,8 @@ impl<H: Host> Agent<H> {
     /// The folder cannot be read.
     pub fn open(lock: StateLock, host: Arc<H>, folders: &Folders, pace: Pace) -> Result<Arc<Self>> {
         let records = Records::new(folders.clone());
+        let Loaded { instances, quarantined } = records.load_all()?;
+        host.troubles().set("records", quarantine_trouble(&quarantined, &folders.quarantine()));
         let agent = Arc::new(Self {
             host,
             records,
@@ -54,11 +59,21 @@ impl<H: Host> Agent<H> {
             entries: Mutex::new(BTreeMap::new()),
             unwritten: Mutex::default(),
             named: Mutex::default(),
+            quarantined,
             changed: Arc::new(watch::channel(0).0),
             runtime: Handle::current(),
             _lock: lock,
         });
-        for (accepted, mut run) in agent.records.load_all()? {
+        let known = instances.iter().map(|(accepted, _)| accepted.slot);
+        let mut slots: BTreeSet<u32> = known.chain(agent.host.slots_in_use()).collect();
+        let mut seen = BTreeSet::new();
+        for (mut accepted, mut run) in instances {
+            if !seen.insert(accepted.slot) {
+                // One that came back from quarantine: its number was given away meanwhile.
+                accepted.slot = record::free_slot(slots.iter().copied());
+                slots.insert(accepted.slot);
+                agent.records.save_spec(&accepted)?;
+            }
             let boot = agent.host.boot_id();
             if run.boot_id != boot && run.began_ns.is_none() && run.monitor.is_none() {
                 run.boot_id = boot;
@@ -112,6 +127,7 @@ impl<H: Host> Agent<H> {
                 failed.get_or_insert(error);
             }
         }
+        self.unwritten().retain(|id, _| wanted.contains(id));
         self.entries().retain(|id, entry| {
             let absent = entry.shared.live().state == Observed::Absent;
             if !wanted.contains(id) && !absent {
@@ -143,9 +159,19 @@ impl<H: Host> Agent<H> {
     /// # Errors
     /// It could not be made durable.
     pub fn take_in(&self, ensure: &Ensure) -> Result<()> {
-        let taken = self.write_down(ensure);
+        let kept_out = self.quarantined.get(&ensure.instance_id);
+        let taken = if kept_out.is_some() { Ok(()) } else { self.write_down(ensure) };
         let mut unwritten = self.unwritten();
         let news = match &taken {
+            Ok(()) if let Some(why) = kept_out => {
+                let told = (
+                    ensure.spec.incarnation,
+                    format!(
+                        "its record on the host could not be read, so nothing is done about it there: {why}"
+                    ),
+                );
+                unwritten.insert(ensure.instance_id.clone(), told).is_none()
+            }
             Ok(()) => unwritten.remove(&ensure.instance_id).is_some(),
             Err(error) => {
                 let told = (ensure.spec.incarnation, error.chain());
@@ -182,7 +208,11 @@ impl<H: Host> Agent<H> {
             }
             Verdict::Accept => {
                 let slot = current.map_or_else(
-                    || record::free_slot(entries.values().map(|entry| entry.shared.live().accepted.slot)),
+                    || {
+                        // Also those that processes have which no record names: no two guests share a user id.
+                        let known = entries.values().map(|entry| entry.shared.live().accepted.slot);
+                        record::free_slot(known.chain(self.host.slots_in_use()))
+                    },
                     |accepted| accepted.slot,
                 );
                 let accepted =
@@ -237,7 +267,14 @@ impl<H: Host> Agent<H> {
         for (id, (incarnation, why)) in self.unwritten().iter() {
             match instances.iter_mut().find(|known| known.instance_id == *id) {
                 Some(known) => known.trouble = Some(why.clone()),
-                None => instances.push(nothing_yet(id, *incarnation, why)),
+                None => {
+                    // One that is quarantined may well run.
+                    let state = match self.quarantined.contains_key(id) {
+                        true => Observed::Preparing,
+                        false => Observed::Absent,
+                    };
+                    instances.push(nothing_known(id, *incarnation, state, why));
+                }
             }
         }
         Report {
@@ -314,11 +351,24 @@ impl<H: Host> Drop for Agent<H> {
     }
 }
 
-/// The observation of an instance that was never taken in. Its generation is that of nothing, so that nobody takes it
-/// for the end of anything.
-fn nothing_yet(id: &InstanceId, incarnation: u64, why: &str) -> Observation {
+/// The observation of an instance that was not taken in. Its generation is that of nothing, so that nobody takes it for
+/// the end of anything.
+fn nothing_known(id: &InstanceId, incarnation: u64, state: Observed, why: &str) -> Observation {
     let trouble = Some(why.to_owned());
-    Observation { trouble, ..Observation::new(id.clone(), 0, incarnation, Observed::Absent) }
+    Observation { trouble, ..Observation::new(id.clone(), 0, incarnation, state) }
+}
+
+/// What the owner of the host is told of quarantined records.
+fn quarantine_trouble(quarantined: &BTreeMap<InstanceId, String>, folder: &Path) -> Option<String> {
+    let (id, why) = quarantined.first_key_value()?;
+    let ids: Vec<_> = quarantined.keys().take(5).map(InstanceId::as_str).collect();
+    Some(format!(
+        "records of {} instances could not be read and lie in {}: {}; their guests, if they run, are left alone. \
+         Mend a record and move its folder back to instances/, or remove it, and restart the agent. {id}: {why}",
+        quarantined.len(),
+        folder.display(),
+        ids.join(", "),
+    ))
 }
 
 fn first_state(accepted: &Accepted, run: &Run) -> Observed {

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::record::{Accepted, MonitorId, Run};
 use crate::trouble::Troubles;
 use roost_types::agent::{HostFacts, TimedPart};
+use std::collections::BTreeSet;
 use std::future::Future;
 
 /// What a look at the host showed of one instance.
@@ -79,6 +80,8 @@ pub trait Host: Send + Sync + 'static {
     fn boot_id(&self) -> String;
     /// What the host can hold.
     fn facts(&self) -> HostFacts;
+    /// The slots whose user ids some process has.
+    fn slots_in_use(&self) -> BTreeSet<u32>;
     /// What is wrong with the host itself.
     fn troubles(&self) -> &Troubles;
 

@@ -50,7 +50,8 @@ pub fn of(folders: &Folders, cgroups: &Cgroups, id: &InstanceId) -> Result<Vec<L
     for line in mounts.lines().filter(|line| line.contains(id.as_str())) {
         add("mount", line.split(' ').nth(4).unwrap_or(line).to_owned());
     }
-    for path in [folders.instance(id), folders.running(id)] {
+    let quarantined = folders.quarantine().join(id.as_str());
+    for path in [folders.instance(id), folders.running(id), quarantined] {
         if path.exists() {
             add("file", path.display().to_string());
         }
@@ -66,7 +67,7 @@ fn traces(folders: &Folders, cgroups: &Cgroups) -> BTreeSet<InstanceId> {
             ids.insert(id);
         }
     };
-    for folder in [folders.instances(), folders.run.clone()] {
+    for folder in [folders.instances(), folders.quarantine(), folders.run.clone()] {
         entries(&folder).iter().for_each(|name| note(name));
     }
     for name in entries(&folders.netns) {
@@ -95,7 +96,7 @@ pub fn purge(folders: &Folders, cgroups: &Cgroups) -> Result<()> {
         durable::remove_folder(&folders.instance(id))?;
     }
     firewall::remove_empty_host_table()?;
-    for folder in [folders.instances(), folders.volumes(), folders.images()] {
+    for folder in [folders.instances(), folders.quarantine(), folders.volumes(), folders.images()] {
         durable::remove_folder(&folder)?;
     }
     Ok(())

@@ -70,6 +70,11 @@ impl Folders {
         self.instances().join(id.as_str())
     }
 
+    /// Folder of the instances whose records could not be read.
+    pub fn quarantine(&self) -> PathBuf {
+        self.state.join("quarantine")
+    }
+
     /// A file of one instance.
     pub fn file(&self, id: &InstanceId, name: &str) -> PathBuf {
         self.instance(id).join(name)

@@ -19,7 +19,7 @@ use crate::{clock, durable};
 use roost_types::agent::HostFacts;
 use roost_types::ids::InstanceId;
 use roost_vmm::console::ConsoleReader;
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -153,6 +153,13 @@ impl Host for RealHost {
 
     fn facts(&self) -> HostFacts {
         self.settings.facts.clone()
+    }
+
+    fn slots_in_use(&self) -> BTreeSet<u32> {
+        use std::os::unix::fs::MetadataExt;
+        let processes = std::fs::read_dir("/proc").into_iter().flatten().flatten();
+        let users = processes.filter_map(|process| Some(process.metadata().ok()?.uid()));
+        users.filter_map(|user| user.checked_sub(self.monitors.uid_base)).collect()
     }
 
     fn troubles(&self) -> &Troubles {

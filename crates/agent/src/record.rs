@@ -5,6 +5,10 @@
 //! | `spec.json` | whoever takes in `ensure` | the newest accepted `ensure`, durable *before* anything acts on it |
 //! | `run.json` | the instance's own task | what became of the incarnation at hand |
 //!
+//! Each file says the version of its form (`"v"`); one of an older version is brought forward when it is read. What
+//! cannot be read, damaged or of a newer version, goes to `quarantine/<id>/` as a whole: nothing acts on that instance
+//! until a person has seen to it, and all others go on.
+//!
 //! The refusal rules are pure: [`verdict`].
 
 use crate::error::Result;
@@ -13,9 +17,20 @@ use crate::{durable, error::Error};
 use roost_types::UserDataForm;
 use roost_types::agent::{Ensure, InstanceSpec, StateReason, TimedPart};
 use roost_types::ids::InstanceId;
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
-use std::path::PathBuf;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+/// The version of the records that this agent writes.
+///
+/// | version | what changed |
+/// |---|---|
+/// | 1 | without a `"v"` |
+/// | 2 | `"v"`; a run says whether its volume was made and since when a reboot lasts |
+pub const VERSION: u64 = 2;
 
 /// An `ensure` that was accepted.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -137,10 +152,8 @@ pub struct Run {
     /// Parts of the latest start.
     pub timing: Vec<TimedPart>,
     /// When a reboot took the monitor down; until the next one's vCPUs run.
-    #[serde(default)]
     pub restart_ns: Option<u64>,
     /// The root volume was made, and a monitor may have written to it; kept over incarnations.
-    #[serde(default)]
     pub volume_made: bool,
 }
 
@@ -163,6 +176,50 @@ impl Run {
     pub const fn is_open(&self) -> bool {
         self.began_ns.is_some() && self.ended.is_none()
     }
+}
+
+/// A record with the version of its form.
+#[derive(Serialize)]
+struct Stored<'a, T> {
+    v: u64,
+    #[serde(flatten)]
+    record: &'a T,
+}
+
+/// Reads a record of this version or an older one, which `forward` brings to this one; `None` if there is no file.
+fn read<T: DeserializeOwned>(path: &Path, forward: fn(u64, &mut Value)) -> Result<Option<T>> {
+    let Some(mut value) = durable::read_json::<Value>(path)? else { return Ok(None) };
+    let version = value.get("v").map_or(Some(1), Value::as_u64);
+    let Some(version) = version.filter(|version| (1..=VERSION).contains(version)) else {
+        return Err(Error::NotNow(format!(
+            "{path:?} has the form {}, and this agent reads 1 to {VERSION}: a newer agent wrote it, or it is damaged",
+            value.get("v").unwrap_or(&Value::Null)
+        )));
+    };
+    forward(version, &mut value);
+    serde_json::from_value(value).map(Some).map_err(|source| Error::Damaged { path: path.to_owned(), source })
+}
+
+/// Brings a run of an older version to this one.
+fn run_from(version: u64, run: &mut Value) {
+    let Some(run) = run.as_object_mut().filter(|_| version < 2) else { return };
+    let began = run.get("began_ns").is_some_and(Value::is_u64);
+    let again = run.get("incarnation").and_then(Value::as_u64) > Some(1);
+    let rebooting = began && run.get("ended").is_none_or(Value::is_null);
+    let monitor = run.get("monitor").is_some_and(Value::is_object);
+    // A first start may have made its volume without a monitor's having run: then nothing was written to it.
+    run.insert("volume_made".into(), (began || again || monitor).into());
+    let since = run.get("last_seen_ns").cloned().filter(|_| rebooting && !monitor).unwrap_or_default();
+    run.insert("restart_ns".into(), since);
+}
+
+/// What the state folder holds.
+#[derive(Debug, Default)]
+pub struct Loaded {
+    /// Every instance that can be read.
+    pub instances: Vec<(Accepted, Run)>,
+    /// Every one that cannot, and why.
+    pub quarantined: BTreeMap<InstanceId, String>,
 }
 
 /// The two files of every instance.
@@ -191,7 +248,7 @@ impl Records {
     /// The state folder is read-only or full.
     pub fn save_spec(&self, accepted: &Accepted) -> Result<()> {
         durable::make_folder(&self.folders.instance(accepted.id()))?;
-        durable::write_json(&self.spec_path(accepted.id()), accepted)
+        durable::write_json(&self.spec_path(accepted.id()), &Stored { v: VERSION, record: accepted })
     }
 
     /// Makes a run durable.
@@ -199,7 +256,7 @@ impl Records {
     /// # Errors
     /// The state folder is read-only or full.
     pub fn save_run(&self, id: &InstanceId, run: &Run) -> Result<()> {
-        durable::write_json(&self.run_path(id), run)
+        durable::write_json(&self.run_path(id), &Stored { v: VERSION, record: run })
     }
 
     /// Reads the run of an instance; a fresh one if there is none.
@@ -207,33 +264,71 @@ impl Records {
     /// # Errors
     /// It is damaged.
     pub fn load_run(&self, id: &InstanceId) -> Result<Run> {
-        Ok(durable::read_json(&self.run_path(id))?.unwrap_or_default())
+        Ok(read(&self.run_path(id), run_from)?.unwrap_or_default())
     }
 
-    /// Reads every instance. A folder without a spec is left of a removal or of an acceptance that was cut short:
-    /// nothing was made for it yet or all is gone, so it goes too.
+    /// Reads every instance; one that cannot be read is quarantined. A folder without a spec is left of a removal or of
+    /// an acceptance that was cut short: nothing was made for it yet or all is gone, so it goes too.
     ///
     /// # Errors
-    /// A file is damaged or cannot be read.
-    pub fn load_all(&self) -> Result<Vec<(Accepted, Run)>> {
+    /// The folder of all instances cannot be read.
+    pub fn load_all(&self) -> Result<Loaded> {
         let root = self.folders.instances();
         durable::make_folder(&root)?;
         let mut all = Vec::new();
+        let mut quarantined = self.quarantined();
         for entry in std::fs::read_dir(&root).map_err(Error::file("list", &root))? {
             let entry = entry.map_err(Error::file("list", &root))?;
             let Some(id) = entry.file_name().to_str().and_then(|name| name.parse::<InstanceId>().ok()) else {
                 continue;
             };
-            match durable::read_json::<Accepted>(&self.spec_path(&id))? {
-                Some(accepted) => {
-                    let run = self.load_run(&id)?;
-                    all.push((accepted, run));
+            match self.load(&id) {
+                Ok(Some(one)) => all.push(one),
+                Ok(None) => durable::remove_folder(&entry.path())?,
+                Err(error) => {
+                    self.quarantine(&id, &error);
+                    quarantined.insert(id, error.chain());
                 }
-                None => durable::remove_folder(&entry.path())?,
             }
         }
         all.sort_by(|(a, _), (b, _)| a.id().cmp(b.id()));
-        Ok(all)
+        Ok(Loaded { instances: all, quarantined })
+    }
+
+    fn load(&self, id: &InstanceId) -> Result<Option<(Accepted, Run)>> {
+        let path = self.spec_path(id);
+        let Some(accepted) = read::<Accepted>(&path, |_, _| ())? else { return Ok(None) };
+        if accepted.id() != id {
+            return Err(Error::NotNow(format!("{path:?} is the record of {}", accepted.id())));
+        }
+        Ok(Some((accepted, self.load_run(id)?)))
+    }
+
+    /// Takes an instance's files out of the way, open ones of a running monitor included: they keep their content.
+    fn quarantine(&self, id: &InstanceId, error: &Error) {
+        let (from, to) = (self.folders.instance(id), self.folders.quarantine().join(id.as_str()));
+        tracing::error!(instance = %id, error = %error.chain(), ?to, "a record cannot be read; it is quarantined");
+        let moved = durable::make_folder(&self.folders.quarantine())
+            // Of one instance the newest is kept.
+            .and_then(|()| durable::remove_folder(&to))
+            .and_then(|()| std::fs::rename(&from, &to).map_err(Error::file("move", &from)))
+            .and_then(|()| durable::write(&to.join("why"), error.chain().as_bytes()))
+            .and_then(|()| durable::sync_parent(&from));
+        if let Err(error) = moved {
+            // It is found again, and kept out again, at the next start.
+            tracing::error!(instance = %id, error = %error.chain(), "a record cannot be quarantined");
+        }
+    }
+
+    /// What is quarantined, and why.
+    fn quarantined(&self) -> BTreeMap<InstanceId, String> {
+        let folder = self.folders.quarantine();
+        let why = |id: InstanceId| {
+            let told = std::fs::read_to_string(folder.join(id.as_str()).join("why"));
+            (id, told.unwrap_or_else(|_| "nothing says why".to_owned()))
+        };
+        let entries = std::fs::read_dir(&folder).into_iter().flatten().flatten();
+        entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok()).map(why).collect()
     }
 
     /// Forgets an instance: first its spec, so that a cut-short removal is finished at the next start.
@@ -299,9 +394,9 @@ mod tests {
         records.save_spec(&accepted).unwrap();
         let run = Run { incarnation: 3, ..Run::default() };
         records.save_run(accepted.id(), &run).unwrap();
-        assert_eq!(records.load_all().unwrap(), vec![(accepted.clone(), run)]);
+        assert_eq!(records.load_all().unwrap().instances, vec![(accepted.clone(), run)]);
         durable::remove_file(&folders.file(accepted.id(), "spec.json")).unwrap();
-        assert_eq!(records.load_all().unwrap(), vec![]);
+        assert_eq!(records.load_all().unwrap().instances, vec![]);
         assert!(!folders.instance(accepted.id()).exists());
     }
 }

@@ -6,6 +6,8 @@ mod support;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use roost_agent::agent::StateLock;
+use roost_agent::names::Folders;
+use roost_agent::record::{self, Accepted, Records, Verdict};
 use roost_agent::testing::{ensure, ensure_of};
 use roost_types::agent::{Ensure, Observed};
 use roost_types::state::DesiredState;
@@ -155,6 +157,128 @@ async fn a_restarted_agent_adopts_its_monitors_and_they_do_not_notice() {
     assert_eq!((world.machines[&id].runs, world.machines[&id].power_presses), (1, 0));
     drop(world);
     assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
+}
+
+#[tokio::test]
+async fn one_record_that_cannot_be_read_is_quarantined_and_its_guest_runs_on_as_do_all_others() {
+    for (file, content) in [
+        ("spec.json", "{"),
+        ("spec.json", ""),
+        ("run.json", "[]"),
+        ("spec.json", "{\"v\": 99}"),
+        ("run.json", "{\"v\": 2, \"incarnation\": \"one\"}"),
+    ] {
+        let mut bench = Bench::new();
+        let (bad, good) = (ensure(1), ensure_of(9, 1));
+        let id = bad.instance_id.clone();
+        for one in [&bad, &good] {
+            bench.want(one.clone());
+            bench.until(&one.instance_id, "running", |seen| seen.state == Observed::Running).await;
+        }
+        bench.crash_agent().await;
+        std::fs::write(bench.folders.file(&id, file), content).unwrap();
+        bench.shared.world().slots = [0, 1].into();
+        // Also after one more start, when it lies in quarantine already.
+        for _ in 0..2 {
+            bench.start_agent();
+            let seen = bench.until(&id, "trouble", |seen| seen.trouble.is_some()).await;
+            assert_eq!((seen.state, seen.generation, seen.incarnation), (Observed::Preparing, 0, 1));
+            assert!(seen.trouble.unwrap().contains(file));
+            let trouble = bench.agent.as_ref().unwrap().report().trouble;
+            let folder = bench.folders.quarantine().display().to_string();
+            let told = trouble.len() == 1 && trouble[0].contains(id.as_str()) && trouble[0].contains(&folder);
+            assert!(told, "{trouble:?}");
+            bench
+                .until(&good.instance_id, "running", |seen| {
+                    seen.state == Observed::Running && seen.run_began_age_us.is_some()
+                })
+                .await;
+            assert!(bench.shared.world().machines[&id].monitor_alive, "it was killed as a stray");
+            bench.crash_agent().await;
+        }
+        // A new one does not get the user id of the guest that nobody looks after.
+        bench.start_agent();
+        let new = ensure_of(8, 1);
+        bench.want(new.clone());
+        assert_eq!(bench.agent.as_ref().unwrap().accepted(&new.instance_id).unwrap().slot, 2);
+        // Its folder is moved back once it is mended, and the guest has not noticed.
+        bench.crash_agent().await;
+        let kept = bench.folders.quarantine().join(id.as_str());
+        if file == "run.json" {
+            continue;
+        }
+        let spec = record::spec_hash(&bad.spec);
+        let whole = serde_json::json!({ "ensure": bad, "spec_hash": spec, "slot": 0 });
+        std::fs::write(kept.join(file), whole.to_string()).unwrap();
+        std::fs::rename(&kept, bench.folders.instance(&id)).unwrap();
+        bench.start_agent();
+        bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.generation == 1).await;
+        assert_eq!(bench.shared.world().machines[&id].runs, 1);
+        assert!(bench.agent.as_ref().unwrap().report().trouble.is_empty());
+    }
+}
+
+#[tokio::test]
+async fn an_instance_that_comes_back_from_quarantine_shares_its_user_id_with_no_other() {
+    let mut bench = Bench::new();
+    bench.crash_agent().await;
+    let records = Records::new(bench.folders.clone());
+    let both = [ensure_of(5, 1), ensure_of(6, 1)];
+    for ensure in &both {
+        let spec_hash = record::spec_hash(&ensure.spec);
+        records.save_spec(&Accepted { ensure: ensure.clone(), spec_hash, slot: 0 }).unwrap();
+    }
+    let slots = |bench: &Bench| {
+        both.each_ref().map(|one| bench.agent.as_ref().unwrap().accepted(&one.instance_id).unwrap().slot)
+    };
+    bench.start_agent();
+    assert_eq!(slots(&bench), [0, 1]);
+    bench.restart_agent().await;
+    assert_eq!(slots(&bench), [0, 1], "that is written down");
+}
+
+/// `tests/data/records-v1` holds what version 1 wrote, one folder per instance; each later version gets its own.
+#[test]
+fn records_of_every_older_version_are_read() {
+    let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/records-v1");
+    let folder = tempfile::tempdir().unwrap();
+    let state = folder.path().to_owned();
+    for instance in std::fs::read_dir(data).unwrap().flatten() {
+        let to = state.join("instances").join(instance.file_name());
+        std::fs::create_dir_all(&to).unwrap();
+        for file in std::fs::read_dir(instance.path()).unwrap().flatten() {
+            std::fs::copy(file.path(), to.join(file.file_name())).unwrap();
+        }
+    }
+    let records = Records::new(Folders { state, run: "/nowhere".into(), netns: "/nowhere".into() });
+    let loaded = records.load_all().unwrap();
+    assert!(loaded.quarantined.is_empty(), "{:?}", loaded.quarantined);
+    let seen: Vec<_> = loaded
+        .instances
+        .iter()
+        .map(|(accepted, run)| {
+            assert_eq!(
+                record::verdict(Some(accepted), &accepted.ensure),
+                Verdict::Same,
+                "what was accepted would be refused"
+            );
+            (accepted.slot, run.incarnation, run.volume_made, run.restart_ns)
+        })
+        .collect();
+    let (running, rebooting, stopped, taken_in) = (
+        (0, 1, true, None),
+        (1, 1, true, Some(1_000_009_000)),
+        (2, 3, true, None),
+        // Its volume may still be made.
+        (3, 0, false, None),
+    );
+    assert_eq!(seen, [running, rebooting, stopped, taken_in]);
+    // Read and written, they are of the version of today.
+    for (accepted, run) in &loaded.instances {
+        records.save_spec(accepted).unwrap();
+        records.save_run(accepted.id(), run).unwrap();
+    }
+    assert_eq!(records.load_all().unwrap().instances, loaded.instances);
 }
 
 #[tokio::test]

@@ -48,6 +48,8 @@ pub struct World {
     pub next_pid: i32,
     pub boot: u32,
     pub operations: u64,
+    /// Slots whose user ids processes have.
+    pub slots: BTreeSet<u32>,
     /// How often an agent has looked.
     pub looks: u64,
     /// The agent dies at this operation; `true`: after it took effect.
@@ -188,6 +190,10 @@ impl Host for FakeHost {
             overhead_mib: 64,
             gpus: 0,
         }
+    }
+
+    fn slots_in_use(&self) -> BTreeSet<u32> {
+        self.shared.world().slots.clone()
     }
 
     fn troubles(&self) -> &Troubles {
