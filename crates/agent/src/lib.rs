@@ -14,6 +14,7 @@
 //! | [`net`] | the network of an instance |
 //! | [`cgroup`] | families, instances, limits read back |
 //! | [`storage`] | images fetched once, volumes on them |
+//! | [`unpack`] | images are unpacked in a process without privilege |
 //! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
 //! | [`leftovers`] | what is still there of an instance |
@@ -48,5 +49,6 @@ pub mod task;
 #[doc(hidden)]
 pub mod testing;
 pub mod trouble;
+pub mod unpack;
 
 pub use error::{Error, Result};

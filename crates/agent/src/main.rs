@@ -17,7 +17,8 @@ use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
 use roost_agent::task::Pace;
-use roost_agent::{cgroup, clock, connection, durable, leftovers};
+use roost_agent::unpack::Unpacker;
+use roost_agent::{cgroup, clock, connection, durable, leftovers, unpack};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -43,6 +44,19 @@ enum Command {
     Leftovers(Leftovers),
     /// Ends every instance of a state folder and removes all of it, volumes included. The agent must not run.
     Purge(Purge),
+    /// Unpacks descriptor 0 to descriptor 1 without privilege; the agent starts it.
+    #[command(hide = true)]
+    Unpack(Unpack),
+}
+
+#[derive(Args)]
+struct Unpack {
+    #[arg(long)]
+    most: u64,
+    #[arg(long)]
+    reserve: u64,
+    #[arg(long)]
+    user: u32,
 }
 
 #[derive(Args)]
@@ -85,6 +99,9 @@ struct Serve {
     /// Memory that the host keeps for itself, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 512)]
     reserve_memory_mib: u64,
+    /// Disk that stays free for the records of this host, MiB: with less, no image is unpacked and no volume made here.
+    #[arg(long, value_name = "MIB", default_value_t = 512, value_parser = clap::value_parser!(u64).range(0..=1 << 30))]
+    reserve_disk_mib: u64,
     /// Memory that a monitor may take beside its guest's, MiB.
     #[arg(long, value_name = "MIB", default_value_t = 64)]
     overhead_mib: u64,
@@ -122,6 +139,7 @@ fn main() -> ExitCode {
         Command::Serve(serve) => run(&serve).map(|()| ExitCode::SUCCESS),
         Command::Leftovers(which) => list(&which),
         Command::Purge(purge) => remove(&purge).map(|()| ExitCode::SUCCESS),
+        Command::Unpack(Unpack { most, reserve, user }) => unpack::run(unpack::Order { most, reserve, user }),
     };
     outcome.unwrap_or_else(|error| {
         let _ = writeln!(std::io::stderr(), "roost-agent: {}", error.chain());
@@ -213,7 +231,13 @@ fn run(serve: &Serve) -> Result<()> {
         uid_base: serve.uid_base,
         mtu: links::uplink_mtu(),
     };
-    let images = Images::new(folders.clone(), Arc::new(controller.clone()))?;
+    let unpacker = Unpacker {
+        // This very program, also when its file was replaced meanwhile.
+        program: "/proc/self/exe".into(),
+        user: serve.uid_base.saturating_sub(1),
+        reserve: serve.reserve_disk_mib << 20,
+    };
+    let images = Images::new(folders.clone(), Arc::new(controller.clone()), unpacker)?;
     let settings = HostSettings {
         facts: facts::measure(&identity, &shares, &folders)?,
         dns: if serve.dns.is_empty() {

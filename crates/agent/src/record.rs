@@ -55,9 +55,12 @@ impl Accepted {
     }
 }
 
-/// SHA-256 over the spec's JSON, as hex.
+/// SHA-256 over the spec's JSON, as hex, without what an older controller does not send: the same spec from a newer one
+/// is the same.
 pub fn spec_hash(spec: &InstanceSpec) -> String {
-    hash_of(spec)
+    let mut spec = spec.clone();
+    spec.image.root_bytes = None;
+    hash_of(&spec)
 }
 
 /// SHA-256 over the JSON of anything, as hex.
@@ -375,6 +378,15 @@ mod tests {
         assert!(
             matches!(verdict(Some(&accepted), &other), Verdict::Refuse(why) if why.contains("another spec"))
         );
+    }
+
+    #[test]
+    fn a_newer_controller_that_says_more_of_an_image_is_not_refused() {
+        let old = ensure(5);
+        let accepted = Accepted { spec_hash: spec_hash(&old.spec), ensure: old.clone(), slot: 0 };
+        let mut new = old;
+        new.spec.image.root_bytes = Some(1 << 30);
+        assert_eq!(verdict(Some(&accepted), &new), Verdict::Same);
     }
 
     #[test]

@@ -32,6 +32,7 @@ pub fn ensure_of(seed: u8, generation: u64) -> Ensure {
                 initrd: None,
                 root: BlobId::from_sha256([2; 32]),
                 boot_args: "console=ttyS0".into(),
+                root_bytes: None,
             },
             root_volume: VolumeSpec {
                 volume_id: VolumeId::from_random(random),

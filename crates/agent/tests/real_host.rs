@@ -19,6 +19,7 @@ use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::{BlobSource, Bytes, Images, Opening};
 use roost_agent::task::Pace;
 use roost_agent::testing::ensure_of;
+use roost_agent::unpack::Unpacker;
 use roost_types::agent::{Desired, Ensure, IngressRule, Observation, Observed, Protocol};
 use roost_types::ids::{BlobId, HostId, InstanceId};
 use roost_types::state::DesiredState;
@@ -113,7 +114,8 @@ impl Bench {
             facts: facts::measure(&identity(), &shares, &self.folders).unwrap(),
             dns: vec![],
         };
-        let images = Images::new(self.folders.clone(), self.shelf.clone()).unwrap();
+        let unpacker = Unpacker { program: self.bin.join("roost-agent"), user: 99_999, reserve: 0 };
+        let images = Images::new(self.folders.clone(), self.shelf.clone(), unpacker).unwrap();
         let host = Arc::new(RealHost::new(settings, monitors, images).unwrap());
         let pace = Pace { stop_grace: Duration::from_secs(60), ..Pace::default() };
         self.agent = Some(Agent::open(lock, host, &self.folders, pace).unwrap());

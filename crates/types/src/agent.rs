@@ -154,6 +154,9 @@ pub struct ImageSpec {
     pub root: BlobId,
     /// Kernel command line.
     pub boot_args: String,
+    /// Bytes that the root disk unpacks to; a host unpacks no more. No part of what a spec is compared by.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub root_bytes: Option<u64>,
 }
 
 /// A volume: a qcow2 overlay on the image's root disk.

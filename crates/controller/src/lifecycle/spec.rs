@@ -42,6 +42,7 @@ pub fn ensure(record: &InstanceRecord, image: &ImageRow) -> Ensure {
             initrd: image.initrd.clone(),
             root: image.root.clone(),
             boot_args: image.image.boot_args.clone(),
+            root_bytes: Some(image.root_bytes),
         },
         root_volume: VolumeSpec {
             volume_id: volume.volume_id.clone(),

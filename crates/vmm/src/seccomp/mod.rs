@@ -23,8 +23,16 @@ pub type Filter = Arc<Vec<libc::sock_filter>>;
 /// # Errors
 /// [`Error::Seccomp`].
 pub fn compile(kind: Kind) -> Result<Filter> {
-    let program = program::compile(&rules::lines(kind), std::process::id());
-    program.map(Arc::new).ok_or_else(|| Error::Seccomp(format!("the table of {kind:?} is too long")))
+    of_lines(&rules::lines(kind))
+}
+
+/// Compiles the filter that allows these calls to this process, and no other.
+///
+/// # Errors
+/// [`Error::Seccomp`].
+pub fn of_lines(lines: &[(i64, rules::Only)]) -> Result<Filter> {
+    let program = program::compile(lines, std::process::id());
+    program.map(Arc::new).ok_or_else(|| Error::Seccomp(format!("{} lines are too many", lines.len())))
 }
 
 /// Locks the calling thread down for good; threads that it starts later inherit the filter.
