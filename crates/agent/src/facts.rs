@@ -1,5 +1,6 @@
 //! What a host can hold: its CPUs, memory and disk, less what it keeps for itself.
 
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::names::Folders;
 use roost_types::agent::HostFacts;
@@ -60,7 +61,7 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
     let cpus = std::thread::available_parallelism().map_err(Error::io("counting CPUs"))?;
     let cpus = u32::try_from(cpus.get()).unwrap_or(u32::MAX);
     let meminfo = std::fs::read_to_string("/proc/meminfo").map_err(Error::file("read", "/proc/meminfo"))?;
-    let disk = rustix::fs::statvfs(&folders.state)
+    let volume = rustix::fs::statvfs(&folders.state)
         .map_err(|error| Error::file("measure", &folders.state)(error.into()))?;
     Ok(HostFacts {
         host_id: identity.host_id.clone(),
@@ -70,18 +71,11 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
         cpu_milli: milli(cpus, shares.cpu_overcommit),
         memory_mib: total_mib(&meminfo).saturating_sub(shares.reserve_memory_mib),
         // Volumes are counted by their full size when they are placed, so what they take already is free here.
-        disk_gib: (disk.f_bavail.saturating_mul(disk.f_frsize) + taken(&folders.volumes())) >> 30,
+        disk_gib: (volume.f_bavail.saturating_mul(volume.f_frsize) + disk::taken(&folders.volumes())) >> 30,
         max_vcpus: max_vcpus(),
         overhead_mib: shares.overhead_mib,
         gpus: 0,
     })
-}
-
-/// Bytes that the files of a folder take on the disk.
-fn taken(folder: &Path) -> u64 {
-    use std::os::unix::fs::MetadataExt;
-    let Ok(entries) = std::fs::read_dir(folder) else { return 0 };
-    entries.flatten().filter_map(|entry| entry.metadata().ok()).map(|meta| meta.blocks() * 512).sum()
 }
 
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // clamped to what fits

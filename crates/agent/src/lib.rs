@@ -14,6 +14,7 @@
 //! | [`net`] | the network of an instance |
 //! | [`cgroup`] | families, instances, limits read back |
 //! | [`storage`] | images fetched once, volumes on them |
+//! | [`disk`] | its free space, and what is kept of it |
 //! | [`unpack`] | images are unpacked in a process without privilege |
 //! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
@@ -30,6 +31,7 @@ pub mod cgroup;
 pub mod clock;
 pub mod connection;
 pub mod controller;
+pub mod disk;
 pub mod durable;
 pub mod error;
 pub mod facts;

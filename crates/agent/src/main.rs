@@ -246,6 +246,7 @@ fn run(serve: &Serve) -> Result<()> {
             serve.dns.clone()
         },
         folders: folders.clone(),
+        reserve_disk: serve.reserve_disk_mib << 20,
     };
     let host = Arc::new(RealHost::new(settings, monitors, images)?);
     let pace = Pace { stop_grace: Duration::from_secs(serve.stop_grace), ..Pace::default() };
@@ -259,6 +260,8 @@ fn run(serve: &Serve) -> Result<()> {
             let streams = Streams::new(Arc::clone(&agent), controller.clone(), folders);
             let watched = Arc::clone(&host);
             tokio::spawn(async move { clock::watch(watched.troubles()).await });
+            let watched = Arc::clone(&host);
+            tokio::spawn(async move { watched.watch_disk().await });
             tokio::spawn(prune(Arc::clone(&agent), host, idle));
             tokio::task::spawn_blocking(|| {
                 if let Err(error) = firewall::warm_up() {

@@ -2,6 +2,7 @@
 //! A test can halt the agent before and after each operation (`roost_halt`).
 
 use crate::cgroup::Cgroups;
+use crate::disk::Disk;
 use crate::error::{Error, Result};
 use crate::host::{Facts, Host, MonitorFact, Started};
 use crate::monitor::{self, Monitors};
@@ -23,6 +24,10 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::Ipv4Addr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+/// How often the free disk is looked at.
+const DISK_EVERY: Duration = Duration::from_secs(5);
 
 /// What a real host needs to know of itself.
 pub struct HostSettings {
@@ -32,6 +37,8 @@ pub struct HostSettings {
     pub facts: HostFacts,
     /// Name servers that guests are told.
     pub dns: Vec<Ipv4Addr>,
+    /// Bytes of its disk that are kept free.
+    pub reserve_disk: u64,
 }
 
 /// The host as it is.
@@ -41,6 +48,7 @@ pub struct RealHost {
     cgroups: Cgroups,
     monitors: Monitors,
     images: Images,
+    disk: Disk,
     token_key: [u8; 32],
     networks: Mutex<BTreeMap<InstanceId, Network>>,
     troubles: Troubles,
@@ -63,6 +71,7 @@ impl RealHost {
             boot_id: clock::boot_id()?,
             cgroups: monitors.cgroups.clone(),
             troubles: Troubles::new(&settings.folders),
+            disk: Disk::new(settings.folders.clone(), settings.reserve_disk),
             settings,
             monitors,
             images,
@@ -74,6 +83,16 @@ impl RealHost {
     /// The images.
     pub const fn images(&self) -> &Images {
         &self.images
+    }
+
+    /// Looks at the free disk now and then, for ever. While the reserve is not free, the host says that it has no disk for
+    /// volumes.
+    pub async fn watch_disk(&self) {
+        loop {
+            let trouble = self.disk.look().unwrap_or_else(|error| Some(error.chain()));
+            self.troubles.set("disk", trouble);
+            tokio::time::sleep(DISK_EVERY).await;
+        }
     }
 
     /// Where things are.
@@ -152,7 +171,11 @@ impl Host for RealHost {
     }
 
     fn facts(&self) -> HostFacts {
-        self.settings.facts.clone()
+        let mut facts = self.settings.facts.clone();
+        if self.disk.is_low() {
+            facts.disk_gib = 0;
+        }
+        facts
     }
 
     fn slots_in_use(&self) -> BTreeSet<u32> {
@@ -192,6 +215,7 @@ impl Host for RealHost {
 
     async fn make_disk(&self, of: &Accepted) -> Result<()> {
         let _points = roost_halt::around("agent.disk");
+        self.disk.has_room()?;
         let (folders, spec) = (self.folders().clone(), of.spec().clone());
         blocking(move || storage::make_volume(&folders, &spec)).await
     }

@@ -8,6 +8,7 @@
 //! The process has these three descriptors and can get no other: its filter allows reading, writing, memory and the
 //! end. It writes no more than the image says that it unpacks to, and leaves the host's reserve of free disk alone.
 
+use crate::disk;
 use crate::error::{Error, Result};
 use roost_types::ids::BlobId;
 use roost_vmm::seccomp::{self, rules::Only};
@@ -65,7 +66,7 @@ impl Unpacker {
         most: u64,
         part: &Path,
     ) -> Result<()> {
-        self.room(part)?;
+        disk::require(part.parent().unwrap_or(part), self.reserve)?;
         let file = File::options()
             .write(true)
             .create(true)
@@ -110,17 +111,6 @@ impl Unpacker {
             .map_err(|error| Error::NotNow(format!("flushing was cut short: {error}")))?
     }
 
-    fn room(&self, part: &Path) -> Result<()> {
-        let folder = part.parent().unwrap_or(part);
-        let free =
-            rustix::fs::statvfs(folder).map_err(Error::sys(format!("measuring {}", folder.display())))?;
-        let free = free.f_bavail.saturating_mul(free.f_frsize);
-        if free < self.reserve {
-            return Err(Error::NotNow(low(free, self.reserve)));
-        }
-        Ok(())
-    }
-
     fn start(&self, file: &File, most: u64) -> Result<Child> {
         let output = file.try_clone().map_err(Error::io("handing the image's file on"))?;
         Command::new(&self.program)
@@ -137,10 +127,6 @@ impl Unpacker {
             .spawn()
             .map_err(Error::file("start", &self.program))
     }
-}
-
-fn low(free: u64, reserve: u64) -> String {
-    format!("the host's disk is full: {} MiB are free, and {} MiB are kept free", free >> 20, reserve >> 20)
 }
 
 /// Returns false if the process takes no more.
@@ -291,7 +277,7 @@ fn copy(order: Order) -> Outcome<()> {
             let size = u64::try_from(disk.f_bsize).unwrap_or(0);
             let free = disk.f_bavail.saturating_mul(size);
             if free < order.reserve {
-                return Err((NO_ROOM, low(free, order.reserve)));
+                return Err((NO_ROOM, disk::full(free, order.reserve)));
             }
         }
     }

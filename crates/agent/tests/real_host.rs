@@ -113,6 +113,7 @@ impl Bench {
             folders: self.folders.clone(),
             facts: facts::measure(&identity(), &shares, &self.folders).unwrap(),
             dns: vec![],
+            reserve_disk: 0,
         };
         let unpacker = Unpacker { program: self.bin.join("roost-agent"), user: 99_999, reserve: 0 };
         let images = Images::new(self.folders.clone(), self.shelf.clone(), unpacker).unwrap();
