@@ -8,6 +8,35 @@ use std::time::Duration;
 const SOON: Duration = Duration::from_secs(90);
 
 #[test]
+fn a_guest_that_boots_while_the_agent_is_away_has_its_address_and_is_ready_once_the_agent_is_back() {
+    let rig = Rig::get();
+    let tenant = rig.tenant("away");
+    let id = tenant.launch("tiny-fast", "home1.micro", &["--wait"]);
+    tenant.wait_console(&id, "roost-guest: ready", SOON);
+    let mut typed = Session::start(&tenant, &["console", &id, "--attach"]);
+    typed.enter("(sleep 8; reboot) & echo leaves-$((6 * 7))");
+    typed.wait_text("leaves-42", SOON);
+    rig.host(&format!("systemctl stop {}-agent", rig.units)).ok();
+    // Nobody answers: it says so, and asks on.
+    let console = format!("{}/agent/instances/{id}/console", rig.state.display());
+    let asks = format!(
+        "for n in $(seq 90); do ! grep -aq 'no address for eth0' {console} || exit 0; sleep 1; done; exit 1"
+    );
+    let asked = rig.host(&asks);
+    rig.host(&format!("systemctl start {}-agent", rig.units)).ok();
+    asked.ok();
+    let console = wait_for("the guest to be ready again", SOON, || {
+        let console = tenant.roost(&["console", &id]).stdout;
+        let times = console.matches("roost-guest: ready").count();
+        if times == 2 { Ok(console) } else { Err(format!("{times} times")) }
+    });
+    let said = console.rfind("no address for eth0").unwrap();
+    assert!(said < console.rfind("roost-guest: ready").unwrap(), "ready only with an address:\n{console}");
+    drop(typed);
+    tenant.terminate_clean(&id);
+}
+
+#[test]
 fn a_console_is_followed_and_typed_on_while_the_agent_restarts() {
     let rig = Rig::get();
     let tenant = rig.tenant("console");
