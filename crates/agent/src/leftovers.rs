@@ -4,7 +4,7 @@ use crate::cgroup::Cgroups;
 use crate::durable;
 use crate::error::Result;
 use crate::names::{self, Folders};
-use crate::net::{firewall, links};
+use crate::net::{firewall, links, walls};
 use roost_types::ids::InstanceId;
 use serde::Serialize;
 use std::collections::BTreeSet;
@@ -86,11 +86,8 @@ fn traces(folders: &Folders, cgroups: &Cgroups) -> BTreeSet<InstanceId> {
 pub fn purge(folders: &Folders, cgroups: &Cgroups) -> Result<()> {
     for id in &traces(folders, cgroups) {
         cgroups.kill(id)?;
-        let addresses = firewall::public_addresses(id)?;
-        if !addresses.is_empty() {
-            firewall::apply("remove public addresses", &firewall::without(&addresses))?;
-        }
         links::remove(folders, id)?;
+        walls::release(id)?;
         cgroups.remove(id)?;
         durable::remove_folder(&folders.running(id))?;
         durable::remove_folder(&folders.instance(id))?;

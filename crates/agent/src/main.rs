@@ -12,7 +12,8 @@ use roost_agent::facts::{self, Identity, Shares};
 use roost_agent::host::Host;
 use roost_agent::monitor::Monitors;
 use roost_agent::names::Folders;
-use roost_agent::net::{firewall, links};
+use roost_agent::net::firewall;
+use roost_agent::net::surroundings::Surroundings;
 use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
@@ -108,6 +109,9 @@ struct Serve {
     /// A name server that guests are told; may be given several times. By default the host's own.
     #[arg(long, value_name = "ADDRESS")]
     dns: Vec<Ipv4Addr>,
+    /// A link that guests may leave this host by, beside those of its default routes; may be given several times.
+    #[arg(long, value_name = "LINK")]
+    uplink: Vec<String>,
     /// From the power button to the kill, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     stop_grace: u64,
@@ -229,7 +233,7 @@ fn run(serve: &Serve) -> Result<()> {
         cgroups,
         program: vmm,
         uid_base: serve.uid_base,
-        mtu: links::uplink_mtu(),
+        mtu: Surroundings::look(&serve.uplink).mtu,
     };
     let unpacker = Unpacker {
         // This very program, also when its file was replaced meanwhile.
@@ -245,6 +249,7 @@ fn run(serve: &Serve) -> Result<()> {
         } else {
             serve.dns.clone()
         },
+        uplinks: serve.uplink.clone(),
         folders: folders.clone(),
         reserve_disk: serve.reserve_disk_mib << 20,
     };

@@ -12,7 +12,8 @@ use crate::net::imds::{Imds, Tokens};
 use crate::net::links::{self, Links};
 use crate::net::metadata::Tree;
 use crate::net::service::Services;
-use crate::net::{firewall, netns};
+use crate::net::surroundings::Surroundings;
+use crate::net::{firewall, netns, walls};
 use crate::record::{self, Accepted, MonitorId, Run};
 use crate::storage::{self, Images};
 use crate::trouble::Troubles;
@@ -39,6 +40,8 @@ pub struct HostSettings {
     pub dns: Vec<Ipv4Addr>,
     /// Bytes of its disk that are kept free.
     pub reserve_disk: u64,
+    /// Links that guests may leave by beside those of the host's default routes.
+    pub uplinks: Vec<String>,
 }
 
 /// The host as it is.
@@ -225,6 +228,7 @@ impl Host for RealHost {
         let (links, folders) = (self.links(of), self.folders().clone());
         let namespace = folders.netns_file(of.id());
         let lease = self.lease(of)?;
+        let around = Surroundings::look(&self.settings.uplinks);
         let tree = Tree::new(&of.ensure);
         let tokens = Tokens::new(self.token_key, of.id().to_string());
         let has_services = self.networks().get(of.id()).is_some_and(|net| net.services.alive());
@@ -233,18 +237,13 @@ impl Host for RealHost {
         let services = blocking(move || {
             let begin = std::time::Instant::now();
             let lap = |what: &str| tracing::debug!(what, took = ?begin.elapsed(), "network");
-            links::forward_on_host()?;
             links.make(&folders)?;
             lap("links");
-            let rules = firewall::instance_table(&links.interface);
-            netns::enter(&namespace, move || firewall::apply("set the instance's rules", &rules))?;
+            walls::set_inside(&namespace, &links.interface, &around)?;
             lap("instance's rules");
-            firewall::apply(
-                "set the host's rules",
-                &firewall::host_table(&links.id, links.interface.public_ip),
-            )?;
+            walls::set_host(&around, &[(links.id, links.interface.public_ip)])?;
             lap("host's rules");
-            firewall::pass_docker()?;
+            firewall::pass_docker(&around)?;
             lap("docker");
             if has_services {
                 return Ok(None);
@@ -315,11 +314,8 @@ impl Host for RealHost {
         let (cgroups, folders, id) = (self.cgroups.clone(), self.folders().clone(), of.id().clone());
         blocking(move || {
             cgroups.kill(&id)?;
-            let addresses = firewall::public_addresses(&id)?;
-            if !addresses.is_empty() {
-                firewall::apply("remove public addresses", &firewall::without(&addresses))?;
-            }
             links::remove(&folders, &id)?;
+            walls::release(&id)?;
             cgroups.remove(&id)?;
             durable::remove_folder(&folders.running(&id))
         })

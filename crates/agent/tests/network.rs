@@ -18,7 +18,8 @@ use roost_agent::net::imds::{Imds, Tokens};
 use roost_agent::net::links::{self, Links};
 use roost_agent::net::metadata::Tree;
 use roost_agent::net::service::{self, Services};
-use roost_agent::net::{firewall, netns};
+use roost_agent::net::surroundings::Surroundings;
+use roost_agent::net::{firewall, netns, walls};
 use roost_agent::testing::ensure_of;
 use roost_types::agent::Ensure;
 use std::fs::File;
@@ -72,7 +73,8 @@ impl Bench {
         let ensure = ensure_of(5, 1);
         let links =
             Links { id: ensure.instance_id.clone(), interface: ensure.spec.interface.clone(), mtu: 1450 };
-        // The host: a loopback, and an address of its own that guests must not reach.
+        // The host: a loopback, and an address of its own that guests must not reach. It is no router.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
         run("ip", "link set lo up");
         run("ip", "addr add 10.99.0.1/32 dev lo");
         let runtime =
@@ -95,12 +97,10 @@ impl Bench {
 
     /// What the agent does for `make_network`.
     fn make(&mut self) {
-        links::forward_on_host().unwrap();
         self.links.make(&self.folders).unwrap();
-        let rules = firewall::instance_table(&self.links.interface);
-        netns::enter(&self.netns(), move || firewall::apply("rules", &rules)).unwrap();
-        let host = firewall::host_table(&self.links.id, self.links.interface.public_ip);
-        firewall::apply("host rules", &host).unwrap();
+        let around = Surroundings::look(&["uplink".into()]);
+        walls::set_inside(&self.netns(), &self.links.interface, &around).unwrap();
+        walls::set_host(&around, &[(self.links.id.clone(), self.links.interface.public_ip)]).unwrap();
         if self.services.is_none() {
             let interface = &self.links.interface;
             let lease = Lease {
@@ -141,6 +141,33 @@ impl Bench {
 
     fn in_guest<T: Send + 'static>(&self, work: impl FnOnce() -> T + Send + 'static) -> T {
         netns::enter(&self.guest, move || Ok(work())).unwrap()
+    }
+
+    /// The host's uplink and a server beyond it, to tell "nothing works" from "the host is closed".
+    fn uplink(&mut self) -> (PathBuf, TcpListener) {
+        let beyond = self.beside("uplink", "192.0.2.1/24", "192.0.2.9/24");
+        self.make();
+        let server = netns::enter(&beyond, || Ok(TcpListener::bind("192.0.2.9:443").unwrap())).unwrap();
+        (beyond, server)
+    }
+
+    /// A namespace beside the host, at the other end of a link of it.
+    fn beside(&self, link: &str, address: &str, theirs: &str) -> PathBuf {
+        let beside = self.folders.netns.join(link);
+        netns::make(&beside).unwrap();
+        run("ip", &format!("link add {link} type veth peer name far"));
+        let inside = File::open(&beside).unwrap();
+        run("ip", &format!("link set far netns /proc/{}/fd/{}", std::process::id(), inside.as_raw_fd()));
+        run("ip", &format!("addr add {address} dev {link}"));
+        run("ip", &format!("link set {link} up"));
+        let theirs = theirs.to_owned();
+        netns::enter(&beside, move || {
+            run("ip", &format!("addr add {theirs} dev far"));
+            run("ip", "link set far up");
+            Ok(())
+        })
+        .unwrap();
+        beside
     }
 
     fn configure_guest(&self) {
@@ -216,6 +243,11 @@ fn get(path: &str, headers: &str, method: &str) -> String {
 fn reaches(to: &str) -> bool {
     let to: SocketAddr = to.parse().unwrap();
     TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok()
+}
+
+/// [`reaches`], for walls that are many: on a wire of this machine an answer takes a millisecond.
+fn reaches_soon(to: &str) -> bool {
+    TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_millis(200)).is_ok()
 }
 
 #[test]
@@ -337,23 +369,10 @@ fn the_public_address_leads_to_the_guest_where_the_security_group_allows() {
 #[test]
 #[ignore = "needs root: scripts/test runs it as such"]
 fn a_guest_reaches_neither_the_host_nor_anyone_with_a_borrowed_address() {
-    in_a_host(|bench| {
+    in_a_host(|mut bench| {
         bench.configure_guest();
         let _host = TcpListener::bind("0.0.0.0:7444").unwrap();
-        // A server beyond the host, to tell "nothing works" from "the host is closed".
-        let beyond = bench.folders.netns.join("beyond");
-        netns::make(&beyond).unwrap();
-        run("ip", "link add uplink type veth peer name far");
-        let inside = File::open(&beyond).unwrap();
-        run("ip", &format!("link set far netns /proc/{}/fd/{}", std::process::id(), inside.as_raw_fd()));
-        run("ip", "addr add 192.0.2.1/24 dev uplink");
-        run("ip", "link set uplink up");
-        let server = netns::enter(&beyond, || {
-            run("ip", "addr add 192.0.2.9/24 dev far");
-            run("ip", "link set far up");
-            Ok(TcpListener::bind("192.0.2.9:443").unwrap())
-        })
-        .unwrap();
+        let (beyond, server) = bench.uplink();
         assert!(bench.in_guest(|| reaches("192.0.2.9:443")), "the way out works");
         let from = server.accept().unwrap().1.ip();
         assert_eq!(from.to_string(), "192.0.2.1", "hidden behind the host's own address");
@@ -375,6 +394,233 @@ fn a_guest_reaches_neither_the_host_nor_anyone_with_a_borrowed_address() {
     });
 }
 
+/// Tracked connections of the calling thread's namespace.
+fn connections() -> usize {
+    let text = std::fs::read_to_string("/proc/sys/net/netfilter/nf_conntrack_count").unwrap();
+    text.trim().parse().unwrap()
+}
+
+/// Opens as many connections at once, and keeps them; gives how many come about until none does for a while.
+fn open_many(to: &'static str, count: usize) -> (usize, Vec<std::net::TcpStream>) {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let streams: Vec<TcpStream> = runtime.block_on(async {
+        let mut tasks = tokio::task::JoinSet::new();
+        for _ in 0..count {
+            tasks.spawn(tokio::time::timeout(Duration::from_millis(900), tokio::net::TcpStream::connect(to)));
+        }
+        let done = tasks.join_all().await;
+        done.into_iter().flatten().flatten().map(|stream| stream.into_std().unwrap()).collect()
+    });
+    (streams.len(), streams)
+}
+
+/// Accepts and keeps whatever comes, for as long as the test runs.
+fn accept_all(server: TcpListener) {
+    std::thread::spawn(move || server.incoming().collect::<Vec<_>>());
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it as such"]
+fn a_guest_at_its_limit_of_connections_leaves_the_host_and_its_neighbours_theirs() {
+    const LIMIT: u32 = 200;
+    in_a_host(|mut bench| {
+        bench.configure_guest();
+        let (beyond, server) = bench.uplink();
+        accept_all(server);
+        let around = Surroundings::look(&["uplink".into()]);
+        let public = [(bench.links.id.clone(), bench.links.interface.public_ip)];
+        // Out, by the instance's own table.
+        let interface = bench.links.interface.clone();
+        let inside = firewall::instance_table_of(&interface, &around.closed, LIMIT);
+        netns::enter(&bench.netns(), move || firewall::apply("a low limit", &inside)).unwrap();
+        let (came, kept) = bench.in_guest(|| open_many("192.0.2.9:443", 300));
+        assert_eq!(came, 200, "at the limit");
+        // In: what the host opens.
+        accept_all(bench.in_guest(|| TcpListener::bind("0.0.0.0:22").unwrap()));
+        assert_eq!(open_many("100.64.0.5:22", 300).0, 200, "the other direction has a limit of its own");
+        // Replacing the rules forgets no connection.
+        let inside = firewall::instance_table_of(&interface, &around.closed, LIMIT);
+        netns::enter(&bench.netns(), move || firewall::apply("again", &inside)).unwrap();
+        assert!(!bench.in_guest(|| reaches("192.0.2.9:443")), "new rules count what there is");
+        // The second wall, with the first one gone.
+        drop(kept);
+        let inside = firewall::instance_table(&interface, &around.closed);
+        netns::enter(&bench.netns(), move || firewall::apply("as it is", &inside)).unwrap();
+        firewall::apply("a low limit", &firewall::host_table_of(&around, &public, LIMIT)).unwrap();
+        let (came, kept) = bench.in_guest(|| open_many("192.0.2.9:443", 300));
+        assert_eq!(came, 200, "the host's table counts by public address");
+        assert!(reaches("192.0.2.9:443"), "the host itself still connects");
+        // What is left of it goes with the instance.
+        let before = connections();
+        assert!(before >= 200, "{before}");
+        links::remove(&bench.folders, &bench.links.id).unwrap();
+        walls::release(&bench.links.id).unwrap();
+        let after = connections();
+        assert!(after <= before - 200, "{after} of {before} are left");
+        assert!(reaches("192.0.2.9:443"), "others' connections are let be");
+        drop(kept);
+        netns::remove(&beyond).unwrap();
+    });
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it as such"]
+fn a_guest_that_opens_connections_without_end_is_slowed_down() {
+    in_a_host(|mut bench| {
+        bench.configure_guest();
+        let (beyond, _server) = bench.uplink();
+        let begin = Instant::now();
+        bench.in_guest(|| {
+            let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
+            for port in 1000..20_000_u16 {
+                // A port that refuses is said to the socket at the next call.
+                while socket.send_to(b"x", ("192.0.2.9", port)).is_err() {}
+            }
+        });
+        let most = 4096 + 500 * usize::try_from(begin.elapsed().as_secs() + 1).unwrap() + 50;
+        let host = connections();
+        assert!((1000..most).contains(&host), "{host} connections tracked, {most} are allowed");
+        let inside = netns::enter(&bench.netns(), || Ok(connections())).unwrap();
+        assert!(inside < most, "{inside} in its own namespace");
+        netns::remove(&beyond).unwrap();
+    });
+}
+
+/// Sends frames from the calling thread's `eth0`.
+fn send_frames(frames: impl IntoIterator<Item = Vec<u8>>) {
+    let protocol = u16::try_from(libc::ETH_P_ALL).unwrap().to_be();
+    // SAFETY: no memory is passed.
+    let socket = unsafe { libc::socket(libc::AF_PACKET, libc::SOCK_RAW, i32::from(protocol)) };
+    assert!(socket >= 0);
+    // SAFETY: a fresh descriptor that nothing else owns.
+    let socket = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(socket) };
+    // SAFETY: an all-zero address is valid.
+    let mut address: libc::sockaddr_ll = unsafe { std::mem::zeroed() };
+    address.sll_family = u16::try_from(libc::AF_PACKET).unwrap();
+    address.sll_ifindex = i32::try_from(nix::net::if_::if_nametoindex("eth0").unwrap()).unwrap();
+    for frame in frames {
+        // SAFETY: frame and address live through the call.
+        let sent = unsafe {
+            libc::sendto(
+                socket.as_raw_fd(),
+                frame.as_ptr().cast(),
+                frame.len(),
+                0,
+                (&raw const address).cast(),
+                libc::socklen_t::try_from(size_of_val(&address)).unwrap(),
+            )
+        };
+        assert_eq!(sent, isize::try_from(frame.len()).unwrap());
+    }
+}
+
+/// An Ethernet frame to everybody from the guest's own address.
+fn frame(from: [u8; 6], kind: u16, body: &[u8]) -> Vec<u8> {
+    [&[0xff; 6][..], &from, &kind.to_be_bytes(), body].concat()
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it as such"]
+fn arp_of_senders_that_are_not_the_guest_fills_no_table_of_the_kernel() {
+    in_a_host(|bench| {
+        bench.configure_guest();
+        assert!(bench.in_guest(|| reaches("169.254.169.254:80")), "its own ARP is answered");
+        let mac = links::mac(&bench.links.interface.mac).unwrap();
+        bench.in_guest(move || {
+            let senders = (0..300_u16).map(|n| [172, 31, 1 + n.to_be_bytes()[0], n.to_be_bytes()[1]]);
+            send_frames(senders.chain([[8, 8, 8, 8], [172, 31, 0, 1], [169, 254, 169, 254]]).map(|sender| {
+                let head = [0, 1, 8, 0, 6, 4, 0, 1];
+                frame(mac, 0x0806, &[&head[..], &mac, &sender, &[0; 6], &[172, 31, 0, 1]].concat())
+            }));
+            // Comes after them on the same wire.
+            get("/latest/meta-data/", "", "GET");
+        });
+        let known = netns::enter(&bench.netns(), || {
+            let output = Command::new("ip").args(["neigh", "show", "dev", "tap0"]).output().unwrap();
+            Ok(String::from_utf8(output.stdout).unwrap())
+        })
+        .unwrap();
+        let known: Vec<&str> = known.lines().collect();
+        assert_eq!(known.len(), 1, "{known:?}");
+        assert!(known[0].starts_with("172.31.0.5 ") && known[0].contains("PERMANENT"), "{known:?}");
+    });
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it as such"]
+fn a_guest_reaches_the_uplink_and_no_other_network_of_the_host() {
+    in_a_host(|mut bench| {
+        bench.configure_guest();
+        let container = bench.beside("docker0", "172.17.0.1/16", "172.17.0.2/16");
+        let (beyond, server) = bench.uplink();
+        accept_all(server);
+        let _host = TcpListener::bind("0.0.0.0:7444").unwrap();
+        let _listeners = netns::enter(&container, || {
+            run("ip", "route add default via 172.17.0.1");
+            Ok(["0.0.0.0:80", "0.0.0.0:5432"].map(|at| TcpListener::bind(at).unwrap()))
+        })
+        .unwrap();
+        // As Docker publishes a port.
+        let publish = "table ip nat { chain pre { type nat hook prerouting priority dstnat; \
+            fib daddr type local tcp dport 8080 dnat to 172.17.0.2:80; }; }";
+        firewall::apply("publish a port", publish).unwrap();
+        let closed =
+            ["192.0.2.1:7444", "172.17.0.1:7444", "192.0.2.1:8080", "172.17.0.2:80", "172.17.0.2:5432"];
+        let reached = |bench: &Bench| {
+            bench.in_guest(move || closed.into_iter().filter(|to| reaches_soon(to)).collect::<Vec<_>>())
+        };
+        assert!(bench.in_guest(|| reaches("192.0.2.9:443")), "the way out works");
+        assert!(reaches("172.17.0.2:80"), "the host itself reaches its container");
+        assert_eq!(reached(&bench), Vec::<&str>::new());
+
+        // The host's table alone.
+        let open = firewall::instance_table(&bench.links.interface, &[]);
+        netns::enter(&bench.netns(), move || firewall::apply("no wall inside", &open)).unwrap();
+        assert_eq!(reached(&bench), Vec::<&str>::new());
+
+        // And the table inside alone, as it is after a firewall of the host was loaded anew.
+        bench.make();
+        run("nft", "flush ruleset");
+        firewall::apply("publish a port", publish).unwrap();
+        assert_eq!(reached(&bench), Vec::<&str>::new());
+        for beside in [beyond, container] {
+            netns::remove(&beside).unwrap();
+        }
+    });
+}
+
+#[test]
+#[ignore = "needs root: scripts/test runs it as such"]
+fn a_host_with_instances_is_no_router_between_its_other_networks() {
+    in_a_host(|mut bench| {
+        let container = bench.beside("docker0", "172.17.0.1/16", "172.17.0.2/16");
+        let (beyond, server) = bench.uplink();
+        accept_all(server);
+        accept_all(
+            netns::enter(&container, || {
+                run("ip", "route add default via 172.17.0.1");
+                Ok(TcpListener::bind("0.0.0.0:80").unwrap())
+            })
+            .unwrap(),
+        );
+        netns::enter(&beyond, || {
+            run("ip", "route add default via 192.0.2.1");
+            Ok(())
+        })
+        .unwrap();
+        let (out, into) = (|| Ok(reaches_soon("192.0.2.9:443")), || Ok(reaches_soon("172.17.0.2:80")));
+        assert!(!netns::enter(&container, out).unwrap(), "no way from a container");
+        assert!(!netns::enter(&beyond, into).unwrap(), "no way to a container");
+        // Its owner makes it one: the walls follow.
+        std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
+        bench.make();
+        assert!(netns::enter(&container, out).unwrap() && netns::enter(&beyond, into).unwrap());
+        for beside in [beyond, container] {
+            netns::remove(&beside).unwrap();
+        }
+    });
+}
+
 #[test]
 #[ignore = "needs root: scripts/test runs it as such"]
 fn making_twice_makes_once_and_removing_leaves_nothing() {
@@ -390,9 +636,10 @@ fn making_twice_makes_once_and_removing_leaves_nothing() {
         drop(links::open_tap(&bench.folders, &id).unwrap());
         let services = bench.services.take().unwrap();
         bench.runtime.block_on(services.stop());
-        firewall::apply("without", &firewall::without(&firewall::public_addresses(&id).unwrap())).unwrap();
-        links::remove(&bench.folders, &id).unwrap();
-        links::remove(&bench.folders, &id).unwrap();
+        for _ in 0..2 {
+            links::remove(&bench.folders, &id).unwrap();
+            walls::release(&id).unwrap();
+        }
         assert!(!bench.links.stand(&bench.folders));
         assert!(!bench.netns().exists());
         assert!(firewall::public_addresses(&id).unwrap().is_empty());

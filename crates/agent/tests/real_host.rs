@@ -14,7 +14,8 @@ use roost_agent::facts::{self, Identity, Shares};
 use roost_agent::leftovers::{self, Leftover};
 use roost_agent::monitor::Monitors;
 use roost_agent::names::Folders;
-use roost_agent::net::{links, service};
+use roost_agent::net::service;
+use roost_agent::net::surroundings::Surroundings;
 use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::{BlobSource, Bytes, Images, Opening};
 use roost_agent::task::Pace;
@@ -106,10 +107,11 @@ impl Bench {
             cgroups: self.cgroups.clone(),
             program: self.bin.join("roost-vmm"),
             uid_base: 100_000,
-            mtu: links::uplink_mtu(),
+            mtu: Surroundings::look(&[]).mtu,
         };
         let shares = Shares { cpu_overcommit: 1.0, reserve_memory_mib: 256, overhead_mib: 64 };
         let settings = HostSettings {
+            uplinks: vec![],
             folders: self.folders.clone(),
             facts: facts::measure(&identity(), &shares, &self.folders).unwrap(),
             dns: vec![],

@@ -6,27 +6,54 @@
 //! from the host itself.
 
 use super::METADATA_ADDRESS;
+use super::surroundings::Surroundings;
 use crate::error::{Error, Result};
 use crate::names::{HOST_TABLE, INSTANCE_TABLE, TAP, UPLINK, VETH_PREFIX};
 use ipnet::Ipv4Net;
 use roost_types::agent::{IngressRule, InterfaceSpec, Protocol};
 use roost_types::ids::{InstanceId, InterfaceId};
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
-/// The instance's table: anti-spoofing, 1:1 NAT, security group.
-pub fn instance_table(interface: &InterfaceSpec) -> String {
+/// Most connections that one instance has in each direction, in the kernel's table of connections.
+///
+/// That table is one for the whole host, and it never evicts a TCP connection that was answered.
+pub const CONNECTIONS: u32 = 8192;
+/// New connections of one instance per second and direction, after a burst of [`NEW_BURST`].
+///
+/// The kernel keeps a closed TCP connection for 120 s and does not count it against [`CONNECTIONS`].
+const NEW_PER_SECOND: u32 = 500;
+const NEW_BURST: u32 = 4096;
+
+/// The tables of an instance's namespace: anti-spoofing (ARP too), 1:1 NAT, security group, limits of connections.
+///
+/// `closed` is the host's own addresses and its other networks: the host's table closes them as well, but another
+/// program can flush that one.
+pub fn instance_table(interface: &InterfaceSpec, closed: &[Ipv4Net]) -> String {
+    instance_table_of(interface, closed, CONNECTIONS)
+}
+
+/// [`instance_table`] with another limit of connections.
+pub fn instance_table_of(interface: &InterfaceSpec, closed: &[Ipv4Net], connections: u32) -> String {
     let InterfaceSpec { mac, private_ip, public_ip, gateway, .. } = interface;
     let rules = interface.ingress.iter().fold(String::new(), |mut text, rule| {
         let _ = writeln!(text, "    {}", ingress_rule(rule));
         text
     });
+    let closed = Ipv4Net::aggregate(&closed.to_vec()).iter().fold(String::new(), |mut text, net| {
+        let _ = writeln!(text, "    iifname \"{TAP}\" ip daddr {net} counter drop");
+        text
+    });
+    // Rules are replaced, sets are kept: they hold what is counted.
     format!(
         r#"table inet {INSTANCE_TABLE}
-delete table inet {INSTANCE_TABLE}
+flush table inet {INSTANCE_TABLE}
 table inet {INSTANCE_TABLE} {{
+  set conns_out {{ type ipv4_addr; size 64; flags dynamic; }}
+  set conns_in {{ type ipv4_addr; size 64; flags dynamic; }}
   chain spoof {{
     type filter hook prerouting priority raw; policy accept;
     iifname != "{TAP}" accept
@@ -58,6 +85,8 @@ table inet {INSTANCE_TABLE} {{
     ct state established,related accept
     ct state invalid counter drop
     iifname "{TAP}" ip daddr 169.254.0.0/16 counter drop
+{closed}    iifname "{TAP}" limit rate over {NEW_PER_SECOND}/second burst {NEW_BURST} packets counter drop
+    iifname "{TAP}" add @conns_out {{ ip saddr ct count over {connections} }} counter drop
     iifname "{TAP}" oifname "{UPLINK}" accept
     iifname "{TAP}" oifname "{TAP}" ct status dnat accept
     iifname "{UPLINK}" oifname "{TAP}" jump ingress
@@ -65,6 +94,21 @@ table inet {INSTANCE_TABLE} {{
   }}
   chain ingress {{
 {rules}  }}
+  chain admit {{
+    limit rate over {NEW_PER_SECOND}/second burst {NEW_BURST} packets counter drop
+    add @conns_in {{ ip daddr ct count over {connections} }} counter drop
+    accept
+  }}
+}}
+table arp {INSTANCE_TABLE}
+flush table arp {INSTANCE_TABLE}
+table arp {INSTANCE_TABLE} {{
+  chain input {{
+    type filter hook input priority filter; policy drop;
+    iifname "{TAP}" arp saddr ip {private_ip} arp saddr ether {mac} accept
+    iifname != "{TAP}" accept
+    counter drop
+  }}
 }}
 "#
     )
@@ -78,32 +122,78 @@ fn ingress_rule(rule: &IngressRule) -> String {
         format!("{}-{}", rule.from_port.min(rule.to_port), rule.from_port.max(rule.to_port))
     };
     match rule.protocol {
-        Protocol::Tcp => format!("ip saddr {source} tcp dport {ports} counter accept"),
-        Protocol::Udp => format!("ip saddr {source} udp dport {ports} counter accept"),
-        Protocol::Icmp => format!("ip saddr {source} ip protocol icmp counter accept"),
+        Protocol::Tcp => format!("ip saddr {source} tcp dport {ports} counter goto admit"),
+        Protocol::Udp => format!("ip saddr {source} udp dport {ports} counter goto admit"),
+        Protocol::Icmp => format!("ip saddr {source} ip protocol icmp counter goto admit"),
     }
 }
 
-/// The host's table, with one instance's public address in it.
-pub fn host_table(id: &InstanceId, public: Ipv4Addr) -> String {
+/// The host's table, with public addresses of instances in it.
+pub fn host_table(around: &Surroundings, instances: &[(InstanceId, Ipv4Addr)]) -> String {
+    host_table_of(around, instances, CONNECTIONS)
+}
+
+/// [`host_table`] with another limit of connections.
+pub fn host_table_of(
+    around: &Surroundings,
+    instances: &[(InstanceId, Ipv4Addr)],
+    connections: u32,
+) -> String {
+    let mut rules = String::new();
+    let mut rule = |chain: &str, rule: &str| {
+        let _ = writeln!(rules, "add rule inet {HOST_TABLE} {chain} {rule}");
+    };
+    let guest = format!(r#"iifname "{VETH_PREFIX}*""#);
+    rule("input", &format!("{guest} ct state established,related accept"));
+    rule("input", &format!("{guest} counter drop"));
+    rule("forward", &format!("{guest} ip saddr != @public counter drop"));
+    rule("forward", &format!("{guest} meta nfproto ipv6 counter drop"));
+    // The way out and other instances only: no container, no virtual machine, no tunnel of the host's owner.
+    let others = around.uplinks.iter().fold(format!(r#"oifname != "{VETH_PREFIX}*""#), |mut text, name| {
+        let _ = write!(text, r#" oifname != "{name}""#);
+        text
+    });
+    rule("forward", &format!("{guest} {others} counter drop"));
+    // Ports that the host publishes for others, wherever they lead.
+    rule("forward", &format!("{guest} ct direction original ct status dnat counter drop"));
+    for (name, key) in [("iifname", "saddr"), ("oifname", "daddr")] {
+        let new = format!(r#"{name} "{VETH_PREFIX}*" ct state new"#);
+        let rate = format!("limit rate over {NEW_PER_SECOND}/second burst {NEW_BURST} packets");
+        rule("forward", &format!("{new} update @new_{key} {{ ip {key} {rate} }} counter drop"));
+        rule(
+            "forward",
+            &format!("{new} add @conns_{key} {{ ip {key} ct count over {connections} }} counter drop"),
+        );
+    }
+    if !around.routes {
+        for name in &around.uplinks {
+            // The uplink forwards for instances only: the owner has not made a router of this host.
+            rule("forward", &format!(r#"iifname "{name}" oifname != "{VETH_PREFIX}*" counter drop"#));
+        }
+    }
+    rule("postrouting", &format!(r#"oifname != "{VETH_PREFIX}*" ip saddr @public counter masquerade"#));
+    for (id, public) in instances {
+        let _ = writeln!(
+            rules,
+            r#"add element inet {HOST_TABLE} public {{ {public} }}
+delete element inet {HOST_TABLE} public {{ {public} }}
+add element inet {HOST_TABLE} public {{ {public} comment "{id}" }}"#
+        );
+    }
     format!(
         r#"add table inet {HOST_TABLE}
 add set inet {HOST_TABLE} public {{ type ipv4_addr ; }}
+add set inet {HOST_TABLE} conns_saddr {{ type ipv4_addr ; size 65535 ; flags dynamic ; }}
+add set inet {HOST_TABLE} conns_daddr {{ type ipv4_addr ; size 65535 ; flags dynamic ; }}
+add set inet {HOST_TABLE} new_saddr {{ type ipv4_addr ; size 65535 ; flags dynamic,timeout ; timeout 1m ; }}
+add set inet {HOST_TABLE} new_daddr {{ type ipv4_addr ; size 65535 ; flags dynamic,timeout ; timeout 1m ; }}
 add chain inet {HOST_TABLE} input {{ type filter hook input priority -5 ; policy accept ; }}
 add chain inet {HOST_TABLE} forward {{ type filter hook forward priority -5 ; policy accept ; }}
 add chain inet {HOST_TABLE} postrouting {{ type nat hook postrouting priority 100 ; policy accept ; }}
 flush chain inet {HOST_TABLE} input
 flush chain inet {HOST_TABLE} forward
 flush chain inet {HOST_TABLE} postrouting
-add rule inet {HOST_TABLE} input iifname "{VETH_PREFIX}*" ct state established,related accept
-add rule inet {HOST_TABLE} input iifname "{VETH_PREFIX}*" counter drop
-add rule inet {HOST_TABLE} forward iifname "{VETH_PREFIX}*" ip saddr != @public counter drop
-add rule inet {HOST_TABLE} forward iifname "{VETH_PREFIX}*" meta nfproto ipv6 counter drop
-add rule inet {HOST_TABLE} postrouting oifname != "{VETH_PREFIX}*" ip saddr @public counter masquerade
-add element inet {HOST_TABLE} public {{ {public} }}
-delete element inet {HOST_TABLE} public {{ {public} }}
-add element inet {HOST_TABLE} public {{ {public} comment "{id}" }}
-"#
+{rules}"#
     )
 }
 
@@ -141,7 +231,9 @@ pub fn warm_up() -> Result<()> {
         public_ip,
         ingress: vec![IngressRule { protocol: Protocol::Tcp, from_port: 22, to_port: 22, source }],
     };
-    run("check the rules of an instance", &["-c", "-f", "-"], &instance_table(&interface)).map(drop)
+    let host = host_table(&Surroundings::default(), &[]);
+    let text = instance_table(&interface, &[Ipv4Net::default()]) + &host;
+    run("check the rules of an instance", &["-c", "-f", "-"], &text).map(drop)
 }
 
 /// The public addresses that the host's table holds for an instance.
@@ -187,36 +279,48 @@ pub fn remove_empty_host_table() -> Result<()> {
 }
 
 /// Docker sets the policy of the old FORWARD chain to drop, and a drop there is final for every packet on the host
-/// (a table of ours cannot overrule it). Where that is so, instances get a rule of their own in that chain, or in
-/// `DOCKER-USER`, which Docker keeps free for this.
+/// (a table of ours cannot overrule it). Where that is so, instances get rules of their own in that chain, or in
+/// `DOCKER-USER`, which Docker keeps free for this: from and to the uplinks and one another, and nowhere else.
 ///
 /// # Errors
-/// The policy is to drop and the rule cannot be set.
-pub fn pass_docker() -> Result<()> {
+/// The policy is to drop and a rule cannot be set.
+pub fn pass_docker(around: &Surroundings) -> Result<()> {
     let Ok(output) = Command::new("iptables").args(["-w", "-S"]).output() else { return Ok(()) };
     let rules = String::from_utf8_lossy(&output.stdout);
-    if !rules.lines().any(|line| line == "-P FORWARD DROP") {
-        return Ok(());
-    }
-    let user = rules.lines().any(|line| line == "-N DOCKER-USER");
-    let chain = if user { "DOCKER-USER" } else { "FORWARD" };
-    for direction in ["-i", "-o"] {
-        let rule = [direction, "rv+", "-j", "ACCEPT"];
-        let present = format!("-A {chain} {direction} rv+ -j ACCEPT");
-        if rules.lines().any(|line| line == present) {
-            continue;
-        }
-        let output = Command::new("iptables").args(["-w", "-I", chain]).args(rule).output();
+    for arguments in docker_rules(&rules, &around.uplinks) {
+        let output = Command::new("iptables").arg("-w").args(arguments.split(' ')).output();
         let output = output.map_err(Error::io("running iptables"))?;
         if !output.status.success() {
             return Err(Error::Program {
                 program: "iptables",
-                what: format!("let instances pass {chain}"),
+                what: format!("let instances pass ({arguments})"),
                 stderr: String::from_utf8_lossy(&output.stderr).trim().to_owned(),
             });
         }
     }
     Ok(())
+}
+
+/// What is to be changed in `iptables -S`, as arguments of iptables.
+fn docker_rules(rules: &str, uplinks: &BTreeSet<String>) -> Vec<String> {
+    let there = |rule: &str| rules.lines().any(|line| line == rule);
+    let chain = if there("-N DOCKER-USER") { "DOCKER-USER" } else { "FORWARD" };
+    let mut changes = Vec::new();
+    // Earlier agents opened the way to every container.
+    for rule in ["-i rv+ -j ACCEPT", "-o rv+ -j ACCEPT"] {
+        if there(&format!("-A {chain} {rule}")) {
+            changes.push(format!("-D {chain} {rule}"));
+        }
+    }
+    if there("-P FORWARD DROP") {
+        let ways = uplinks.iter().flat_map(|name| [format!("-i rv+ -o {name}"), format!("-i {name} -o rv+")]);
+        for way in ways.chain(["-i rv+ -o rv+".to_owned()]) {
+            if !there(&format!("-A {chain} {way} -j ACCEPT")) {
+                changes.push(format!("-I {chain} {way} -j ACCEPT"));
+            }
+        }
+    }
+    changes
 }
 
 fn run(what: &str, arguments: &[&str], input: &str) -> Result<String> {
@@ -264,14 +368,33 @@ mod tests {
                 source: "0.0.0.0/0".parse().unwrap(),
             },
         ];
-        let text = instance_table(&interface);
-        assert!(text.contains("ip saddr 10.0.0.0/8 tcp dport 8000-8080 counter accept"), "{text}");
-        assert!(text.contains("ip saddr 0.0.0.0/0 ip protocol icmp counter accept"), "{text}");
+        let text = instance_table(&interface, &[]);
+        assert!(text.contains("ip saddr 10.0.0.0/8 tcp dport 8000-8080 counter goto admit"), "{text}");
+        assert!(text.contains("ip saddr 0.0.0.0/0 ip protocol icmp counter goto admit"), "{text}");
         assert!(
-            text.starts_with("table inet roost\ndelete table inet roost\n"),
-            "replaced as a whole: {text}"
+            text.starts_with("table inet roost\nflush table inet roost\n"),
+            "rules are replaced as a whole: {text}"
         );
         assert!(text.contains("ether saddr != 06:00:0a:00:00:05"), "{text}");
+    }
+
+    #[test]
+    fn docker_lets_instances_pass_to_the_uplink_and_not_to_containers() {
+        let uplinks = BTreeSet::from(["eth0".to_owned()]);
+        let docker = "-P FORWARD DROP\n-N DOCKER-USER\n-A DOCKER-USER -i rv+ -j ACCEPT\n";
+        assert_eq!(
+            docker_rules(docker, &uplinks),
+            [
+                "-D DOCKER-USER -i rv+ -j ACCEPT",
+                "-I DOCKER-USER -i rv+ -o eth0 -j ACCEPT",
+                "-I DOCKER-USER -i eth0 -o rv+ -j ACCEPT",
+                "-I DOCKER-USER -i rv+ -o rv+ -j ACCEPT"
+            ]
+        );
+        let done = "-P FORWARD DROP\n-A FORWARD -i rv+ -o eth0 -j ACCEPT\n-A FORWARD -i eth0 -o rv+ -j ACCEPT\n\
+            -A FORWARD -i rv+ -o rv+ -j ACCEPT\n";
+        assert!(docker_rules(done, &uplinks).is_empty());
+        assert!(docker_rules("-P FORWARD ACCEPT\n", &uplinks).is_empty());
     }
 
     #[test]

@@ -7,7 +7,8 @@ use futures_util::TryStreamExt;
 use nix::libc;
 use roost_types::agent::InterfaceSpec;
 use roost_types::ids::InstanceId;
-use rtnetlink::{Handle, LinkUnspec, LinkVeth, RouteMessageBuilder};
+use rtnetlink::packet_route::link::{InfoData, InfoKind, InfoVeth};
+use rtnetlink::{Handle, LinkMessageBuilder, LinkUnspec, LinkVeth, RouteMessageBuilder};
 use std::fs::{self, File};
 use std::net::{IpAddr, Ipv4Addr};
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
@@ -26,8 +27,12 @@ pub struct Links {
 
 impl Links {
     /// Whether namespace, links and route stand.
+    ///
+    /// The host's end is known by its hardware address, which the namespace sends to. Programs of the host such as
+    /// udev see that end only.
     pub fn stand(&self, folders: &Folders) -> bool {
-        netns::exists(&folders.netns_file(&self.id)) && link_exists(&names::host_veth(&self.id))
+        netns::exists(&folders.netns_file(&self.id))
+            && hardware_address(&names::host_veth(&self.id)) == Some(names::veth_mac(&self.id, 0))
     }
 
     /// Makes or completes everything. Blocks.
@@ -43,9 +48,12 @@ impl Links {
         netns::enter(&file, move || {
             harden()?;
             make_tap()?;
+            // A source that is not reached by the tap is not the guest's.
+            sysctl(&format!("net/ipv4/conf/{TAP}/rp_filter"), "1")?;
             block_on(inside.inside(host))
         })?;
-        block_on(self.outside())
+        block_on(self.outside())?;
+        forward_from(&names::host_veth(&self.id))
     }
 
     async fn inside(self, host: File) -> Result<()> {
@@ -53,19 +61,17 @@ impl Links {
         up(&net, "lo").await?;
         let veth = names::host_veth(&self.id);
         if index(&net, UPLINK).await?.is_none() {
-            net.link()
-                .add(LinkVeth::new(UPLINK, &veth).build())
-                .execute()
-                .await
-                .map_err(Error::netlink("make the veth pair"))?;
-        }
-        // The other end is born here and moved out.
-        if let Some(index) = index(&net, &veth).await? {
-            net.link()
-                .set(LinkUnspec::new_with_index(index).setns_by_fd(host.as_raw_fd()).build())
-                .execute()
-                .await
-                .map_err(Error::netlink(format!("move {veth} to the host")))?;
+            // Addresses are given as the links are born: udev replaces one that the kernel has made up.
+            let peer = LinkMessageBuilder::<LinkUnspec>::new()
+                .name(veth)
+                .address(names::veth_mac(&self.id, 0).to_vec())
+                .setns_by_fd(host.as_raw_fd())
+                .build();
+            let pair = LinkMessageBuilder::<LinkVeth>::new_with_info_kind(InfoKind::Veth)
+                .name(UPLINK.to_owned())
+                .address(names::veth_mac(&self.id, 1).to_vec())
+                .set_info_data(InfoData::Veth(InfoVeth::Peer(peer)));
+            net.link().add(pair.build()).execute().await.map_err(Error::netlink("make the veth pair"))?;
         }
         drop(host);
 
@@ -159,26 +165,24 @@ pub fn open_tap(folders: &Folders, id: &InstanceId) -> Result<OwnedFd> {
     netns::enter(&folders.netns_file(id), attach_tap)
 }
 
-/// Sends packets from host to namespace and out, and reads back that it does.
+/// Forwards what comes from this link, and reads back that the kernel does. The host as a whole is made no router.
 ///
 /// # Errors
 /// The kernel does not forward.
-pub fn forward_on_host() -> Result<()> {
-    sysctl("net/ipv4/ip_forward", "1")
+pub fn forward_from(link: &str) -> Result<()> {
+    sysctl(&format!("net/ipv4/conf/{link}/forwarding"), "1")
 }
 
-/// The MTU of the link that the default route uses, at most 1500; 1500 when there is none.
-pub fn uplink_mtu() -> u16 {
-    let Ok(routes) = fs::read_to_string("/proc/net/route") else { return 1500 };
-    let uplink = routes.lines().skip(1).find_map(|line| {
-        let mut fields = line.split_ascii_whitespace();
-        let (name, destination) = (fields.next()?, fields.next()?);
-        (destination == "00000000").then(|| name.to_owned())
-    });
-    let mtu = uplink
-        .and_then(|name| fs::read_to_string(Path::new("/sys/class/net").join(name).join("mtu")).ok())
-        .and_then(|text| text.trim().parse::<u16>().ok());
-    mtu.unwrap_or(1500).clamp(576, 1500)
+/// How long the namespace of the calling thread keeps a TCP connection that says nothing, seconds. The kernel's own
+/// limit is five days.
+const IDLE_TCP: &str = "3600";
+
+/// Lets connections that say nothing be forgotten. The rules that track them must be there.
+///
+/// # Errors
+/// The kernel does not take it.
+pub fn forget_idle() -> Result<()> {
+    sysctl("net/netfilter/nf_conntrack_tcp_timeout_established", IDLE_TCP)
 }
 
 fn harden() -> Result<()> {
@@ -208,6 +212,39 @@ fn sysctl(name: &str, value: &str) -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// The hardware address of a link in the calling thread's namespace, if it is there and has one.
+pub fn hardware_address(name: &str) -> Option<[u8; 6]> {
+    let answer = ask(name, libc::SIOCGIFHWADDR)?;
+    // SAFETY: SIOCGIFHWADDR fills this member of the union.
+    let data = unsafe { answer.ifr_ifru.ifru_hwaddr.sa_data };
+    Some(std::array::from_fn(|at| data[at].cast_unsigned()))
+}
+
+/// The MTU of a link in the calling thread's namespace, if it is there.
+pub fn mtu(name: &str) -> Option<u16> {
+    let answer = ask(name, libc::SIOCGIFMTU)?;
+    // SAFETY: SIOCGIFMTU fills this member of the union.
+    let mtu = unsafe { answer.ifr_ifru.ifru_mtu };
+    Some(u16::try_from(mtu).unwrap_or(u16::MAX))
+}
+
+/// One of the questions about a link that take and fill an `ifreq` (netdevice(7)).
+fn ask(name: &str, question: libc::Ioctl) -> Option<libc::ifreq> {
+    let socket =
+        rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
+    // SAFETY: an all-zero ifreq is valid.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    if name.len() >= request.ifr_name.len() {
+        return None;
+    }
+    for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+        *to = libc::c_char::from_ne_bytes([from]);
+    }
+    // SAFETY: the question reads and writes an ifreq, which lives through the call.
+    let result = unsafe { libc::ioctl(socket.as_raw_fd(), question, &raw mut request) };
+    (result == 0).then_some(request)
 }
 
 /// Makes the tap, if it is not there: it stays until its namespace goes.

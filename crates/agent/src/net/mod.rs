@@ -16,7 +16,10 @@
 //! |---|---|
 //! | [`netns`] | namespaces with a name, and work done inside them |
 //! | [`links`] | veth pair, tap, addresses, routes |
+//! | [`surroundings`] | what of the host's own network all this depends on |
 //! | [`firewall`] | the instance's table and the host's: text, and one transaction each |
+//! | [`walls`] | the tables set, with the settings that go with them, and taken down |
+//! | [`netfilter`] | the kernel's generation of tables, and connections to be forgotten |
 //! | [`dhcp`] | one lease for one guest |
 //! | [`metadata`], [`imds`] | what 169.254.169.254 says, and the server that says it |
 //! | [`service`] | the two servers of one instance |
@@ -26,8 +29,11 @@ pub mod firewall;
 pub mod imds;
 pub mod links;
 pub mod metadata;
+pub mod netfilter;
 pub mod netns;
 pub mod service;
+pub mod surroundings;
+pub mod walls;
 
 use std::net::Ipv4Addr;
 
