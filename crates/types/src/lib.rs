@@ -10,6 +10,7 @@ pub mod agent;
 pub mod api;
 pub mod contents;
 pub mod error;
+pub mod forward;
 pub mod ids;
 pub mod instance_type;
 pub mod metering;

@@ -63,9 +63,9 @@ pub struct Findings {
     pub nftables: Option<bool>,
     /// /dev/net/tun.
     pub tun: bool,
-    /// Docker drops what instances forward; `None` where looking takes root.
+    /// Something drops what instances forward; `None` where looking takes root.
     pub forward_drop: Option<bool>,
-    /// IPv4 forwarding is on; the agent turns it on by itself.
+    /// The host is a router; the agent makes it one for instances only.
     pub ip_forward: bool,
     /// Free disk in GiB where instances' disks will be.
     pub disk_gib: Option<u64>,

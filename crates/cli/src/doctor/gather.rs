@@ -6,6 +6,7 @@ use super::report::{Packages, Remedies, VETH_PREFIX};
 use super::side_channels;
 use crate::args::DoctorArgs;
 use nix::sys::statvfs::statvfs;
+use roost_types::forward::{self, Barrier};
 use std::fs::{self, OpenOptions};
 use std::io::ErrorKind;
 use std::path::{Path, PathBuf};
@@ -24,6 +25,7 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
     let cpu = fs::read_to_string("/proc/cpuinfo").unwrap_or_default();
     let (nftables, nft_error) = if root { nftables().await } else { (None, None) };
     let forward = if root { forward_chain().await } else { None };
+    let barriers = if root { barriers().await } else { None };
     let uname = nix::sys::utsname::uname().ok();
     let text = |name: Option<&std::ffi::OsStr>| name.unwrap_or_default().to_string_lossy().into_owned();
     let findings = Findings {
@@ -38,11 +40,12 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         nft: program("nft").is_some(),
         nftables,
         tun: Path::new("/dev/net/tun").exists(),
-        forward_drop: match &forward {
-            Some(rules) => Some(forward_drops(rules)),
-            // Without Docker there is nobody who drops.
-            None if !Path::new("/sys/class/net/docker0").exists() => Some(false),
-            None => None,
+        forward_drop: match (&forward, &barriers) {
+            (None, None) => None,
+            (rules, barriers) => Some(
+                rules.as_deref().is_some_and(forward_drops)
+                    || barriers.as_ref().is_some_and(|found| !found.is_empty()),
+            ),
         },
         ip_forward: fs::read_to_string("/proc/sys/net/ipv4/ip_forward").is_ok_and(|text| text.trim() == "1"),
         disk_gib: free_gib(&args.state_dir),
@@ -63,6 +66,8 @@ pub async fn gather(args: &DoctorArgs) -> (Findings, Remedies) {
         state_dir: args.state_dir.display().to_string(),
         nft_error,
         programs: PROGRAMS.iter().map(|name| (*name).to_owned()).collect(),
+        uplinks: uplinks(&fs::read_to_string("/proc/net/route").unwrap_or_default()),
+        barriers: barriers.unwrap_or_default(),
         docker_user_chain: forward.is_some_and(|rules| rules.lines().any(|line| line == "-N DOCKER-USER")),
     };
     (findings, remedies)
@@ -169,18 +174,39 @@ async fn nftables() -> (Option<bool>, Option<String>) {
     }
 }
 
-/// Whether these rules drop what instances forward: by policy, and with no exception for their interfaces.
+/// Whether these rules of iptables drop what instances forward: by policy, and with no exception for their links.
 fn forward_drops(rules: &str) -> bool {
     let accepts = |direction| {
-        let rule = format!(" {direction} {VETH_PREFIX}+ -j ACCEPT");
-        rules.lines().any(|line| line.starts_with("-A ") && line.ends_with(&rule))
+        let link = format!(" {direction} {VETH_PREFIX}+ ");
+        let accepts = |line: &str| line.starts_with("-A ") && line.ends_with(" -j ACCEPT");
+        rules.lines().any(|line| accepts(line) && line.contains(&link))
     };
     rules.lines().any(|line| line == "-P FORWARD DROP") && !(accepts("-i") && accepts("-o"))
 }
 
-/// The rules of the old FORWARD chain, where there is a program to ask.
+/// The rules of iptables, where there is that program to ask.
 async fn forward_chain() -> Option<String> {
     said(&program("iptables")?, &["-S"]).await.ok()
+}
+
+/// Chains of nftables that drop what instances forward; `None` where nft does not say.
+async fn barriers() -> Option<Vec<Barrier>> {
+    let text = said(&program("nft")?, &["-j", "-s", "list", "ruleset"]).await.ok()?;
+    Some(unpassed(&serde_json::from_str(&text).ok()?))
+}
+
+fn unpassed(ruleset: &serde_json::Value) -> Vec<Barrier> {
+    let passes = |barrier: &Barrier| {
+        barrier.passes(ruleset, Some(forward::LINKS), None)
+            && barrier.passes(ruleset, None, Some(forward::LINKS))
+    };
+    forward::barriers(ruleset, forward::HOST_TABLE).into_iter().filter(|barrier| !passes(barrier)).collect()
+}
+
+/// Links of default routes in the kernel's table.
+fn uplinks(routes: &str) -> Vec<String> {
+    let fields = routes.lines().skip(1).map(|line| line.split_ascii_whitespace().collect::<Vec<_>>());
+    fields.filter(|fields| fields.get(1) == Some(&"00000000")).map(|fields| fields[0].to_owned()).collect()
 }
 
 /// What the agent says is wrong with this host; `None` where no agent has written anything.
@@ -256,9 +282,27 @@ mod tests {
         let docker = "-P INPUT ACCEPT\n-P FORWARD DROP\n-N DOCKER-USER\n";
         assert!(forward_drops(docker));
         assert!(!forward_drops("-P FORWARD ACCEPT\n"));
-        let half = format!("{docker}-A DOCKER-USER -i rv+ -j ACCEPT\n");
+        let half = format!("{docker}-A DOCKER-USER -i rv+ -o eth0 -j ACCEPT\n");
         assert!(forward_drops(&half));
-        assert!(!forward_drops(&format!("{half}-A DOCKER-USER -o rv+ -j ACCEPT\n")));
+        assert!(!forward_drops(&format!("{half}-A DOCKER-USER -i eth0 -o rv+ -j ACCEPT\n")));
+    }
+
+    #[test]
+    fn a_chain_of_nftables_that_drops_is_seen_where_iptables_says_nothing() {
+        let chain = serde_json::json!({"chain": {"family": "inet", "table": "filter", "name": "forward",
+            "hook": "forward", "policy": "drop"}});
+        let found = unpassed(&serde_json::json!({"nftables": [chain]}));
+        assert_eq!(found.len(), 1);
+        assert_eq!(found[0].to_string(), "chain forward of table inet filter");
+        let own = serde_json::json!({"chain": {"family": "inet", "table": forward::HOST_TABLE, "name": "forward",
+            "hook": "forward", "policy": "drop"}});
+        assert!(unpassed(&serde_json::json!({"nftables": [own]})).is_empty());
+    }
+
+    #[test]
+    fn default_routes_name_the_uplinks() {
+        let routes = "Iface\tDestination\tGateway\neth0\t00000000\t010200C0\ndocker0\t000011AC\t00000000\n";
+        assert_eq!(uplinks(routes), ["eth0"]);
     }
 
     #[tokio::test]

@@ -5,6 +5,7 @@ use super::decision::{
     WANTED_CONTROLLERS, in_millions, missing_controllers,
 };
 use super::side_channels;
+use roost_types::forward::{Barrier, LINKS};
 use serde::Serialize;
 
 /// One thing that was looked at.
@@ -53,6 +54,10 @@ pub struct Remedies {
     pub programs: Vec<String>,
     /// Docker has its own chain for other people's rules.
     pub docker_user_chain: bool,
+    /// Links that instances leave this host by.
+    pub uplinks: Vec<String>,
+    /// Chains of nftables that drop what instances forward.
+    pub barriers: Vec<Barrier>,
 }
 
 impl Remedies {
@@ -96,7 +101,7 @@ fn needs(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
             remedies.install("nftables", "nftables", "nftables", "nftables")
         }),
         nftables(findings, remedies),
-        docker(findings, remedies),
+        forwarding(findings, remedies),
         check("tun", findings.tun, if findings.tun { "/dev/net/tun" } else { "no /dev/net/tun" }, || {
             "sudo modprobe tun && echo tun | sudo tee /etc/modules-load.d/roost.conf".to_owned()
         }),
@@ -104,7 +109,8 @@ fn needs(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
             section: MAIN,
             check: "ip forwarding",
             ok: true,
-            detail: if findings.ip_forward { "on" } else { "off; the agent turns it on" }.to_owned(),
+            detail: if findings.ip_forward { "on" } else { "off; the agent turns it on for instances" }
+                .to_owned(),
             fix: None,
         },
         memory(findings),
@@ -254,20 +260,34 @@ fn nftables(findings: &Findings, remedies: &Remedies) -> Check {
     }
 }
 
-/// Docker sets the policy of the old FORWARD chain to drop, which is final whatever other tables say. The agent
-/// accepts its own interfaces by the same two rules when it starts; until then this is what stands in the way.
-fn docker(findings: &Findings, remedies: &Remedies) -> Check {
+/// A drop on the forward hook is final whatever other tables say. The agent lets instances pass the chain of iptables,
+/// which Docker makes drop, and names any other.
+fn forwarding(findings: &Findings, remedies: &Remedies) -> Check {
+    let named: Vec<String> = remedies.barriers.iter().map(ToString::to_string).collect();
     let detail = match findings.forward_drop {
-        Some(true) => "the FORWARD chain drops (Docker does that)",
-        Some(false) => "nothing drops what is forwarded",
-        None => "not asked: takes root (sudo roost doctor)",
+        Some(true) if named.is_empty() => "the FORWARD chain drops (Docker does that)".to_owned(),
+        Some(true) => format!("dropped by {}", named.join(", ")),
+        Some(false) => "nothing drops what is forwarded".to_owned(),
+        None => "not asked: takes root and nft (sudo roost doctor)".to_owned(),
     };
-    let chain = if remedies.docker_user_chain { "DOCKER-USER" } else { "FORWARD" };
     check("forwarding", findings.forward_drop != Some(true), detail, || {
-        format!(
-            "sudo iptables -I {chain} -i {VETH_PREFIX}+ -j ACCEPT && sudo iptables -I {chain} -o {VETH_PREFIX}+ -j ACCEPT   # \
-             the agent does this as well when it starts"
-        )
+        let uplinks =
+            if remedies.uplinks.is_empty() { vec!["UPLINK".to_owned()] } else { remedies.uplinks.clone() };
+        let commands: Vec<String> = if remedies.barriers.is_empty() {
+            let chain = if remedies.docker_user_chain { "DOCKER-USER" } else { "FORWARD" };
+            let accept =
+                |from: &str, to: &str| format!("sudo iptables -I {chain} -i {from} -o {to} -j ACCEPT");
+            let guests = format!("{VETH_PREFIX}+");
+            uplinks.iter().flat_map(|uplink| [accept(&guests, uplink), accept(uplink, &guests)]).collect()
+        } else {
+            let ways = uplinks.iter().flat_map(|uplink| [(LINKS, uplink.as_str()), (uplink, LINKS)]);
+            let ways: Vec<(&str, &str)> = ways.collect();
+            let rules = |barrier: &Barrier| -> Vec<String> {
+                ways.iter().map(|(from, to)| format!("sudo nft '{}'", barrier.pass(from, to))).collect()
+            };
+            remedies.barriers.iter().flat_map(rules).collect()
+        };
+        format!("{}   # the agent does this by itself for iptables' own chain", commands.join(" && "))
     })
 }
 
