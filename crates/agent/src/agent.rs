@@ -332,7 +332,7 @@ impl<H: Host> Agent<H> {
             run_ended_age_us: age(dated.and_then(|run| run.ended.as_ref()).and_then(|ended| ended.at_ns)),
             last_seen_age_us: age(dated.and_then(|run| run.last_seen_ns)),
             refused: live.refused.clone(),
-            trouble: live.trouble.clone(),
+            trouble: live.trouble.clone().or_else(|| self.host.network_trouble(live.accepted.id())),
             guest_ready: run.is_some_and(|run| run.guest_ready) && live.state == Observed::Running,
             ssh_host_key: live.run.ssh_host_key.clone(),
             user_data_not_run: live.run.user_data_not_run,

@@ -8,6 +8,7 @@ use crate::error::Result;
 use crate::record::{Accepted, MonitorId, Run};
 use crate::trouble::Troubles;
 use roost_types::agent::{HostFacts, TimedPart};
+use roost_types::ids::InstanceId;
 use std::collections::BTreeSet;
 use std::future::Future;
 
@@ -84,6 +85,10 @@ pub trait Host: Send + Sync + 'static {
     fn slots_in_use(&self) -> BTreeSet<u32>;
     /// What is wrong with the host itself.
     fn troubles(&self) -> &Troubles;
+    /// What is wrong with an instance's network though it is as it was made.
+    fn network_trouble(&self, _: &InstanceId) -> Option<String> {
+        None
+    }
 
     /// Looks at one instance.
     fn look(&self, of: &Accepted, run: &Run) -> impl Future<Output = Result<Facts>> + Send;

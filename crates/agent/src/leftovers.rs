@@ -87,7 +87,7 @@ pub fn purge(folders: &Folders, cgroups: &Cgroups) -> Result<()> {
     for id in &traces(folders, cgroups) {
         cgroups.kill(id)?;
         links::remove(folders, id)?;
-        walls::release(id)?;
+        walls::release(id, None)?;
         cgroups.remove(id)?;
         durable::remove_folder(&folders.running(id))?;
         durable::remove_folder(&folders.instance(id))?;

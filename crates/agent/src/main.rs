@@ -12,8 +12,8 @@ use roost_agent::facts::{self, Identity, Shares};
 use roost_agent::host::Host;
 use roost_agent::monitor::Monitors;
 use roost_agent::names::Folders;
-use roost_agent::net::firewall;
 use roost_agent::net::surroundings::Surroundings;
+use roost_agent::net::{firewall, links};
 use roost_agent::real::{HostSettings, RealHost};
 use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
@@ -23,7 +23,7 @@ use roost_agent::{cgroup, clock, connection, durable, leftovers, unpack};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Duration;
@@ -223,6 +223,9 @@ fn run(serve: &Serve) -> Result<()> {
     let cgroups = Cgroups::open(serve.places.cgroup_root.as_deref(), &folders.state)?
         .with_period_ms(serve.cpu_period_ms);
     durable::write_json(&cgroup_note(&folders), &cgroups.root())?;
+    if let Err(error) = links::make_room_for_neighbours(Path::new(links::NEIGHBOUR_LIMITS)) {
+        tracing::warn!(error = %error.chain(), "guests may crowd the host's neighbours out");
+    }
     let shares = Shares {
         cpu_overcommit: serve.cpu_overcommit,
         reserve_memory_mib: serve.reserve_memory_mib,
@@ -244,11 +247,7 @@ fn run(serve: &Serve) -> Result<()> {
     let images = Images::new(folders.clone(), Arc::new(controller.clone()), unpacker)?;
     let settings = HostSettings {
         facts: facts::measure(&identity, &shares, &folders)?,
-        dns: if serve.dns.is_empty() {
-            facts::name_servers(&[Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(1, 1, 1, 1)])
-        } else {
-            serve.dns.clone()
-        },
+        dns: serve.dns.clone(),
         uplinks: serve.uplink.clone(),
         folders: folders.clone(),
         reserve_disk: serve.reserve_disk_mib << 20,
@@ -267,7 +266,8 @@ fn run(serve: &Serve) -> Result<()> {
             tokio::spawn(async move { clock::watch(watched.troubles()).await });
             let watched = Arc::clone(&host);
             tokio::spawn(async move { watched.watch_disk().await });
-            tokio::spawn(prune(Arc::clone(&agent), host, idle));
+            tokio::spawn(prune(Arc::clone(&agent), Arc::clone(&host), idle));
+            tokio::spawn(host.tend_network());
             tokio::task::spawn_blocking(|| {
                 if let Err(error) = firewall::warm_up() {
                     tracing::error!(error = %error.chain(), "no instance can have a network here");

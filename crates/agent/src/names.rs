@@ -13,7 +13,7 @@ pub const TAP: &str = "tap0";
 /// Table inside an instance's network namespace.
 pub const INSTANCE_TABLE: &str = "roost";
 /// Table of the host that all instances share.
-pub const HOST_TABLE: &str = "roost_host";
+pub const HOST_TABLE: &str = roost_types::forward::HOST_TABLE;
 
 /// Host-side veth end: `rv` and 11 of the id's digits, 13 of the 15 characters that a name may have.
 pub fn host_veth(id: &InstanceId) -> String {

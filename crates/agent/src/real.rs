@@ -11,24 +11,28 @@ use crate::net::dhcp::Lease;
 use crate::net::imds::{Imds, Tokens};
 use crate::net::links::{self, Links};
 use crate::net::metadata::Tree;
+use crate::net::netns;
 use crate::net::service::Services;
-use crate::net::surroundings::Surroundings;
-use crate::net::{firewall, netns, walls};
+use crate::net::walls::Walls;
 use crate::record::{self, Accepted, MonitorId, Run};
 use crate::storage::{self, Images};
 use crate::trouble::Troubles;
-use crate::{clock, durable};
+use crate::{clock, durable, facts};
 use roost_types::agent::HostFacts;
 use roost_types::ids::InstanceId;
 use roost_vmm::console::ConsoleReader;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::net::Ipv4Addr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 /// How often the free disk is looked at.
 const DISK_EVERY: Duration = Duration::from_secs(5);
+/// Name servers of guests where the host's own are reached by nobody else.
+const FALLBACK_DNS: [Ipv4Addr; 2] = [Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(1, 1, 1, 1)];
+/// How often the host's network is looked at.
+const TEND_EVERY: Duration = Duration::from_secs(1);
 
 /// What a real host needs to know of itself.
 pub struct HostSettings {
@@ -36,12 +40,19 @@ pub struct HostSettings {
     pub folders: Folders,
     /// What it can hold.
     pub facts: HostFacts,
-    /// Name servers that guests are told.
+    /// Name servers that guests are told; none: the host's own.
     pub dns: Vec<Ipv4Addr>,
     /// Bytes of its disk that are kept free.
     pub reserve_disk: u64,
     /// Links that guests may leave by beside those of the host's default routes.
     pub uplinks: Vec<String>,
+}
+
+impl HostSettings {
+    /// Name servers that guests are told. The host's own change while it runs.
+    fn name_servers(&self) -> Vec<Ipv4Addr> {
+        if self.dns.is_empty() { facts::name_servers(&FALLBACK_DNS) } else { self.dns.clone() }
+    }
 }
 
 /// The host as it is.
@@ -54,6 +65,9 @@ pub struct RealHost {
     disk: Disk,
     token_key: [u8; 32],
     networks: Mutex<BTreeMap<InstanceId, Network>>,
+    walls: Arc<Walls>,
+    /// Name servers that guests are told now.
+    dns: Mutex<Vec<Ipv4Addr>>,
     troubles: Troubles,
 }
 
@@ -75,6 +89,8 @@ impl RealHost {
             cgroups: monitors.cgroups.clone(),
             troubles: Troubles::new(&settings.folders),
             disk: Disk::new(settings.folders.clone(), settings.reserve_disk),
+            walls: Arc::new(Walls::new(settings.uplinks.clone())),
+            dns: Mutex::new(settings.name_servers()),
             settings,
             monitors,
             images,
@@ -112,7 +128,7 @@ impl RealHost {
     }
 
     fn links(&self, of: &Accepted) -> Links {
-        Links { id: of.id().clone(), interface: of.spec().interface.clone(), mtu: self.monitors.mtu }
+        Links { id: of.id().clone(), interface: of.spec().interface.clone(), mtu: self.walls.around().mtu }
     }
 
     fn lease(&self, of: &Accepted) -> Result<Lease> {
@@ -122,10 +138,42 @@ impl RealHost {
             address: interface.private_ip,
             prefix_len: interface.prefix_len,
             router: interface.gateway,
-            dns: self.settings.dns.clone(),
+            dns: self.name_servers(),
             hostname: of.spec().metadata.hostname.clone(),
-            mtu: self.monitors.mtu,
+            mtu: self.walls.around().mtu,
         })
+    }
+
+    fn name_servers(&self) -> Vec<Ipv4Addr> {
+        self.dns.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    /// Follows the host's network for as long as the agent runs: walls that were taken away, links, name servers.
+    pub async fn tend_network(self: Arc<Self>) {
+        loop {
+            let host = Arc::clone(&self);
+            let tended = blocking(move || {
+                host.walls.tend(&host.troubles);
+                let servers = host.settings.name_servers();
+                let mut known = host.dns.lock().unwrap_or_else(PoisonError::into_inner);
+                if *known != servers {
+                    tracing::info!(?servers, "guests are told other name servers");
+                    *known = servers;
+                }
+                Ok(())
+            });
+            if let Err(error) = tended.await {
+                tracing::error!(error = %error.chain(), "looking after the network");
+            }
+            tokio::time::sleep(TEND_EVERY).await;
+        }
+    }
+
+    /// What a network is made for: all that its links, lease and metadata are made from.
+    fn made_for(&self, of: &Accepted) -> String {
+        let spec = of.spec();
+        let host = (self.walls.around().mtu, self.name_servers());
+        record::hash_of(&(&spec.interface, &spec.metadata, &spec.image, &spec.account, host))
     }
 
     fn run_objects(&self, id: &InstanceId) -> bool {
@@ -137,12 +185,6 @@ impl RealHost {
             || folders.running(id).exists()
             || self.networks().contains_key(id)
     }
-}
-
-/// What a network is made for: all that its rules, lease and metadata are made from.
-fn made_for(of: &Accepted) -> String {
-    let spec = of.spec();
-    record::hash_of(&(&spec.interface, &spec.metadata, &spec.image, &spec.account))
 }
 
 /// The host's key of metadata sessions, made once.
@@ -192,10 +234,14 @@ impl Host for RealHost {
         &self.troubles
     }
 
+    fn network_trouble(&self, id: &InstanceId) -> Option<String> {
+        self.walls.trouble_of(id)
+    }
+
     async fn look(&self, of: &Accepted, run: &Run) -> Result<Facts> {
         let (id, spec) = (of.id(), of.spec());
         let monitor = self.monitors.look(of, run, &self.boot_id);
-        let wanted = made_for(of);
+        let wanted = self.made_for(of);
         let network = self.links(of).stand(self.folders())
             && self.networks().get(id).is_some_and(|net| net.made_for == wanted && net.services.alive());
         let volume = self.folders().volume(&spec.root_volume.volume_id).exists();
@@ -227,8 +273,9 @@ impl Host for RealHost {
         let _points = roost_halt::around("agent.network");
         let (links, folders) = (self.links(of), self.folders().clone());
         let namespace = folders.netns_file(of.id());
+        let made_for = self.made_for(of);
         let lease = self.lease(of)?;
-        let around = Surroundings::look(&self.settings.uplinks);
+        let walls = Arc::clone(&self.walls);
         let tree = Tree::new(&of.ensure);
         let tokens = Tokens::new(self.token_key, of.id().to_string());
         let has_services = self.networks().get(of.id()).is_some_and(|net| net.services.alive());
@@ -239,12 +286,8 @@ impl Host for RealHost {
             let lap = |what: &str| tracing::debug!(what, took = ?begin.elapsed(), "network");
             links.make(&folders)?;
             lap("links");
-            walls::set_inside(&namespace, &links.interface, &around)?;
-            lap("instance's rules");
-            walls::set_host(&around, &[(links.id, links.interface.public_ip)])?;
-            lap("host's rules");
-            firewall::pass_docker(&around)?;
-            lap("docker");
+            walls.set(&links.id, &links.interface, &namespace)?;
+            lap("rules");
             if has_services {
                 return Ok(None);
             }
@@ -252,7 +295,6 @@ impl Host for RealHost {
             Services::start(&namespace, lease, Imds::new(tokens, tree)).map(Some)
         })
         .await?;
-        let made_for = made_for(of);
         let old = {
             let mut networks = self.networks();
             match (services, networks.get_mut(of.id())) {
@@ -279,7 +321,8 @@ impl Host for RealHost {
 
     async fn start_monitor(&self, of: &Accepted) -> Result<Started> {
         let _points = roost_halt::around("agent.monitor");
-        let (monitors, accepted) = (self.monitors.clone(), of.clone());
+        let (mut monitors, accepted) = (self.monitors.clone(), of.clone());
+        monitors.mtu = self.walls.around().mtu;
         blocking(move || monitors.start(&accepted)).await
     }
 
@@ -312,10 +355,11 @@ impl Host for RealHost {
             network.services.stop().await;
         }
         let (cgroups, folders, id) = (self.cgroups.clone(), self.folders().clone(), of.id().clone());
+        let walls = Arc::clone(&self.walls);
         blocking(move || {
             cgroups.kill(&id)?;
             links::remove(&folders, &id)?;
-            walls::release(&id)?;
+            walls.take_down(&id)?;
             cgroups.remove(&id)?;
             durable::remove_folder(&folders.running(&id))
         })

@@ -9,6 +9,9 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Seconds that a lease holds; the address never changes, so this only says how often a guest asks again.
 const LEASE_SECONDS: u32 = 3600;
+/// Seconds after which a guest asks again (RFC 2131's T1): how long name servers that have changed stay unknown to it.
+/// The lease itself outlasts an agent that is down.
+const RENEW_SECONDS: u32 = 300;
 /// Longest packet that is looked at.
 pub const PACKET_MAX: usize = 1500;
 
@@ -148,6 +151,7 @@ fn reply(lease: &Lease, request: &Message, kind: MessageType, inform: bool) -> M
     }
     if !inform {
         options.insert(DhcpOption::AddressLeaseTime(LEASE_SECONDS));
+        options.insert(DhcpOption::Renewal(RENEW_SECONDS));
     }
     let subnet =
         Ipv4Net::new(lease.address, lease.prefix_len).map_or(Ipv4Addr::BROADCAST, |net| net.netmask());
@@ -210,6 +214,11 @@ mod tests {
         assert_eq!(
             get(OptionCode::SubnetMask),
             Some(DhcpOption::SubnetMask(Ipv4Addr::new(255, 255, 240, 0)))
+        );
+        assert_eq!(
+            get(OptionCode::Renewal),
+            Some(DhcpOption::Renewal(300)),
+            "other name servers are heard of"
         );
         assert_eq!(get(OptionCode::InterfaceMtu), Some(DhcpOption::InterfaceMtu(1450)));
         assert_eq!(get(OptionCode::Hostname), Some(DhcpOption::Hostname("web".into())));

@@ -11,7 +11,9 @@ use crate::error::{Error, Result};
 use crate::names::{HOST_TABLE, INSTANCE_TABLE, TAP, UPLINK, VETH_PREFIX};
 use ipnet::Ipv4Net;
 use roost_types::agent::{IngressRule, InterfaceSpec, Protocol};
+use roost_types::forward;
 use roost_types::ids::{InstanceId, InterfaceId};
+use serde_json::Value;
 use std::collections::BTreeSet;
 use std::fmt::Write as _;
 use std::io::Write as _;
@@ -27,6 +29,9 @@ pub const CONNECTIONS: u32 = 8192;
 /// The kernel keeps a closed TCP connection for 120 s and does not count it against [`CONNECTIONS`].
 const NEW_PER_SECOND: u32 = 500;
 const NEW_BURST: u32 = 4096;
+
+/// Packets per second that a guest may send to DHCP and the metadata service together, as EC2 allows.
+const SERVICE_PACKETS: u32 = 1024;
 
 /// The tables of an instance's namespace: anti-spoofing (ARP too), 1:1 NAT, security group, limits of connections.
 ///
@@ -58,6 +63,7 @@ table inet {INSTANCE_TABLE} {{
     type filter hook prerouting priority raw; policy accept;
     iifname != "{TAP}" accept
     ether saddr != {mac} counter drop
+    ip daddr {{ {gateway}, {METADATA_ADDRESS}, 255.255.255.255 }} limit rate over {SERVICE_PACKETS}/second burst {SERVICE_PACKETS} packets counter drop
     ip saddr {private_ip} accept
     ip saddr 0.0.0.0 ip daddr 255.255.255.255 udp sport 68 udp dport 67 accept
     counter drop
@@ -249,18 +255,50 @@ pub fn public_addresses(id: &InstanceId) -> Result<Vec<Ipv4Addr>> {
             }
             Err(error) => return Err(error),
         };
-    let value: serde_json::Value = serde_json::from_str(&text)
+    let value: Value = serde_json::from_str(&text)
         .map_err(|source| Error::Damaged { path: "nft -j list set".into(), source })?;
     Ok(elements(&value, id.as_str()))
 }
 
-fn elements(value: &serde_json::Value, comment: &str) -> Vec<Ipv4Addr> {
-    let sets = value["nftables"].as_array().into_iter().flatten().filter_map(|item| item.get("set"));
+fn elements(value: &Value, comment: &str) -> Vec<Ipv4Addr> {
+    public_set(value).into_iter().filter(|(_, whose)| whose == comment).map(|(address, _)| address).collect()
+}
+
+/// The host's public addresses as nft lists them, and whose each is.
+pub fn public_set(listed: &Value) -> BTreeSet<(Ipv4Addr, String)> {
+    let sets = forward::objects(listed, "set")
+        .filter(|set| set["name"] == "public" && (set["table"] == HOST_TABLE || set["table"].is_null()));
     let elements = sets.filter_map(|set| set["elem"].as_array()).flatten().map(|item| &item["elem"]);
     elements
-        .filter(|element| element["comment"] == comment)
-        .filter_map(|element| element["val"].as_str()?.parse().ok())
+        .filter_map(|element| {
+            let address = element["val"].as_str()?.parse().ok()?;
+            Some((address, element["comment"].as_str()?.to_owned()))
+        })
         .collect()
+}
+
+/// Every table of the calling thread's namespace, without what they have counted.
+///
+/// # Errors
+/// `nft` is missing or fails.
+pub fn ruleset() -> Result<Value> {
+    let text = run("list the rules", &["-j", "-s", "list", "ruleset"], "")?;
+    serde_json::from_str(&text)
+        .map_err(|source| Error::Damaged { path: "nft -j list ruleset".into(), source })
+}
+
+/// The chains and rules of the host's table in a listing: equal texts are equal tables.
+pub fn host_rules(ruleset: &Value) -> String {
+    let kinds = ["chain", "rule"].into_iter().flat_map(|kind| forward::objects(ruleset, kind));
+    kinds.filter(|object| object["table"] == HOST_TABLE).fold(String::new(), |mut text, object| {
+        let mut object = object.clone();
+        if let Some(fields) = object.as_object_mut() {
+            // Numbers that differ each time the same rule is set.
+            fields.remove("handle");
+        }
+        let _ = writeln!(text, "{object}");
+        text
+    })
 }
 
 /// Removes the host's table, if no instance of any agent is in it any more.
@@ -278,17 +316,25 @@ pub fn remove_empty_host_table() -> Result<()> {
     apply("remove the host's table", &format!("delete table inet {HOST_TABLE}\n"))
 }
 
-/// Docker sets the policy of the old FORWARD chain to drop, and a drop there is final for every packet on the host
-/// (a table of ours cannot overrule it). Where that is so, instances get rules of their own in that chain, or in
-/// `DOCKER-USER`, which Docker keeps free for this: from and to the uplinks and one another, and nowhere else.
+/// Lets instances pass a FORWARD chain of iptables' older kind, which nftables does not list, where its policy is to
+/// drop as Docker sets it: from and to the uplinks and one another, and nowhere else. The rules go into that chain, or
+/// into `DOCKER-USER`, which Docker keeps free for this.
 ///
 /// # Errors
 /// The policy is to drop and a rule cannot be set.
-pub fn pass_docker(around: &Surroundings) -> Result<()> {
-    let Ok(output) = Command::new("iptables").args(["-w", "-S"]).output() else { return Ok(()) };
+pub fn pass_old_iptables(around: &Surroundings) -> Result<()> {
+    let tables = std::fs::read_to_string("/proc/thread-self/net/ip_tables_names").unwrap_or_default();
+    if !tables.lines().any(|table| table == "filter") {
+        return Ok(());
+    }
+    // Where both kinds are installed, the plain name may be the newer one's.
+    let program = ["iptables-legacy", "iptables"]
+        .into_iter()
+        .find_map(|name| Some((name, Command::new(name).args(["-w", "-S"]).output().ok()?)));
+    let Some((program, output)) = program else { return Ok(()) };
     let rules = String::from_utf8_lossy(&output.stdout);
     for arguments in docker_rules(&rules, &around.uplinks) {
-        let output = Command::new("iptables").arg("-w").args(arguments.split(' ')).output();
+        let output = Command::new(program).arg("-w").args(arguments.split(' ')).output();
         let output = output.map_err(Error::io("running iptables"))?;
         if !output.status.success() {
             return Err(Error::Program {
@@ -399,7 +445,7 @@ mod tests {
 
     #[test]
     fn elements_are_told_apart_by_their_comment() {
-        let value = serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"elem": [
+        let value = serde_json::json!({"nftables": [{"metainfo": {}}, {"set": {"name": "public", "elem": [
             {"elem": {"val": "100.64.0.5", "comment": "i-0123456789abcdef0"}},
             {"elem": {"val": "100.64.0.6", "comment": "i-other"}}, "100.64.0.7"]}}]});
         assert_eq!(elements(&value, "i-0123456789abcdef0"), vec![Ipv4Addr::new(100, 64, 0, 5)]);

@@ -247,6 +247,28 @@ fn ask(name: &str, question: libc::Ioctl) -> Option<libc::ifreq> {
     (result == 0).then_some(request)
 }
 
+/// Entries that the kernel's one neighbour table may have before old ones go at once, and at most. Its own 1,024 are
+/// taken by one guest that asks for every address of a large network around the uplink.
+const NEIGHBOURS: [(&str, u32); 2] = [("gc_thresh2", 8192), ("gc_thresh3", 16_384)];
+
+/// Where the kernel keeps these limits.
+pub const NEIGHBOUR_LIMITS: &str = "/proc/sys/net/ipv4/neigh/default";
+
+/// Makes room for neighbours of guests beside the host's own, unless its owner has made more.
+///
+/// # Errors
+/// A limit cannot be read or written.
+pub fn make_room_for_neighbours(limits: &Path) -> Result<()> {
+    for (name, least) in NEIGHBOURS {
+        let path = limits.join(name);
+        let now = fs::read_to_string(&path).map_err(Error::file("read", &path))?;
+        if now.trim().parse::<u32>().is_ok_and(|now| now < least) {
+            fs::write(&path, least.to_string()).map_err(Error::file("write", &path))?;
+        }
+    }
+    Ok(())
+}
+
 /// Makes the tap, if it is not there: it stays until its namespace goes.
 fn make_tap() -> Result<()> {
     if link_exists(TAP) {
@@ -335,4 +357,20 @@ async fn neighbour(net: &Handle, index: u32, address: Ipv4Addr, mac: &[u8]) -> R
         .execute()
         .await
         .map_err(Error::netlink(format!("set the neighbour {address}")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn limits_of_neighbours_grow_and_never_shrink() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = |name: &str| folder.path().join(name);
+        fs::write(path("gc_thresh2"), "512\n").unwrap();
+        fs::write(path("gc_thresh3"), "65536\n").unwrap();
+        make_room_for_neighbours(folder.path()).unwrap();
+        assert_eq!(fs::read_to_string(path("gc_thresh2")).unwrap(), "8192");
+        assert_eq!(fs::read_to_string(path("gc_thresh3")).unwrap(), "65536\n");
+    }
 }
