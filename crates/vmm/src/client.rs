@@ -1,14 +1,20 @@
 //! A tiny blocking client of the API, for the agent, the tests and people's scripts.
 
 use std::io::{BufRead, BufReader, Read, Write};
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
+
+/// Most bytes of a response's status line and headers.
+const MAX_HEAD: u64 = 16 << 10;
+/// Most bytes of a response's body.
+const MAX_BODY: u64 = 256 << 10;
 
 /// What can go wrong.
 #[derive(Debug, thiserror::Error)]
@@ -51,13 +57,13 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the API at this socket; calls take at most 10 s.
+    /// A client of the API at this socket. A call takes at most 10 s, however the monitor answers.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), timeout: Duration::from_secs(10) }
     }
 
-    /// With another limit per call.
+    /// With another limit per call: connecting, sending and the whole response.
     #[must_use]
     pub const fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -181,11 +187,62 @@ impl Client {
         send: impl FnOnce(&mut UnixStream) -> std::io::Result<()>,
     ) -> Result<(u16, Vec<u8>), ClientError> {
         let io = |source| ClientError::Io { path: self.path.clone(), source };
-        let mut stream = UnixStream::connect(&self.path).map_err(io)?;
-        stream.set_read_timeout(Some(self.timeout)).map_err(io)?;
-        stream.set_write_timeout(Some(self.timeout)).map_err(io)?;
+        let deadline = Instant::now() + self.timeout;
+        let mut stream = connect(&self.path, self.timeout).map_err(io)?;
+        stream.set_write_timeout(Some(left(deadline).map_err(io)?)).map_err(io)?;
         send(&mut stream).map_err(io)?;
-        read_response(&mut BufReader::new(stream), io)
+        read_response(&mut BufReader::new(Hurried { stream, deadline }), io)
+    }
+}
+
+/// Connects within this time: a monitor that accepts nothing has a full backlog, on which `connect` waits.
+#[allow(clippy::cast_possible_truncation)] // two small constants of the C library
+fn connect(path: &Path, timeout: Duration) -> std::io::Result<UnixStream> {
+    // SAFETY: takes numbers.
+    let fd = unsafe { libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0) };
+    if fd < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: socket has just made it, and nothing else owns it.
+    let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
+    // The time limit of sending is that of connecting too (unix(7), SO_SNDTIMEO).
+    stream.set_write_timeout(Some(timeout))?;
+    // SAFETY: all bytes of the struct may be zero.
+    let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
+    address.sun_family = libc::AF_UNIX as libc::sa_family_t;
+    let name = path.as_os_str().as_bytes();
+    // The last byte stays zero and ends the name.
+    if name.len() >= address.sun_path.len() || name.contains(&0) {
+        let why = format!("a socket's path has 1 to {} bytes", address.sun_path.len() - 1);
+        return Err(std::io::Error::new(std::io::ErrorKind::InvalidInput, why));
+    }
+    for (to, from) in address.sun_path.iter_mut().zip(name) {
+        *to = from.cast_signed();
+    }
+    let length = size_of::<libc::sockaddr_un>() as libc::socklen_t;
+    // SAFETY: reads the address, which is as long as it says.
+    if unsafe { libc::connect(stream.as_raw_fd(), (&raw const address).cast(), length) } < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    Ok(stream)
+}
+
+/// Returns the time until the deadline, or `TimedOut` if it has passed.
+fn left(deadline: Instant) -> std::io::Result<Duration> {
+    let left = deadline.saturating_duration_since(Instant::now());
+    if left.is_zero() { Err(std::io::ErrorKind::TimedOut.into()) } else { Ok(left) }
+}
+
+/// A stream whose reads end at one deadline: a peer that sends a byte now and then gains nothing.
+struct Hurried {
+    stream: UnixStream,
+    deadline: Instant,
+}
+
+impl Read for Hurried {
+    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
+        self.stream.set_read_timeout(Some(left(self.deadline)?))?;
+        self.stream.read(buffer)
     }
 }
 
@@ -203,16 +260,25 @@ fn read_response(
     reader: &mut impl BufRead,
     io: impl Fn(std::io::Error) -> ClientError,
 ) -> Result<(u16, Vec<u8>), ClientError> {
-    let mut line = String::new();
-    reader.read_line(&mut line).map_err(&io)?;
+    let mut head = reader.by_ref().take(MAX_HEAD);
+    let mut next = || {
+        let mut line = String::new();
+        head.read_line(&mut line).map_err(&io)?;
+        if line.ends_with('\n') {
+            return Ok(line);
+        }
+        Err(ClientError::Protocol(if head.limit() == 0 {
+            format!("its head is longer than {} KiB", MAX_HEAD >> 10)
+        } else {
+            "it ends in the head".into()
+        }))
+    };
+    let line = next()?;
     let status = line.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let status = status.ok_or_else(|| ClientError::Protocol(format!("status line {line:?}")))?;
+    let status = status.ok_or_else(|| ClientError::Protocol(format!("status line {}", shown(&line))))?;
     let mut length = 0;
     loop {
-        line.clear();
-        if reader.read_line(&mut line).map_err(&io)? == 0 {
-            return Err(ClientError::Protocol("it ends in the headers".into()));
-        }
+        let line = next()?;
         let header = line.trim_end();
         if header.is_empty() {
             break;
@@ -220,10 +286,119 @@ fn read_response(
         if let Some((name, value)) = header.split_once(':')
             && name.eq_ignore_ascii_case("content-length")
         {
-            length = value.trim().parse().map_err(|_| ClientError::Protocol(format!("header {header:?}")))?;
+            length = value
+                .trim()
+                .parse()
+                .map_err(|_| ClientError::Protocol(format!("header {}", shown(header))))?;
         }
+    }
+    if length > MAX_BODY {
+        let why = format!("its body has {length} bytes, more than {} KiB", MAX_BODY >> 10);
+        return Err(ClientError::Protocol(why));
     }
     let mut body = Vec::new();
     reader.take(length).read_to_end(&mut body).map_err(&io)?;
+    if u64::try_from(body.len()) != Ok(length) {
+        let why = format!("its body ends after {} of {length} bytes", body.len());
+        return Err(ClientError::Protocol(why));
+    }
     Ok((status, body))
+}
+
+/// The beginning of a line, quoted.
+fn shown(line: &str) -> String {
+    format!("{:?}", line.chars().take(200).collect::<String>())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::os::unix::net::UnixListener;
+
+    const LIMIT: Duration = Duration::from_millis(300);
+
+    /// Asks a monitor that answers like this, and gives the error and how long it took.
+    fn ask(answer: impl FnOnce(UnixStream) + Send + 'static) -> (String, Duration) {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let listener = UnixListener::bind(&path).unwrap();
+        let monitor = std::thread::spawn(move || answer(listener.accept().unwrap().0));
+        let begin = Instant::now();
+        let error = Client::new(&path).with_timeout(LIMIT).info().unwrap_err();
+        let took = begin.elapsed();
+        monitor.join().unwrap();
+        let source = std::error::Error::source(&error).map(ToString::to_string).unwrap_or_default();
+        (format!("{error}: {source}"), took)
+    }
+
+    /// Writes until the other side has had enough.
+    fn for_ever(mut stream: UnixStream, head: &str, again: &[u8], pause: Duration) {
+        let mut sent = stream.write_all(head.as_bytes());
+        while sent.is_ok() {
+            std::thread::sleep(pause);
+            sent = stream.write_all(again);
+        }
+    }
+
+    #[test]
+    fn a_monitor_that_drips_or_is_silent_holds_a_call_no_longer_than_its_limit() {
+        let drip = Duration::from_millis(20);
+        let ok = "HTTP/1.1 200 OK\r\nContent-Length: 100000\r\n\r\n";
+        for (head, again) in [("", "H"), ("HTTP/1.1 200 OK\r\n", "a: b\r\n"), (ok, " ")] {
+            let (why, took) = ask(move |stream| for_ever(stream, head, again.as_bytes(), drip));
+            assert!(why.contains("the monitor's API at"), "{why}");
+            assert!(took < LIMIT * 3, "{again:?}: {took:?}");
+        }
+        // Until the client hangs up, not a byte.
+        let (_, took) = ask(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
+        assert!(took >= LIMIT && took < LIMIT * 3, "{took:?}");
+    }
+
+    #[test]
+    fn a_monitor_that_accepts_nothing_holds_a_call_no_longer_than_its_limit() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("api");
+        let listener = UnixListener::bind(&path).unwrap();
+        // SAFETY: an open socket; a backlog of 0 holds one connection.
+        assert_eq!(unsafe { libc::listen(listener.as_raw_fd(), 0) }, 0);
+        let _first = UnixStream::connect(&path).unwrap();
+        let begin = Instant::now();
+        Client::new(&path).with_timeout(LIMIT).power_button().unwrap_err();
+        assert!(begin.elapsed() >= LIMIT && begin.elapsed() < LIMIT * 3, "{:?}", begin.elapsed());
+    }
+
+    #[test]
+    fn an_endless_head_or_body_is_refused_before_it_is_kept() {
+        let fast = Duration::ZERO;
+        for (head, again, words) in [
+            ("", "H", "head is longer than 16 KiB"),
+            ("HTTP/1.1 200 OK\r\n", "a: b\r\n", "head is longer than 16 KiB"),
+            (
+                "HTTP/1.1 200 OK\r\nContent-Length: 18446744073709551615\r\n\r\n",
+                " ",
+                "18446744073709551615 bytes, more than 256 KiB",
+            ),
+            ("HTTP/1.1 200 OK\r\nContent-Length: -1\r\n\r\n", " ", "Content-Length: -1"),
+        ] {
+            let again = again.repeat(1000);
+            let (why, _) = ask(move |stream| for_ever(stream, head, again.as_bytes(), fast));
+            assert!(why.contains(words), "{why}");
+        }
+    }
+
+    #[test]
+    fn a_body_that_is_shorter_than_it_says_is_no_answer() {
+        let (why, _) = ask(|mut stream| {
+            stream.read_exact(&mut [0]).unwrap();
+            stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}").unwrap();
+        });
+        assert!(why.contains("ends after 2 of 9 bytes"), "{why}");
+    }
+
+    #[test]
+    fn a_path_that_no_socket_can_have_is_named_as_such() {
+        let error = Client::new("/".repeat(200)).info().unwrap_err();
+        let source = std::error::Error::source(&error).unwrap().to_string();
+        assert!(source.contains("1 to 107 bytes"), "{source}");
+    }
 }
