@@ -22,6 +22,8 @@ pub struct JailSpec {
     pub uid: u32,
     /// Threads that the monitor may have.
     pub threads: u64,
+    /// Bytes of the longest file that it may make.
+    pub longest_file: u64,
     /// Where its output goes.
     pub log: PathBuf,
     /// What stands behind `run`.
@@ -40,6 +42,7 @@ impl JailSpec {
             option("--cgroup", folder.clone().into());
         }
         option("--resource-limit", format!("nproc={}", self.threads).into());
+        option("--resource-limit", format!("fsize={}", self.longest_file).into());
         option("--log", self.log.clone().into());
         words.extend(["--", "run"].map(OsString::from));
         words.extend(self.options.iter().map(OsString::from));
@@ -85,8 +88,9 @@ mod tests {
         JailSpec {
             id: "i-05050505050505050".into(),
             cgroup: Some("/sys/fs/cgroup/roost/m/i-05".into()),
-            uid: 100_007,
+            uid: 0x7000_0007,
             threads: 18,
+            longest_file: 1 << 30,
             log: "/var/log/monitor".into(),
             options: ["--hold", "--config-fd", "7", "--fd", "kvm=8"].map(str::to_owned).to_vec(),
         }
@@ -106,10 +110,10 @@ mod tests {
         };
         let expected = Options {
             id: Some(spec().id),
-            uid: 100_007,
-            gid: 100_007,
+            uid: 0x7000_0007,
+            gid: 0x7000_0007,
             cgroup: spec().cgroup,
-            limits: Limits { nproc: 18, ..Limits::default() },
+            limits: Limits { nproc: 18, fsize: Some(1 << 30), ..Limits::default() },
             log: Some(spec().log),
             daemonize: true,
             run,

@@ -17,6 +17,7 @@
 //! | [`disk`] | its free space, and what is kept of it |
 //! | [`unpack`] | images are unpacked in a process without privilege |
 //! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
+//! | [`outputs`] | the files that a monitor writes, within bounds |
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
 //! | [`leftovers`] | what is still there of an instance |
 //! | [`controller`], [`connection`], [`streams`] | the conversation with the controller |
@@ -41,6 +42,7 @@ pub mod leftovers;
 pub mod monitor;
 pub mod names;
 pub mod net;
+pub mod outputs;
 pub mod plan;
 pub mod real;
 pub mod record;

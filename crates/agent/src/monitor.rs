@@ -1,13 +1,14 @@
 //! The monitor process of an instance: its configuration, its files, its start in the jail, its state and its end.
 
 use crate::cgroup::Cgroups;
-use crate::durable;
 use crate::error::{Error, Result};
 use crate::host::{Death, LastWord, MonitorFact, Started};
 use crate::jail::{self, JailSpec};
 use crate::names::Folders;
 use crate::net::links;
+use crate::outputs::{self, read_status, tail};
 use crate::record::{Accepted, MonitorId, Run};
+use crate::{clock, durable};
 use nix::libc;
 use roost_types::agent::{InstanceSpec, TimedPart};
 use roost_types::ids::InstanceId;
@@ -18,7 +19,7 @@ use roost_vmm::config::{
 };
 use roost_vmm::console::{self, ConsoleReader};
 use roost_vmm::exit::ExitCode;
-use roost_vmm::status::{self, Event};
+use roost_vmm::status::Event;
 use rustix::process::{Pid, PidfdFlags, Signal, pidfd_open, pidfd_send_signal};
 use std::fs::{self, File};
 use std::io::{Seek, Write};
@@ -30,8 +31,8 @@ use std::time::{Duration, Instant};
 
 /// How long a monitor may take to build its machine, and to start it.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// Most of a monitor's log that is kept when it starts anew, bytes.
-const LOG_MAX: u64 = 256 * 1024;
+/// Unit of the start time in `/proc/<pid>/stat` (`USER_HZ`, the same on every x86).
+const TICKS_PER_SECOND: u64 = 100;
 
 /// What monitors are started with.
 #[derive(Debug, Clone)]
@@ -145,12 +146,14 @@ impl Monitors {
         options.extend(files.options.iter().cloned());
         let handed: Vec<&OwnedFd> = files.descriptors.iter().collect();
         let log = self.folders.monitor_log(id);
+        outputs::keep_short(&self.folders, id)?;
         prepare_log(&log)?;
         let jail = JailSpec {
             id: id.to_string(),
             cgroup: self.cgroups.folder(spec, id)?,
             uid: self.uid_base + of.slot,
             threads: u64::from(spec.cpu.vcpus) + 16,
+            longest_file: longest_file(spec, &self.folders)?,
             log,
             options,
         };
@@ -213,12 +216,10 @@ impl Monitors {
         if let Err(error) = client.start() {
             // An earlier call may have started it without living to hear so.
             let events = read_status(&self.folders.status(id));
-            return events
-                .iter()
-                .find_map(ran)
-                .ok_or_else(|| Error::NotNow(format!("starting the guest: {error}")));
+            let before = events.iter().find_map(ran).map(|at| began(monitor, at));
+            return before.ok_or_else(|| Error::NotNow(format!("starting the guest: {error}")));
         }
-        self.wait_for(id, monitor, ran)
+        self.wait_for(id, monitor, ran).map(|at| began(monitor, at))
     }
 
     /// Presses the power button. Blocks.
@@ -275,22 +276,26 @@ impl Monitors {
                 return MonitorFact::Stray;
             }
             let cut_off = rebooted && run.is_open();
-            return if cut_off { MonitorFact::Dead(self.death(id, true)) } else { MonitorFact::None };
+            return if cut_off { MonitorFact::Dead(self.death(id, None, true)) } else { MonitorFact::None };
         };
         // The same number, started at the same tick of the same boot, in the instance's cgroup.
         let lives = !rebooted && lives(monitor) && self.cgroups.processes(id).contains(&monitor.pid);
         if lives {
+            if let Err(error) = outputs::keep_short(&self.folders, id) {
+                tracing::warn!(instance = %id, error = %error.chain(), "a file of its monitor");
+            }
             let events = read_status(&self.folders.status(id));
-            MonitorFact::Alive { ran_ns: ran(&events), resets_ns: resets(&events) }
+            let ran_ns = ran(&events).map(|at| began(monitor, at));
+            MonitorFact::Alive { ran_ns, resets_ns: resets(&events) }
         } else {
-            MonitorFact::Dead(self.death(id, rebooted))
+            MonitorFact::Dead(self.death(id, Some(monitor), rebooted))
         }
     }
 
-    fn death(&self, id: &InstanceId, host_rebooted: bool) -> Death {
+    fn death(&self, id: &InstanceId, monitor: Option<&MonitorId>, host_rebooted: bool) -> Death {
         let events = read_status(&self.folders.status(id));
         Death {
-            ran_ns: ran(&events),
+            ran_ns: ran(&events).map(|at| monitor.map_or(at, |monitor| began(monitor, at))),
             word: last_word(&events),
             out_of_memory: self.cgroups.out_of_memory(id),
             host_rebooted,
@@ -357,33 +362,10 @@ fn console_input(path: &Path) -> Result<File> {
         .map_err(Error::file("open", path))
 }
 
-/// Makes a monitor's log, and cuts off what an earlier one left beyond measure.
+/// Makes a monitor's log.
 fn prepare_log(path: &Path) -> Result<()> {
-    if fs::metadata(path).is_ok_and(|meta| meta.len() > LOG_MAX) {
-        durable::remove_file(path)?;
-    }
     let made = File::options().append(true).create(true).mode(0o600).open(path);
     made.map(drop).map_err(Error::file("open", path))
-}
-
-/// The last lines of a monitor's log.
-fn tail(path: &Path) -> String {
-    let text = fs::read(path).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text[text.len().saturating_sub(2000)..]).into_owned();
-    let lines: Vec<&str> = text.lines().rev().take(3).collect();
-    if lines.is_empty() {
-        "without a word".into()
-    } else {
-        lines.into_iter().rev().collect::<Vec<_>>().join("; ")
-    }
-}
-
-fn read_status(path: &Path) -> Vec<Event> {
-    let text = fs::read(path).unwrap_or_default();
-    status::parse(&String::from_utf8_lossy(&text)).unwrap_or_else(|error| {
-        tracing::warn!(%error, "a monitor's status file");
-        vec![]
-    })
 }
 
 fn ran(events: &[Event]) -> Option<u64> {
@@ -401,6 +383,13 @@ fn resets(events: &[Event]) -> Vec<u64> {
     events.iter().filter_map(at).collect()
 }
 
+/// When vCPUs began to run by their monitor's word, if that is possible: not before it was started, and not after now. Of another
+/// word nothing is believed: they count as running from the monitor's own start, so that no lie makes a run shorter.
+fn began(monitor: &MonitorId, word: u64) -> u64 {
+    let started = monitor.start_ticks.saturating_mul(1_000_000_000 / TICKS_PER_SECOND);
+    if (started..=clock::boottime_ns()).contains(&word) { word } else { started }
+}
+
 fn last_word(events: &[Event]) -> Option<LastWord> {
     events.iter().rev().find_map(|event| match event {
         Event::Exited { boottime_ns, reason, message, .. } => {
@@ -412,6 +401,16 @@ fn last_word(events: &[Event]) -> Option<LastWord> {
 
 fn part(name: &str, took: Duration) -> TimedPart {
     TimedPart { part: name.to_owned(), took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX) }
+}
+
+/// Bytes of the longest file that a monitor may make: its volume written all over and the tables of an overlay (1/8192 for
+/// clusters, 1/32768 for their counts), with room for clusters that a monitor lost when it was killed. A volume that is there
+/// already is as long as it is.
+fn longest_file(spec: &InstanceSpec, folders: &Folders) -> Result<u64> {
+    let path = folders.volume(&spec.root_volume.volume_id);
+    let length = fs::metadata(&path).map_err(Error::file("look at", &path))?.len();
+    let size = spec.root_volume.size_gib.saturating_mul(1 << 30);
+    Ok(size.saturating_add(size / 1024).saturating_add(256 << 20).max(length))
 }
 
 /// Field 22 of `/proc/<pid>/stat`: when the process started. The name in field 2 may hold anything, also spaces and
