@@ -6,7 +6,7 @@ use crate::error::{Error, Result};
 use crate::host::Host;
 use crate::names::Folders;
 use crate::record::{self, Accepted, Loaded, Records, Run, Verdict};
-use crate::task::{Live, Pace, Shared, Task};
+use crate::task::{self, Live, Pace, Shared, Task};
 use roost_types::agent::{Desired, Ensure, ORPHANS, Observation, Observed, Orphan, Report};
 use roost_types::ids::InstanceId;
 use roost_types::state::DesiredState;
@@ -90,13 +90,14 @@ impl<H: Host> Agent<H> {
     }
 
     fn spawn(&self, accepted: Accepted, run: Run) -> Entry {
+        let state = first_state(&accepted, &run);
         let live = Live {
-            state: first_state(&accepted, &run),
+            state,
+            reason: task::reason(accepted.spec(), &run, state),
             accepted,
             refused: None,
             run,
             since_ns: self.host.now_ns(),
-            reason: None,
             trouble: None,
         };
         let shared = Shared {

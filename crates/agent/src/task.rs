@@ -20,6 +20,8 @@ pub struct Pace {
     /// How long until the power button is pressed again: a guest that is still booting does not hear it, and neither
     /// the monitor nor the guest remembers that it was pressed.
     pub press_again: Duration,
+    /// How long a monitor may take to answer; its own client gives up before.
+    pub answer: Duration,
     /// How often a running guest is looked after.
     pub tick: Duration,
     /// From the end of one monitor to the vCPUs of the next, in a reboot.
@@ -39,6 +41,7 @@ impl Default for Pace {
         Self {
             stop_grace: Duration::from_secs(60),
             press_again: Duration::from_secs(3),
+            answer: Duration::from_secs(90),
             tick: Duration::from_millis(500),
             restart: Duration::from_secs(60),
             host_key: Duration::from_secs(60),
@@ -110,6 +113,8 @@ pub struct Task<H: Host> {
     pace: Pace,
     asked: Option<Asked>,
     saw_alive: bool,
+    /// When a look last showed its monitor alive, nanoseconds of CLOCK_BOOTTIME.
+    seen_ns: u64,
     failures: u32,
     scan: Scan,
     scanned: Option<u64>,
@@ -129,6 +134,7 @@ impl<H: Host> Task<H> {
             pace,
             asked: None,
             saw_alive: false,
+            seen_ns: 0,
             failures: 0,
             scan: Scan::default(),
             scanned: None,
@@ -194,9 +200,13 @@ impl<H: Host> Task<H> {
     }
 
     async fn step(&mut self, accepted: &Accepted, run: &mut Run) -> Result<Next> {
+        let begin = self.host.now_ns();
         let facts = self.host.look(accepted, run).await?;
         let alive = matches!(facts.monitor, MonitorFact::Alive { .. });
         self.saw_alive |= alive;
+        if alive {
+            self.seen_ns = begin;
+        }
         let spec = accepted.spec();
         run.volume_made |= accepted.ensure.volume_made;
         let power = self.power(spec, alive);
@@ -241,7 +251,8 @@ impl<H: Host> Task<H> {
             }
             Action::LetRun => {
                 let Some(monitor) = run.monitor.clone() else { return Ok(Next::Again) };
-                let began = timed(run, "monitor.start", host.let_run(accepted, &monitor)).await?;
+                let start = timed(run, "monitor.start", host.let_run(accepted, &monitor));
+                let Some(began) = self.answer(self.pace.answer, start).await? else { return Ok(Next::Again) };
                 if run.began_ns.is_none() {
                     run.began_ns = Some(began);
                 }
@@ -273,7 +284,7 @@ impl<H: Host> Task<H> {
             Action::RemoveDisk => host.remove_disk(accepted).await?,
             Action::Forget => {
                 self.records.remove(accepted.id())?;
-                self.set_state(Observed::Absent, None);
+                self.set_state(Observed::Absent, None, None);
                 return Ok(Next::Gone);
             }
             Action::Rest(Observed::Running) => return self.look_after(accepted, run),
@@ -302,17 +313,25 @@ impl<H: Host> Task<H> {
     }
 
     fn note_ended(&mut self, accepted: &Accepted, run: &mut Run, mut ended: Ended) -> Result<()> {
-        // Without a word of the monitor's own, its end is now if this agent started it or saw it alive; else nobody knows.
-        if ended.at_ns.is_none() && self.saw_alive {
-            ended.at_ns = Some(self.host.now_ns());
-        }
+        let now = self.host.now_ns();
+        // Without a word of the monitor's own, its end is now if this agent started it or saw it alive; else nobody knows. Its
+        // word is believed as far as it can be true: not before an agent saw it alive, and not after now.
+        let seen = self.seen_ns.max(run.last_seen_ns.unwrap_or(0));
+        ended.at_ns = ended.at_ns.map(|at| at.max(seen).min(now)).or_else(|| self.saw_alive.then_some(now));
         if run.ended.is_none() {
             run.cpu_usage_us = self.host.cpu_usage_us(accepted).or(run.cpu_usage_us);
             run.ended = Some(ended);
         }
         run.monitor = None;
         self.over();
-        self.note(accepted, run)
+        self.records.save_run(accepted.id(), run)?;
+        // An end and its reason are told at once: whoever hears of an end without a reason takes it for the guest's own.
+        let spec = accepted.spec();
+        let state =
+            if run.incarnation == spec.incarnation { Observed::Stopping } else { self.shared.live().state };
+        self.set_state(state, reason(spec, run, state), Some(run));
+        self.shared.bump();
+        Ok(())
     }
 
     fn over(&mut self) {
@@ -347,13 +366,33 @@ impl<H: Host> Task<H> {
         let wanted = accepted.spec().desired;
         let mut asked = *self.asked.get_or_insert(Asked { wanted, since: now, pressed: None });
         if asked.pressed.is_none_or(|at| at.elapsed() >= self.pace.press_again) {
-            // A monitor that does not answer is asked again after the usual pause, and killed when the grace is over.
-            self.host.press_power(accepted).await?;
+            // Noted before: a press that is not answered counts as one.
             asked.pressed = Some(now);
             self.asked = Some(asked);
+            let left = self.pace.stop_grace.saturating_sub(asked.since.elapsed());
+            // A monitor that refuses is asked again after the usual pause, and killed when the grace is over.
+            match self.answer(left.min(self.pace.answer), self.host.press_power(accepted)).await {
+                Ok(Some(())) => {}
+                Ok(None) => return Ok(Next::Again),
+                Err(error) => {
+                    self.asked = Some(Asked { pressed: None, ..asked });
+                    return Err(error);
+                }
+            }
         }
         let left = self.pace.stop_grace.saturating_sub(asked.since.elapsed()).min(self.pace.press_again);
         Ok(Next::Rest(left.max(Duration::from_millis(1))))
+    }
+
+    /// A monitor's answer. Returns `None` if there is news of the instance first, or no answer within the limit: a monitor may be
+    /// a tenant's by now, and nothing that it does not do must keep it from being killed.
+    async fn answer<T>(&self, limit: Duration, call: impl Future<Output = Result<T>>) -> Result<Option<T>> {
+        tokio::select! {
+            biased;
+            answer = call => answer.map(Some),
+            () = self.shared.wake.notified() => Ok(None),
+            () = tokio::time::sleep(limit) => Ok(None),
+        }
     }
 
     /// A running guest: note that it lives, and listen to its console.
@@ -447,20 +486,16 @@ impl<H: Host> Task<H> {
 
     fn show(&self, spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) {
         let state = state(spec, run, facts, action);
-        let reason = match state {
-            Observed::Stopped | Observed::Failed => run
-                .ended
-                .as_ref()
-                .filter(|_| run.incarnation == spec.incarnation)
-                .and_then(|e| e.reason.clone()),
-            _ => None,
-        };
-        self.set_state(state, reason);
+        self.set_state(state, reason(spec, run, state), None);
     }
 
-    fn set_state(&self, state: Observed, reason: Option<StateReason>) {
+    /// Makes a state visible, with the run that it is of.
+    fn set_state(&self, state: Observed, reason: Option<StateReason>, run: Option<&Run>) {
         let changed = {
             let mut live = self.shared.live();
+            if let Some(run) = run {
+                live.run = run.clone();
+            }
             let changed = live.state != state || live.reason != reason;
             if live.state != state {
                 live.since_ns = self.host.now_ns();
@@ -501,6 +536,13 @@ pub fn state(spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) -> 
         return Observed::Running;
     }
     Observed::Preparing
+}
+
+/// Why an instance is in a state that it came to by its run's end.
+pub fn reason(spec: &InstanceSpec, run: &Run, state: Observed) -> Option<StateReason> {
+    let over = matches!(state, Observed::Stopping | Observed::Stopped | Observed::Failed);
+    let ended = run.ended.as_ref().filter(|_| over && run.incarnation == spec.incarnation);
+    ended.and_then(|ended| ended.reason.clone())
 }
 
 /// Does something and notes how long it took.

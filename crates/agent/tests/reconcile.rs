@@ -7,13 +7,14 @@ use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
 use roost_agent::agent::StateLock;
 use roost_agent::names::Folders;
-use roost_agent::record::{self, Accepted, Records, Verdict};
+use roost_agent::record::{self, Accepted, Records, Run, Verdict};
+use roost_agent::task::Pace;
 use roost_agent::testing::{ensure, ensure_of};
-use roost_types::agent::{Ensure, Observed};
+use roost_types::agent::{Ensure, Observation, Observed};
 use roost_types::state::DesiredState;
 use roost_vmm::status::ExitReason;
 use std::collections::BTreeSet;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 use support::Bench;
 
 fn next(ensure: &Ensure, change: impl FnOnce(&mut Ensure)) -> Ensure {
@@ -400,6 +401,33 @@ async fn five_resets_over_a_day_are_an_owners_own() {
     assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
 }
 
+/// The controller takes an end without a reason for the guest's own.
+#[tokio::test]
+async fn a_killed_monitor_is_told_as_killed_from_the_first_moment_on() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch);
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    // What is taken down takes its time.
+    bench.shared.world().fails = Some(("tear down", false));
+    let killed = |seen: &Observation| {
+        let reason = seen.reason.as_ref().map(|reason| reason.code.as_str());
+        if seen.run_ended_age_us.is_some() {
+            assert_eq!((seen.state, reason), (Observed::Stopping, Some("Server.MonitorKilled")), "{seen:?}");
+        }
+        seen.trouble.is_some()
+    };
+    bench.shared.end(&id, None);
+    bench.until(&id, "being taken down", killed).await;
+    bench.restart_agent().await;
+    killed(&bench.observation(&id).unwrap());
+    bench.until(&id, "being taken down", killed).await;
+    bench.shared.world().fails = None;
+    let seen = bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert_eq!(seen.reason.unwrap().code, "Server.MonitorKilled");
+}
+
 #[tokio::test]
 async fn a_monitor_killed_while_no_agent_lived_has_no_known_end_but_a_last_sign() {
     let mut bench = Bench::new();
@@ -500,6 +528,81 @@ async fn a_power_button_that_was_pressed_too_early_is_pressed_again() {
     let world = bench.shared.world();
     assert_eq!(world.machines[&id].power_presses, 2);
     assert!(!world.log.iter().any(|line| line.ends_with(" kill")), "it powered itself off: {:?}", world.log);
+}
+
+#[tokio::test]
+async fn a_monitor_that_never_answers_is_killed_when_the_grace_is_over() {
+    let mut bench = Bench::new();
+    let launch = ensure(1);
+    let id = launch.instance_id.clone();
+    bench.want(launch.clone());
+    bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+    bench.shared.poke(&id, |machine| machine.is_mute = true);
+    bench.want(next(&launch, |e| e.spec.desired = DesiredState::Stopped));
+    bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+    assert!(bench.shared.world().log.iter().any(|line| line.ends_with(" kill")));
+}
+
+/// The button's press is not waited for, and neither is a start.
+#[tokio::test]
+async fn a_terminate_overtakes_a_monitor_that_never_answers() {
+    for hangs_at_start in [false, true] {
+        let mut bench = Bench::with_pace(Pace {
+            stop_grace: Duration::from_secs(3600),
+            answer: Duration::from_secs(3600),
+            ..Bench::pace()
+        });
+        let launch = ensure(1);
+        let id = launch.instance_id.clone();
+        bench.shared.poke(&id, |machine| machine.is_mute = hangs_at_start);
+        bench.want(launch.clone());
+        let shared = bench.shared.clone();
+        let stop = if hangs_at_start {
+            bench.until(&id, "started", |_| shared.world().machines[&id].monitor_alive).await;
+            launch
+        } else {
+            bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+            bench.shared.poke(&id, |machine| machine.is_mute = true);
+            let stop = next(&launch, |e| e.spec.desired = DesiredState::Stopped);
+            bench.want(stop.clone());
+            bench.until(&id, "stopping", |seen| seen.state == Observed::Stopping).await;
+            stop
+        };
+        bench.want(next(&stop, |e| e.spec.desired = DesiredState::Terminated));
+        bench.until(&id, "absent", |seen| seen.state == Observed::Absent).await;
+    }
+}
+
+/// A monitor writes its own status file, and may be a tenant's by now.
+#[tokio::test]
+async fn a_monitors_own_date_of_its_end_counts_only_where_it_can_be_true() {
+    for forged in [0, 1, u64::MAX] {
+        for agent_is_away in [false, true] {
+            let mut bench = Bench::new();
+            let launch = ensure(1);
+            let id = launch.instance_id.clone();
+            bench.want(launch);
+            bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
+            let (seen_alive, looks) = (bench.shared.now(), bench.shared.world().looks);
+            let shared = bench.shared.clone();
+            // The one that was going on, and one from now.
+            bench.until(&id, "looked at", |_| shared.world().looks >= looks + 2).await;
+            if agent_is_away {
+                bench.crash_agent().await;
+            }
+            bench.shared.end_at(&id, Some(ExitReason::PowerOff), forged);
+            if agent_is_away {
+                bench.start_agent();
+            }
+            bench.until(&id, "stopped", |seen| seen.state == Observed::Stopped).await;
+            let text = std::fs::read(bench.folders.file(&id, "run.json")).unwrap();
+            let run: Run = serde_json::from_slice(&text).unwrap();
+            let ended = run.ended.unwrap().at_ns.unwrap();
+            // An agent that was away knows no more than its last durable sign.
+            let least = if agent_is_away { run.last_seen_ns.unwrap() } else { seen_alive };
+            assert!((least..=bench.shared.now()).contains(&ended), "{forged}: {ended}, seen at {least}");
+        }
+    }
 }
 
 #[tokio::test]

@@ -37,6 +37,8 @@ pub struct Machine {
     /// Presses of the power button that its guest does not hear.
     pub deaf_to: u32,
     pub breaks_at_start: bool,
+    /// The monitor answers no call.
+    pub is_mute: bool,
     /// Somebody kills the monitor as soon as it has started.
     pub is_killed_at_start: bool,
 }
@@ -90,7 +92,11 @@ impl Shared {
 
     /// The monitor ends with a word of its own, or is killed without.
     pub fn end(&self, id: &InstanceId, reason: Option<ExitReason>) {
-        let at_ns = self.now();
+        self.end_at(id, reason, self.now());
+    }
+
+    /// The monitor ends, and dates its end itself.
+    pub fn end_at(&self, id: &InstanceId, reason: Option<ExitReason>, at_ns: u64) {
         self.poke(id, |machine| {
             machine.monitor_alive = false;
             machine.word = reason.map(|reason| LastWord { at_ns, reason, message: "said so".into() });
@@ -151,6 +157,13 @@ impl FakeHost {
             self.die().await;
         }
         Ok(result)
+    }
+
+    /// A monitor's answer, which a mute one never gives.
+    async fn answer(&self, of: &Accepted) {
+        if self.shared.world().machines.get(of.id()).is_some_and(|machine| machine.is_mute) {
+            std::future::pending::<()>().await;
+        }
     }
 
     async fn die(&self) {
@@ -287,6 +300,7 @@ impl Host for FakeHost {
     }
 
     async fn let_run(&self, of: &Accepted, _: &MonitorId) -> Result<u64> {
+        self.answer(of).await;
         let now = self.shared.now();
         self.operation("let run", of, |machine| {
             if machine.ran_ns.is_none() {
@@ -298,6 +312,7 @@ impl Host for FakeHost {
     }
 
     async fn press_power(&self, of: &Accepted) -> Result<()> {
+        self.answer(of).await;
         let at_ns = self.shared.now();
         self.operation("power", of, |machine| {
             machine.power_presses += 1;
@@ -365,11 +380,16 @@ pub struct Bench {
     pub agent: Option<Arc<Agent<FakeHost>>>,
     pub desired: Desired,
     pub folders: Folders,
+    pace: Pace,
     _folder: tempfile::TempDir,
 }
 
 impl Bench {
     pub fn new() -> Self {
+        Self::with_pace(Self::pace())
+    }
+
+    pub fn with_pace(pace: Pace) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let folders = Folders {
             state: folder.path().join("state"),
@@ -381,6 +401,7 @@ impl Bench {
             agent: None,
             desired: Desired { version: 0, instances: vec![], end: vec![] },
             folders,
+            pace,
             _folder: folder,
         };
         bench.start_agent();
@@ -391,6 +412,7 @@ impl Bench {
         Pace {
             stop_grace: Duration::from_millis(400),
             press_again: Duration::from_millis(40),
+            answer: Duration::from_secs(5),
             tick: Duration::from_millis(5),
             // On the world's clock, which each reading moves on by a microsecond.
             host_key: Duration::from_millis(150),
@@ -404,7 +426,7 @@ impl Bench {
     pub fn start_agent(&mut self) {
         let host = FakeHost::new(&self.shared);
         let lock = StateLock::take(&self.folders).unwrap();
-        let agent = Agent::open(lock, host, &self.folders, Self::pace()).unwrap();
+        let agent = Agent::open(lock, host, &self.folders, self.pace.clone()).unwrap();
         agent.apply(&self.desired).unwrap();
         self.agent = Some(agent);
     }
