@@ -17,7 +17,7 @@
 //! | [`disk`] | its free space, and what is kept of it |
 //! | [`unpack`] | images are unpacked in a process without privilege |
 //! | [`jail`], [`monitor`] | how a monitor comes to life, and what is known of it |
-//! | [`outputs`] | the files that a monitor writes, within bounds |
+//! | [`outputs`], [`users`] | the files that a monitor writes, within bounds; the user ids that monitors have |
 //! | [`real`], [`facts`] | the host as it is, and what it can hold |
 //! | [`leftovers`] | what is still there of an instance |
 //! | [`controller`], [`connection`], [`streams`] | the conversation with the controller |
@@ -54,5 +54,6 @@ pub mod task;
 pub mod testing;
 pub mod trouble;
 pub mod unpack;
+pub mod users;
 
 pub use error::{Error, Result};

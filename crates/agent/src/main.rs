@@ -19,7 +19,7 @@ use roost_agent::storage::Images;
 use roost_agent::streams::Streams;
 use roost_agent::task::Pace;
 use roost_agent::unpack::Unpacker;
-use roost_agent::{cgroup, clock, connection, durable, leftovers, unpack};
+use roost_agent::{cgroup, clock, connection, durable, leftovers, unpack, users};
 use roost_types::ids::InstanceId;
 use std::io::Write;
 use std::net::Ipv4Addr;
@@ -115,8 +115,8 @@ struct Serve {
     /// From the power button to the kill, seconds.
     #[arg(long, value_name = "SECONDS", default_value_t = 60)]
     stop_grace: u64,
-    /// First of the user ids that monitors run as, one per instance.
-    #[arg(long, value_name = "UID", default_value_t = 100_000)]
+    /// First of the user ids that monitors run as, one per instance. A monitor that runs keeps the one that it was started with.
+    #[arg(long, value_name = "UID", default_value_t = users::FIRST)]
     uid_base: u32,
     /// How long an image that no instance uses is kept, hours.
     #[arg(long, value_name = "HOURS", default_value_t = 168)]
@@ -253,6 +253,7 @@ fn run(serve: &Serve) -> Result<()> {
         reserve_disk: serve.reserve_disk_mib << 20,
     };
     let host = Arc::new(RealHost::new(settings, monitors, images)?);
+    host.troubles().set("user ids", users::trouble(serve.uid_base));
     let pace = Pace { stop_grace: Duration::from_secs(serve.stop_grace), ..Pace::default() };
     let idle = Duration::from_secs(serve.image_idle_hours.saturating_mul(3600));
     tokio::runtime::Builder::new_multi_thread()

@@ -151,7 +151,7 @@ impl Monitors {
         let jail = JailSpec {
             id: id.to_string(),
             cgroup: self.cgroups.folder(spec, id)?,
-            uid: self.uid_base + of.slot,
+            uid: self.uid(of)?,
             threads: u64::from(spec.cpu.vcpus) + 16,
             longest_file: longest_file(spec, &self.folders)?,
             log,
@@ -165,6 +165,14 @@ impl Monitors {
         self.wait_for(id, &monitor, |event| matches!(event, Event::Built { .. }).then_some(()))?;
         let timing = vec![part("agent.jail", jailed - begin), part("monitor.build", jailed.elapsed())];
         Ok(Started { monitor, console_from, timing })
+    }
+
+    fn uid(&self, of: &Accepted) -> Result<u32> {
+        let uid = self.uid_base.checked_add(of.slot).filter(|uid| *uid != u32::MAX);
+        uid.ok_or_else(|| {
+            let base = self.uid_base;
+            Error::Impossible(format!("--uid-base is {base}: {} ids above it there is none", of.slot))
+        })
     }
 
     /// Everything that is handed to the monitor: the option that names it, and the descriptor.
