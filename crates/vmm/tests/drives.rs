@@ -7,6 +7,7 @@ mod common;
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
+use std::process::Command;
 use std::sync::mpsc::channel;
 use std::time::Duration;
 
@@ -196,6 +197,24 @@ fn an_overlay_is_whole_when_it_is_taken_away() {
     patch(&client, &back);
     let ended = machine.wait();
     assert_eq!((ended.code, ended.console.as_str()), (0, "writtenrawback"), "{}", ended.stderr);
+}
+
+#[test]
+fn a_drive_that_is_no_file_is_refused_by_name() {
+    for (name, what) in [("folder", "a folder"), ("pipe", "a pipe"), ("/dev/zero", "a character device")] {
+        let code = Code::default().power_off();
+        let mut machine =
+            machine(&code, &json!({ "drive_id": "d", "path_on_host": "", "is_read_only": true }));
+        std::fs::create_dir(machine.path("folder")).unwrap();
+        assert!(Command::new("mkfifo").arg(machine.path("pipe")).status().unwrap().success());
+        // Both ends are open, so that nobody waits for the other.
+        let _ends = File::options().read(true).write(true).open(machine.path("pipe")).unwrap();
+        machine.config["drives"][0]["path_on_host"] = json!(machine.path(name));
+        let ended = machine.run();
+        assert_ne!(ended.code, 0);
+        let words = format!("is {what}, must be a file or a block device");
+        assert!(ended.stderr.contains(&words) && ended.stderr.contains(name), "{}", ended.stderr);
+    }
 }
 
 /// A disk that was opened by path can be looked at again, though no path is opened any more.

@@ -60,7 +60,7 @@ impl Image {
     /// # Errors
     /// The image is broken, or needs files that were not handed over.
     pub fn open(file: File, format: DriveFormat, backing: Option<File>, writable: bool) -> io::Result<Self> {
-        let cluster = if format == DriveFormat::Qcow2 { qcow2::check(&file)? } else { 0 };
+        let cluster = if format == DriveFormat::Qcow2 { qcow2::check(&file, backing.as_ref())? } else { 0 };
         let storage = storage(file, writable)?;
         match format {
             DriveFormat::Raw => {
@@ -78,9 +78,6 @@ impl Image {
                     .backing(backing.map(Arc::new))
                     .data_file(None)
                     .open(DenyImplicitOpenGate::default())?;
-                if qcow2.requires_external_data_file() {
-                    return Err(io::Error::other("qcow2 images with an external data file are not taken"));
-                }
                 Ok(Self { access: FormatAccess::new(qcow2), cluster })
             }
         }

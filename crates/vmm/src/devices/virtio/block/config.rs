@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::os::fd::AsRawFd;
+use std::os::unix::fs::FileTypeExt;
 
 use serde::{Deserialize, Serialize};
 
@@ -166,6 +167,10 @@ pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
         Some(name) => Some(descriptors.file_to_keep(name, "base image", Access::Read)?),
         None => None,
     };
+    check_kind(drive, &drive.path_on_host, &file)?;
+    for (name, base) in drive.backing.iter().zip(&backing) {
+        check_kind(drive, name, base)?;
+    }
     let failed = |source| Error::Disk {
         id: drive.drive_id.clone(),
         what: format!("opening {:?} as {:?}", drive.path_on_host, drive.format),
@@ -174,6 +179,22 @@ pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
     let raw = (drive.format == DriveFormat::Raw).then(|| file.try_clone()).transpose().map_err(failed)?;
     let image = Image::open(file, drive.format, backing, !drive.is_read_only).map_err(failed)?;
     Ok(Opened { image: Box::new(image), raw })
+}
+
+/// Refuses what has no blocks.
+fn check_kind(drive: &Drive, name: &str, file: &File) -> Result<()> {
+    let kind = file.metadata().map_err(Error::io(format!("looking at {name:?}")))?.file_type();
+    let what = match kind {
+        _ if kind.is_file() || kind.is_block_device() => return Ok(()),
+        _ if kind.is_dir() => "a folder",
+        _ if kind.is_fifo() => "a pipe",
+        _ if kind.is_socket() => "a socket",
+        _ => "a character device",
+    };
+    Err(Error::Config(format!(
+        "drives: {:?}: {name:?} is {what}, must be a file or a block device",
+        drive.drive_id
+    )))
 }
 
 /// Whether a descriptor can be written as well as read.

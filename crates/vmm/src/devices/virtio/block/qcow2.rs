@@ -10,14 +10,77 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Bits of a reference count table's entry that are the block's place (QEMU's docs/interop/qcow2.txt).
 const PLACE: u64 = !0x1ff;
 
-/// Refuses an image whose own first cluster is free by its reference counts: new clusters would be put over its header, and
+/// What an image may not be (QEMU's docs/interop/qcow2.txt, incompatible features), by bit.
+const REFUSED: [&str; 5] = [
+    "was not closed cleanly (dirty bit): `qemu-img check -r leaks IMAGE` mends it",
+    "is marked corrupt: `qemu-img check -r all IMAGE` mends what can be mended",
+    "keeps its data in another file: `qemu-img convert -O qcow2 IMAGE NEW` makes one file of them",
+    "uses another compression than zlib: `qemu-img convert -O qcow2 IMAGE NEW` unpacks it",
+    "has extended L2 entries: `qemu-img convert -O qcow2 -o extended_l2=off IMAGE NEW` makes one without",
+];
+/// Longest name of a base.
+const MAX_NAME: u32 = 1023;
+
+/// Refuses an image that would be read as what it is not: encrypted, with features that the driver does not have, or an overlay
+/// whose base was not named. Its base, which is read as raw, may be no qcow2 image.
+fn check_kind(header: &[u8; 72], file: &File, base: Option<&File>) -> io::Result<()> {
+    let refuse =
+        |what: &str| Err(io::Error::new(io::ErrorKind::Unsupported, format!("the qcow2 image {what}")));
+    let encryption = u32_at(header, 32);
+    if encryption != 0 {
+        let method = ["AES", "LUKS"].get(encryption as usize - 1).copied().unwrap_or("an unknown method");
+        return refuse(&format!(
+            "is encrypted ({method}), which is not taken: `qemu-img convert` with its key makes a plain one"
+        ));
+    }
+    let version = u32_at(header, 4);
+    let mut features = [0; 8];
+    if version >= 3 {
+        file.read_exact_at(&mut features, 72)?;
+    }
+    let features = u64::from_be_bytes(features);
+    if features != 0 {
+        let bit = features.trailing_zeros();
+        return match REFUSED.get(bit as usize) {
+            Some(what) => refuse(what),
+            None => refuse(&format!("has incompatible feature {bit}, which is unknown here")),
+        };
+    }
+    let snapshots = u32_at(header, 60);
+    if snapshots != 0 {
+        return refuse(&format!(
+            "holds {snapshots} internal snapshots, which are not taken: `qemu-img snapshot -d NAME IMAGE` removes one"
+        ));
+    }
+    let place = u64_at(header, 8);
+    if place != 0 && base.is_none() {
+        let mut name = vec![0; u32_at(header, 16).min(MAX_NAME) as usize];
+        let name = file.read_exact_at(&mut name, place).map(|()| String::from_utf8_lossy(&name).into_owned());
+        return refuse(&format!(
+            "is an overlay on {:?}, and no base is given: `backing` names one",
+            name.unwrap_or_default()
+        ));
+    }
+    let mut first = [0; 4];
+    if let Some(base) = base
+        && base.read_exact_at(&mut first, 0).is_ok()
+        && first == MAGIC
+    {
+        return refuse(
+            "lies on another qcow2 image: a base must be raw, which `qemu-img convert -O raw BASE NEW` makes",
+        );
+    }
+    Ok(())
+}
+
+/// Refuses an image of a kind that is not taken, and one whose own first cluster is free by its reference counts: new clusters would be put over its header, and
 /// imago 0.2.6, to which a block of counts at 0 is one that is not there, looks for room for it until its stack is full.
 ///
 /// Returns the bytes of a cluster.
 ///
 /// # Errors
 /// What is wrong, or the host's error.
-pub fn check(file: &File) -> io::Result<u64> {
+pub fn check(file: &File, base: Option<&File>) -> io::Result<u64> {
     let broken = |what: String| io::Error::new(io::ErrorKind::InvalidData, format!("qcow2: {what}"));
     let read = |at: u64, bytes: &mut [u8]| {
         file.read_exact_at(bytes, at)
@@ -28,7 +91,8 @@ pub fn check(file: &File) -> io::Result<u64> {
     if header[..4] != MAGIC {
         return Err(broken("wrong magic".into()));
     }
-    let cluster_bits = u32::from_be_bytes([header[20], header[21], header[22], header[23]]);
+    check_kind(&header, file, base)?;
+    let cluster_bits = u32_at(&header, 20);
     if !CLUSTER_BITS.contains(&cluster_bits) {
         return Err(broken(format!("clusters of 2^{cluster_bits} bytes")));
     }
@@ -54,6 +118,10 @@ pub fn check(file: &File) -> io::Result<u64> {
         return Err(broken("the image's own first cluster has no reference count".into()));
     }
     Ok(1 << cluster_bits)
+}
+
+fn u32_at(bytes: &[u8; 72], at: usize) -> u32 {
+    bytes[at..at + 4].iter().fold(0, |value, byte| value << 8 | u32::from(*byte))
 }
 
 fn u64_at(bytes: &[u8], at: usize) -> u64 {
@@ -117,6 +185,43 @@ mod tests {
         for offset in [0, 512, 32 << 10] {
             image.write_zeroes(offset, 0, true).unwrap();
         }
+    }
+
+    #[test]
+    fn what_would_be_read_as_what_it_is_not_is_refused_by_name() {
+        for (at, bytes, words) in [
+            (32, &1_u32.to_be_bytes()[..], "is encrypted (AES)"),
+            (32, &2_u32.to_be_bytes(), "is encrypted (LUKS)"),
+            (32, &3_u32.to_be_bytes(), "is encrypted (an unknown method)"),
+            (72, &1_u64.to_be_bytes(), "dirty bit"),
+            (72, &2_u64.to_be_bytes(), "marked corrupt"),
+            (72, &4_u64.to_be_bytes(), "keeps its data in another file"),
+            (72, &8_u64.to_be_bytes(), "another compression than zlib"),
+            (72, &16_u64.to_be_bytes(), "extended L2 entries"),
+            (72, &(1_u64 << 63).to_be_bytes(), "incompatible feature 63"),
+            (60, &2_u32.to_be_bytes(), "holds 2 internal snapshots"),
+        ] {
+            let (file, ..) = image();
+            file.as_file().write_all_at(bytes, at).unwrap();
+            let error = open(&file).unwrap_err().to_string();
+            assert!(error.starts_with("the qcow2 image ") && error.contains(words), "{at}: {error}");
+        }
+    }
+
+    #[test]
+    fn an_overlay_without_a_base_or_on_another_overlay_is_refused_by_name() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        let storage = imago::file::File::try_from(file.reopen().unwrap()).unwrap();
+        let builder = Qcow2::<imago::file::File>::create_builder(storage).size(1 << 20);
+        builder.backing("debian.raw".into(), "raw".into()).create().unwrap();
+        let error = open(&file).unwrap_err().to_string();
+        assert!(error.contains("overlay on \"debian.raw\"") && error.contains("`backing`"), "{error}");
+
+        let (base, ..) = image();
+        let on = |base: File| Image::open(file.reopen().unwrap(), DriveFormat::Qcow2, Some(base), true);
+        let error = on(base.reopen().unwrap()).unwrap_err().to_string();
+        assert!(error.contains("a base must be raw"), "{error}");
+        on(tempfile::tempfile().unwrap()).unwrap();
     }
 
     /// Found by the fuzz target `qcow2`: the first write went round until the stack was full.

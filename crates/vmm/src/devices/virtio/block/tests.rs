@@ -125,7 +125,8 @@ fn a_name_inside_an_image_opens_nothing() {
         .backing("/etc/passwd".into(), "raw".into())
         .create()
         .unwrap();
-    let mut image = Image::open(overlay.reopen().unwrap(), DriveFormat::Qcow2, None, true).unwrap();
+    let base = tempfile::tempfile().unwrap();
+    let mut image = Image::open(overlay.reopen().unwrap(), DriveFormat::Qcow2, Some(base), true).unwrap();
     assert_eq!(ask(&mut image, false, IN, 0, &[], 512).2, [0; 512]);
 }
 
