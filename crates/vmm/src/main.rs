@@ -52,7 +52,11 @@ fn run_machine(run: &Run) -> ExitCode {
     let mut server = prepare(run, id, &mut status);
     let end = match &mut server {
         Ok(server) => server.serve(&mut status).unwrap_or_else(|error| End::error(&error)),
-        Err(error) => End::error(error),
+        Err(error) => {
+            let end = End::error(error);
+            log::beside_the_log(&end.message);
+            end
+        }
     };
     end.announce(&mut status);
     roost_vmm::api::terminal::restore();

@@ -48,6 +48,18 @@ fn lines_go_to_the_log_with_time_instance_and_level() {
 }
 
 #[test]
+fn why_a_machine_does_not_start_is_in_the_log_and_on_stderr() {
+    let mut machine = Machine::new(&Code::default().power_off());
+    machine.config["logger"] = json!({ "log_path": machine.text("log") });
+    machine.config["boot-source"]["kernel_image_path"] = json!("/no/such/kernel");
+    let ended = machine.run();
+    assert_ne!(ended.code, 0);
+    for text in [&ended.stderr, &read(&machine, "log")] {
+        assert_eq!(text.matches("/no/such/kernel").count(), 1, "{text}");
+    }
+}
+
+#[test]
 fn levels_and_modules_choose_lines_and_change_while_the_machine_runs() {
     // ud2: a crash.
     let mut machine = Machine::new(&machines_echo_then_crash());

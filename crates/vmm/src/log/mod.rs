@@ -63,6 +63,19 @@ pub fn error(text: &str) {
     write(Level::Error, || text.to_owned(), Location::caller());
 }
 
+/// Writes one line on stderr if the log is elsewhere: about what keeps the machine from starting, for whoever starts it.
+pub fn beside_the_log(text: &str) {
+    let logger = LOGGER.lock().unwrap_or_else(PoisonError::into_inner);
+    if logger.as_ref().is_some_and(|logger| logger.file.is_some()) {
+        to_stderr(text);
+    }
+}
+
+fn to_stderr(text: &str) {
+    let id = ID.get().map(|id| format!("[{id}]")).unwrap_or_default();
+    let _ = std::io::stderr().write_all(format!("roost-vmm{id}: {text}\n").as_bytes());
+}
+
 /// Writes one line about what goes wrong while the machine goes on.
 #[track_caller]
 pub fn line(text: &str) {
@@ -99,8 +112,7 @@ fn write(level: Level, text: impl FnOnce() -> String, origin: &Location<'_>) {
     let logger = LOGGER.lock().unwrap_or_else(PoisonError::into_inner);
     let Some(Logger { config, file }) = &*logger else {
         if level <= Level::Info {
-            let id = ID.get().map(|id| format!("[{id}]")).unwrap_or_default();
-            let _ = std::io::stderr().write_all(format!("roost-vmm{id}: {}\n", text()).as_bytes());
+            to_stderr(&text());
         }
         return;
     };
