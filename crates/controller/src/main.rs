@@ -6,6 +6,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use ipnet::Ipv4Net;
+use roost_controller::blobs::BlobLimits;
 use roost_controller::config::{StartError, StateDir};
 use roost_controller::offline::{self, RecomputeOptions};
 use roost_controller::serve::{Controller, ServeOptions};
@@ -101,6 +102,15 @@ enum Command {
         /// Largest upload in GiB.
         #[arg(long, value_name = "GIB", default_value_t = 64, value_parser = clap::value_parser!(u64).range(1..=65_536))]
         max_blob_gib: u64,
+        /// Most GiB of uploaded files of one account, those under way included.
+        #[arg(long, value_name = "GIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(1..=1_048_576))]
+        max_account_blob_gib: u64,
+        /// MiB that uploads leave free on the database's disk.
+        #[arg(long, value_name = "MIB", default_value_t = 256, value_parser = clap::value_parser!(u64).range(16..=1_048_576))]
+        database_reserve_mib: u64,
+        /// Hours that an uploaded file is kept which no image needs.
+        #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u64).range(1..=8_760))]
+        keep_unused_hours: u64,
     },
     /// The usage log, which bills are made of.
     #[command(subcommand)]
@@ -218,16 +228,32 @@ fn run(command: Command) -> Result<(), StartError> {
                 identity.controller_url
             ))
         }
-        Command::Serve { state, listen, agent_listen, types, prices, public_pool, max_blob_gib } => {
+        Command::Serve {
+            state,
+            listen,
+            agent_listen,
+            types,
+            prices,
+            public_pool,
+            max_blob_gib,
+            max_account_blob_gib,
+            database_reserve_mib,
+            keep_unused_hours,
+        } => {
             let halts =
                 roost_halt::from_environment().map_err(|error| StartError::Other(error.to_string()))?;
             if let Some(folder) = halts {
                 tracing::warn!(?folder, "halt points are live: this is for tests");
             }
-            let max_blob_bytes = max_blob_gib << 30;
-            let limits = Limits::default();
-            let options =
-                ServeOptions { listen, agent_listen, types, prices, public_pool, max_blob_bytes, limits };
+            let blobs = BlobLimits {
+                file_bytes: max_blob_gib << 30,
+                account_bytes: max_account_blob_gib << 30,
+                reserve: database_reserve_mib << 20,
+                keep_unnamed: std::time::Duration::from_secs(keep_unused_hours * 60 * 60),
+                ..BlobLimits::default()
+            };
+            let limits = Limits { blobs, ..Limits::default() };
+            let options = ServeOptions { listen, agent_listen, types, prices, public_pool, limits };
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime =
                 runtime.map_err(|error| StartError::Other(format!("cannot start threads: {error}")))?;

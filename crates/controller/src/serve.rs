@@ -4,6 +4,7 @@ use crate::auth::{Authenticator, Sealer};
 use crate::blobs::BlobStore;
 use crate::config::{Settings, StartError, StateDir, file_error};
 use crate::engine::{Clock, Engine, EngineSettings, Random, SystemClock, SystemRandom, ThisMachine};
+use crate::server::api::collect_blobs;
 use crate::server::{Front, Limits, Listeners, serve};
 use crate::streams::Broker;
 use crate::tls;
@@ -35,8 +36,6 @@ pub struct ServeOptions {
     pub prices: Option<PathBuf>,
     /// Public addresses come from here.
     pub public_pool: Ipv4Net,
-    /// Largest upload in bytes.
-    pub max_blob_bytes: u64,
     /// What clients may take.
     pub limits: Limits,
 }
@@ -125,7 +124,7 @@ impl Controller {
             random,
             sealer,
             authenticator,
-            blobs: BlobStore::open(blobs.clone(), options.max_blob_bytes, options.limits.body)
+            blobs: BlobStore::open(blobs.clone(), options.limits.blobs.clone())
                 .map_err(file_error(&blobs))?,
             streams: Arc::new(Broker::default()),
             limits: options.limits.clone(),
@@ -147,7 +146,9 @@ impl Controller {
     pub async fn run(self) {
         let shutdown = self.front.shutdown.clone();
         let work = tokio::spawn(Arc::clone(&self.engine).work(shutdown));
+        let collecting = tokio::spawn(collect_blobs(Arc::clone(&self.front)));
         serve(Arc::clone(&self.front), self.listeners).await;
+        collecting.abort();
         match tokio::time::timeout(GRACE, work).await {
             Ok(Ok(())) => {}
             Ok(Err(error)) => tracing::error!("the engine's worker ended early: {error}"),

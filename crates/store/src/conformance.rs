@@ -16,7 +16,7 @@
 
 use crate::rows::{
     AccessKeyRow, BlobRow, Change, Claim, ClaimChange, ImageRow, InstanceFilter, InstanceRow, Launch,
-    Launched, NewAccountRows, NewInstance, ReservationRow, Timing, UsageFilter,
+    Launched, NewAccountRows, NewInstance, Released, ReservationRow, Timing, UsageFilter,
 };
 use crate::{Store, StoreError};
 use roost_types::agent::HostFacts;
@@ -40,6 +40,7 @@ pub type Case = fn(Factory<'_>);
 pub const CASES: &[(&str, Case)] = &[
     ("an account comes with its key and its default network", accounts),
     ("names are unique and a refused account leaves nothing", duplicates),
+    ("a file is its uploaders', and nobody's once no image of theirs needs it", blobs),
     ("an image needs its files, and a withdrawn one is found by nobody new", images),
     ("a launch writes everything or nothing", launches),
     ("claims never exceed a host", capacity),
@@ -135,7 +136,10 @@ fn furnished(empty: Factory<'_>) -> Box<dyn Store> {
     store.create_account(&new_account(1, "one")).unwrap();
     store.create_account(&new_account(2, "two")).unwrap();
     let blob_id = BlobId::from_sha256([9; 32]);
-    store.put_blob(&BlobRow { blob_id, bytes: 3, account_id: account_id(1), created_at: NOW }).unwrap();
+    for account_id in [account_id(1), account_id(2)] {
+        let blob_id = blob_id.clone();
+        store.put_blob(&BlobRow { blob_id, bytes: 3, account_id, created_at: NOW }).unwrap();
+    }
     store.register_image(&image(1, "tiny", &account_id(1), true)).unwrap();
     store.put_host(&facts(4000, 4096), NOW).unwrap();
     store
@@ -257,6 +261,46 @@ fn duplicates(empty: Factory<'_>) {
     let stray =
         AccessKeyRow { account_id: account_id(9), access_key_id: "X".into(), ..new_account(9, "x").key };
     assert!(matches!(store.add_access_key(&stray), Err(StoreError::Missing { .. })));
+}
+
+fn blobs(empty: Factory<'_>) {
+    let store = furnished(empty);
+    let (one, two) = (account_id(1), account_id(2));
+    let shared = BlobId::from_sha256([9; 32]);
+    let put = |id: &BlobId, account: &AccountId, created_at| {
+        let row = BlobRow { blob_id: id.clone(), bytes: 5, account_id: account.clone(), created_at };
+        store.put_blob(&row).unwrap();
+    };
+    let own = BlobId::from_sha256([8; 32]);
+    put(&own, &two, NOW);
+    assert!(store.owns_blob(&two, &own).unwrap() && !store.owns_blob(&one, &own).unwrap());
+    assert_eq!((store.blob_bytes(&one).unwrap(), store.blob_bytes(&two).unwrap()), (3, 8));
+    let mut stolen = image(2, "stolen", &one, false);
+    stolen.root = own.clone();
+    assert!(matches!(store.register_image(&stolen), Err(StoreError::Missing { .. })));
+
+    let later = NOW + Micros(1);
+    assert_eq!(store.release_blob(&one, &own, NOW).unwrap(), Released::Absent);
+    assert_eq!(store.release_blob(&one, &shared, NOW).unwrap(), Released::Named);
+    assert_eq!(store.release_blob(&two, &shared, NOW).unwrap(), Released::Done);
+    assert!(store.blob(&shared).unwrap().is_some(), "its other owner has an image of it");
+    assert_eq!(store.release_unnamed_blobs(NOW, NOW).unwrap(), 0, "uploaded just now");
+    assert_eq!(store.release_unnamed_blobs(later, NOW).unwrap(), 1);
+    assert_eq!(store.blob(&own).unwrap(), None);
+    assert_eq!(store.blob_bytes(&two).unwrap(), 0);
+
+    // An instance needs its image's files even after the image was withdrawn.
+    store.launch(&launch_of(&[1], None)).unwrap();
+    store.deregister_image(&ImageId::from_random([1; 9]), NOW).unwrap();
+    assert_eq!(store.release_unnamed_blobs(later, NOW).unwrap(), 0);
+    assert_eq!(store.release_blob(&one, &shared, NOW).unwrap(), Released::Named);
+    let mut gone = Change::of(store.instance(&instance_id(1)).unwrap().unwrap().row);
+    gone.row.terminated_at = Some(NOW);
+    store.commit(&[gone], NOW).unwrap();
+    assert_eq!(store.release_unnamed_blobs(later, NOW).unwrap(), 1);
+    // Withdrawn images still name it; uploaded again it is there again.
+    put(&shared, &two, NOW);
+    assert!(store.owns_blob(&two, &shared).unwrap() && !store.owns_blob(&one, &shared).unwrap());
 }
 
 fn images(empty: Factory<'_>) {

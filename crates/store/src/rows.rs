@@ -84,10 +84,21 @@ pub struct BlobRow {
     pub blob_id: BlobId,
     /// Bytes as stored.
     pub bytes: u64,
-    /// Who uploaded it first.
+    /// Who uploaded it.
     pub account_id: AccountId,
     /// When.
     pub created_at: Micros,
+}
+
+/// What came of giving up an uploaded file.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Released {
+    /// The account has no such file.
+    Absent,
+    /// An image of the account is made of it and is registered or has instances: nothing changed.
+    Named,
+    /// It is no longer the account's.
+    Done,
 }
 
 /// A host.

@@ -3,7 +3,7 @@
 use crate::error::StoreError;
 use crate::rows::{
     AccessKeyRow, BlobRow, Change, Claim, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow,
-    Launch, Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
+    Launch, Launched, NewAccountRows, Released, SubnetRow, UsageFilter, VolumeRow,
 };
 use roost_types::agent::HostFacts;
 use roost_types::api::Account;
@@ -56,14 +56,23 @@ pub trait Store: Send + Sync {
 
     // Images and blobs --------------------------------------------------------------------------------------
 
-    /// Notes an uploaded file; noting it again changes nothing.
+    /// Notes an uploaded file as the account's; several accounts may have the same one.
     fn put_blob(&self, row: &BlobRow) -> Result<(), StoreError>;
-    /// An uploaded file.
+    /// An uploaded file, whoever has it; the row names whoever uploaded it first.
     fn blob(&self, id: &BlobId) -> Result<Option<BlobRow>, StoreError>;
+    /// Returns true if the account itself uploaded the file.
+    fn owns_blob(&self, account: &AccountId, id: &BlobId) -> Result<bool, StoreError>;
+    /// The sum of the sizes of an account's files.
+    fn blob_bytes(&self, account: &AccountId) -> Result<u64, StoreError>;
+    /// Gives up an account's file, unless an image of the account needs it. A file that nobody has left is no longer
+    /// found by `blob`.
+    fn release_blob(&self, account: &AccountId, id: &BlobId, at: Micros) -> Result<Released, StoreError>;
+    /// Does the same for every account's files that were uploaded before a moment; how many files nobody has left.
+    fn release_unnamed_blobs(&self, before: Micros, at: Micros) -> Result<u64, StoreError>;
     /// Registers an image.
     ///
     /// # Errors
-    /// `Duplicate` if the account has a registered one of that name; `Missing` if a blob was not noted.
+    /// `Duplicate` if the account has a registered one of that name; `Missing` if a blob is not the account's.
     fn register_image(&self, row: &ImageRow) -> Result<(), StoreError>;
     /// Registered images that an account may launch (its own and public ones), by name.
     fn images(&self, account: &AccountId) -> Result<Vec<ImageRow>, StoreError>;

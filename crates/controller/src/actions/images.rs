@@ -35,7 +35,7 @@ pub(super) fn register(front: &Front, caller: &Caller, request: RegisterImage) -
         ("root", Some(&request.root)),
     ];
     for (parameter, blob) in blobs {
-        blob.map_or(Ok(()), |id| check_blob(front, parameter, id))?;
+        blob.map_or(Ok(()), |id| check_blob(front, caller, parameter, id))?;
     }
     check_root_bytes(&front.blobs.path(&request.root), request.root_bytes)?;
     let mut id = [0; ID_BYTES];
@@ -126,8 +126,10 @@ pub(super) fn deregister(front: &Front, caller: &Caller, request: &DeregisterIma
     Ok(Done {})
 }
 
-fn check_blob(front: &Front, parameter: &str, id: &BlobId) -> Answer<()> {
-    if front.store.blob(id).map_err(internal)?.is_some() && front.blobs.size(id).is_some() {
+/// Refuses a file that the caller has not uploaded: knowing a file's hash does not prove that one has the file.
+fn check_blob(front: &Front, caller: &Caller, parameter: &str, id: &BlobId) -> Answer<()> {
+    let owned = front.store.owns_blob(&caller.account_id, id).map_err(internal)?;
+    if owned && front.blobs.size(id).is_some() {
         return Ok(());
     }
     let message = format!("{parameter} is blob {id}, which was not uploaded: PUT it to /v1/blobs/{id} first");

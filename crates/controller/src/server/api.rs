@@ -12,14 +12,15 @@ use http::request::Parts;
 use http::{Method, Request, StatusCode};
 use hyper::body::Incoming;
 use hyper_util::rt::TokioIo;
-use roost_store::BlobRow;
+use roost_store::{BlobRow, Released};
 use roost_types::agent::StreamTarget;
 use roost_types::api::DescribeInstances;
-use roost_types::{ApiError, BlobId, ErrorCode};
+use roost_types::{AccountId, ApiError, BlobId, ErrorCode, Micros};
 use sha2::{Digest, Sha256};
 use std::collections::BTreeMap;
 use std::str::FromStr;
 use std::sync::Arc;
+use std::time::Duration;
 
 /// Most bytes of an action's body.
 pub const MAX_BODY: usize = 1 << 20;
@@ -42,6 +43,7 @@ pub async fn handle(front: &Arc<Front>, request: Request<Incoming>) -> Result<Re
         (&Method::POST, ["v1", action]) => run_action(front, action, request).await,
         (&Method::PUT, ["v1", "blobs", id]) => put_blob(front, id.parse()?, request).await,
         (&Method::HEAD, ["v1", "blobs", id]) => head_blob(front, id.parse()?, request).await,
+        (&Method::DELETE, ["v1", "blobs", id]) => delete_blob(front, id.parse()?, request).await,
         (&Method::GET, ["v1", "instances", id, "console"]) => {
             let target = console_target(request.uri().query().unwrap_or_default())?;
             open_stream(front, (*id).to_owned(), target, request).await
@@ -112,22 +114,46 @@ async fn put_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) ->
     let caller = authenticate(front, &parts, id.to_string()).await?;
     let announced = parts.headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok());
     let unique = reply::request_id(front.random.as_ref());
-    let bytes = front.blobs.receive(&id, &unique, announced, body).await?;
-    let row =
-        BlobRow { blob_id: id.clone(), bytes, account_id: caller.account_id, created_at: front.clock.now() };
-    let store = Arc::clone(&front.store);
-    blocking(move || store.put_blob(&row).map_err(internal)).await?;
+    let account = caller.account_id;
+    let (inner, wanted, of) = (Arc::clone(front), id.clone(), account.clone());
+    let others = blocking(move || other_bytes(&inner, &of, &wanted)).await?;
+    let received = front.blobs.receive(&id, &unique, (&account, others), announced, body).await?;
+    let (inner, wanted) = (Arc::clone(front), id.clone());
+    let note = async |bytes| {
+        blocking(move || {
+            // What the account's other uploads have brought meanwhile counts as well.
+            inner.blobs.check_account(other_bytes(&inner, &account, &wanted)?, 0, bytes)?;
+            let created_at = inner.clock.now();
+            let row = BlobRow { blob_id: wanted, bytes, account_id: account, created_at };
+            inner.store.put_blob(&row).map_err(internal)
+        })
+        .await
+    };
+    let bytes = front.blobs.keep(received, note).await?;
     tracing::info!(blob = %id, bytes, "blob uploaded");
     reply::json(&serde_json::json!({ "blob_id": id, "bytes": bytes }))
 }
 
+/// Bytes of an account's files beside one. Blocks.
+fn other_bytes(front: &Front, account: &AccountId, beside: &BlobId) -> Result<u64, ApiError> {
+    let all = front.store.blob_bytes(account).map_err(internal)?;
+    let owned = front.store.owns_blob(account, beside).map_err(internal)?;
+    let row = if owned { front.store.blob(beside).map_err(internal)? } else { None };
+    Ok(all.saturating_sub(row.map_or(0, |row| row.bytes)))
+}
+
+/// Answers whether the caller has uploaded a file. Others' files are not there, and one that was asked for is kept
+/// as if it had been uploaded just now.
 async fn head_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let (parts, _) = request.into_parts();
-    authenticate(front, &parts, EMPTY_HASH.to_owned()).await?;
-    let (inner, wanted) = (Arc::clone(front), id.clone());
+    let account_id = authenticate(front, &parts, EMPTY_HASH.to_owned()).await?.account_id;
+    let inner = Arc::clone(front);
     let size = blocking(move || {
-        let noted = inner.store.blob(&wanted).map_err(internal)?;
-        Ok(noted.and_then(|_| inner.blobs.size(&wanted)))
+        let owned = inner.store.owns_blob(&account_id, &id).map_err(internal)?;
+        let Some(bytes) = inner.blobs.size(&id).filter(|_| owned) else { return Ok(None) };
+        let row = BlobRow { blob_id: id, bytes, account_id, created_at: inner.clock.now() };
+        inner.store.put_blob(&row).map_err(internal)?;
+        Ok(Some(bytes))
     })
     .await?;
     // An answer to HEAD has no body to hold an error: the status says it.
@@ -135,6 +161,56 @@ async fn head_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -
     let mut found = reply::empty(StatusCode::OK);
     found.headers_mut().insert(CONTENT_LENGTH, HeaderValue::from(size));
     Ok(found)
+}
+
+/// Gives up a file of the caller's; its bytes are gone once no other account has it.
+async fn delete_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
+    let (parts, _) = request.into_parts();
+    let account = authenticate(front, &parts, EMPTY_HASH.to_owned()).await?.account_id;
+    let (inner, wanted) = (Arc::clone(front), id.clone());
+    let release =
+        blocking(move || inner.store.release_blob(&account, &wanted, inner.clock.now()).map_err(internal));
+    match front.blobs.collect(release, known(front)).await? {
+        Released::Done => reply::json(&serde_json::json!({})),
+        Released::Absent => Err(ApiError::new(
+            ErrorCode::InvalidBlobNotFound,
+            format!("the account has not uploaded blob {id}"),
+        )),
+        Released::Named => Err(ApiError::new(
+            ErrorCode::DependencyViolation,
+            format!(
+                "blob {id} belongs to an image that is registered or has instances: withdraw the image and \
+                 terminate them first"
+            ),
+        )),
+    }
+}
+
+fn known(front: &Arc<Front>) -> impl Fn(&BlobId) -> Result<bool, ApiError> + Send + use<> {
+    let store = Arc::clone(&front.store);
+    move |id| Ok(store.blob(id).map_err(internal)?.is_some())
+}
+
+/// Removes uploaded files that no image has needed for a while, time and again until the shutdown.
+pub async fn collect_blobs(front: Arc<Front>) {
+    let keep = front.limits.blobs.keep_unnamed;
+    let pause = (keep / 4).clamp(Duration::from_millis(100), Duration::from_secs(600));
+    let mut shutdown = front.shutdown.clone();
+    loop {
+        let inner = Arc::clone(&front);
+        let release = blocking(move || {
+            let now = inner.clock.now();
+            let before = Micros(now.0.saturating_sub(i64::try_from(keep.as_micros()).unwrap_or(i64::MAX)));
+            inner.store.release_unnamed_blobs(before, now).map_err(internal)
+        });
+        if let Err(error) = front.blobs.collect(release, known(&front)).await {
+            tracing::error!(%error, "files that no image needs could not be removed; it is tried again");
+        }
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            () = stopped(&mut shutdown) => return,
+        }
+    }
 }
 
 fn invalid(message: String) -> ApiError {

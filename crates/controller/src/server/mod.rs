@@ -10,7 +10,7 @@ pub mod body;
 pub mod reply;
 
 use crate::auth::{Authenticator, Sealer};
-use crate::blobs::BlobStore;
+use crate::blobs::{BlobLimits, BlobStore};
 use crate::engine::{Clock, Engine, Random};
 use crate::streams::Broker;
 use crate::{agents, tls};
@@ -42,12 +42,14 @@ pub struct Limits {
     pub handshake: Duration,
     /// Longest time for a request's head; also how long a connection may be idle.
     pub head: Duration,
-    /// Longest time for a whole body, or between two pieces of an upload.
+    /// Longest time for a whole body that is no upload.
     pub body: Duration,
     /// How long an agent may take to dial in for a stream.
     pub agent: Duration,
     /// How long what is under way may take to finish at shutdown.
     pub grace: Duration,
+    /// What uploads may take.
+    pub blobs: BlobLimits,
 }
 
 impl Default for Limits {
@@ -59,6 +61,7 @@ impl Default for Limits {
             body: Duration::from_secs(30),
             agent: Duration::from_secs(10),
             grace: Duration::from_secs(3),
+            blobs: BlobLimits::default(),
         }
     }
 }

@@ -131,10 +131,4 @@ async fn an_account_name_is_given_once() {
     server.account("alice").await;
     let again = server.admin().call(&CreateAccount { name: "alice".into(), admin: false }).await.unwrap_err();
     assert!(again.message.contains("\"alice\"") && again.message.contains("exists"), "{again:?}");
-    // The blob of another account may be used by whoever knows its name.
-    let id = server.admin().put_blob(&zstd_like("shared")).await;
-    let path = format!("/v1/blobs/{id}");
-    let bob = server.account("bob").await;
-    let head = bob.signed(Method::HEAD, &path, Vec::new(), None).send().await.unwrap();
-    assert_eq!(head.status(), StatusCode::OK);
 }

@@ -34,14 +34,14 @@ pub struct Server {
     running: JoinHandle<()>,
 }
 
-pub fn options(limits: Limits) -> ServeOptions {
+pub fn options(mut limits: Limits) -> ServeOptions {
+    limits.blobs.file_bytes = 1 << 20;
     ServeOptions {
         listen: "127.0.0.1:0".parse().unwrap(),
         agent_listen: "127.0.0.1:0".parse().unwrap(),
         types: None,
         prices: None,
         public_pool: "100.64.0.0/16".parse().unwrap(),
-        max_blob_bytes: 1 << 20,
         limits,
     }
 }
@@ -57,6 +57,11 @@ impl Server {
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path().join("controller"));
         setup::init(&state, &InitOptions::default()).unwrap();
+        Self::again(dir, state, limits).await
+    }
+
+    /// A controller over the state of one that was stopped.
+    pub async fn again(dir: TempDir, state: StateDir, limits: Limits) -> Self {
         let (stop, stopped) = watch::channel(false);
         let controller = Controller::open(&state, &options(limits), stopped).await.unwrap();
         let (api, agents) = (controller.api, controller.agents);

@@ -3,7 +3,7 @@
 use super::codec::{Cursor, flag, int, maybe, text, time};
 use super::{is_duplicate, is_missing};
 use crate::error::StoreError;
-use crate::rows::{BlobRow, ImageRow};
+use crate::rows::{BlobRow, ImageRow, Released};
 use roost_types::api::Image;
 use roost_types::{AccountId, BlobId, ImageId, Micros};
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
@@ -11,10 +11,72 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 pub fn put_blob(db: &Transaction<'_>, row: &BlobRow) -> Result<(), StoreError> {
     db.execute(
         "INSERT INTO blobs (blob_id, bytes, account_id, created_at) VALUES (?1, ?2, ?3, ?4)
-         ON CONFLICT (blob_id) DO NOTHING",
+         ON CONFLICT (blob_id) DO UPDATE SET removed_at = NULL",
         params![text(&row.blob_id), int(row.bytes), text(&row.account_id), time(row.created_at)],
     )?;
+    db.execute(
+        "INSERT INTO blob_owners (blob_id, account_id, created_at) VALUES (?1, ?2, ?3)
+         ON CONFLICT (blob_id, account_id) DO UPDATE SET created_at = excluded.created_at",
+        params![text(&row.blob_id), text(&row.account_id), time(row.created_at)],
+    )?;
     Ok(())
+}
+
+pub fn owns_blob(db: &Connection, account: &AccountId, id: &BlobId) -> Result<bool, StoreError> {
+    let mut query = db.prepare_cached(
+        "SELECT count(*) FROM blob_owners JOIN blobs USING (blob_id)
+         WHERE blob_id = ?1 AND blob_owners.account_id = ?2 AND removed_at IS NULL",
+    )?;
+    Ok(query.query_row([id.as_str(), account.as_str()], |row| row.get::<_, i64>(0))? > 0)
+}
+
+pub fn blob_bytes(db: &Connection, account: &AccountId) -> Result<u64, StoreError> {
+    let mut query = db.prepare_cached(
+        "SELECT coalesce(sum(bytes), 0) FROM blob_owners JOIN blobs USING (blob_id)
+         WHERE blob_owners.account_id = ?1 AND removed_at IS NULL",
+    )?;
+    Ok(query.query_row([account.as_str()], |row| Cursor::new(row).count())?)
+}
+
+/// Holds for an owner's reference that an image of that owner names: one that is registered or has instances.
+const NAMED: &str = "EXISTS (SELECT 1 FROM images WHERE images.account_id = blob_owners.account_id
+    AND blob_owners.blob_id IN (kernel, initrd, root)
+    AND (deregistered_at IS NULL OR EXISTS (SELECT 1 FROM instances
+         WHERE instances.image_id = images.image_id AND instances.terminated_at IS NULL)))";
+
+pub fn release_blob(
+    db: &Transaction<'_>,
+    account: &AccountId,
+    id: &BlobId,
+    at: Micros,
+) -> Result<Released, StoreError> {
+    if !owns_blob(db, account, id)? {
+        return Ok(Released::Absent);
+    }
+    let removed = db.execute(
+        &format!("DELETE FROM blob_owners WHERE blob_id = ?1 AND account_id = ?2 AND NOT {NAMED}"),
+        [id.as_str(), account.as_str()],
+    )?;
+    if removed == 0 {
+        return Ok(Released::Named);
+    }
+    remove_ownerless(db, at)?;
+    Ok(Released::Done)
+}
+
+pub fn release_unnamed_blobs(db: &Transaction<'_>, before: Micros, at: Micros) -> Result<u64, StoreError> {
+    let query = format!("DELETE FROM blob_owners WHERE created_at < ?1 AND NOT {NAMED}");
+    db.execute(&query, [time(before)])?;
+    remove_ownerless(db, at)
+}
+
+fn remove_ownerless(db: &Transaction<'_>, at: Micros) -> Result<u64, StoreError> {
+    let removed = db.execute(
+        "UPDATE blobs SET removed_at = ?1 WHERE removed_at IS NULL
+         AND NOT EXISTS (SELECT 1 FROM blob_owners WHERE blob_owners.blob_id = blobs.blob_id)",
+        [time(at)],
+    )?;
+    Ok(removed as u64)
 }
 
 pub fn blob(db: &Connection, id: &BlobId) -> Result<Option<BlobRow>, StoreError> {
@@ -27,8 +89,9 @@ pub fn blob(db: &Connection, id: &BlobId) -> Result<Option<BlobRow>, StoreError>
             created_at: cursor.time()?,
         })
     };
-    let mut query =
-        db.prepare_cached("SELECT blob_id, bytes, account_id, created_at FROM blobs WHERE blob_id = ?1")?;
+    let mut query = db.prepare_cached(
+        "SELECT blob_id, bytes, account_id, created_at FROM blobs WHERE blob_id = ?1 AND removed_at IS NULL",
+    )?;
     Ok(query.query_row([id.as_str()], read).optional()?)
 }
 
@@ -62,7 +125,7 @@ fn image(row: &Row<'_>) -> Result<ImageRow, rusqlite::Error> {
 pub fn register(db: &Transaction<'_>, row: &ImageRow) -> Result<(), StoreError> {
     let image = &row.image;
     for id in [Some(&row.kernel), row.initrd.as_ref(), Some(&row.root)].into_iter().flatten() {
-        if blob(db, id)?.is_none() {
+        if !owns_blob(db, &image.owner, id)? {
             return Err(StoreError::Missing { what: "uploaded file", value: id.to_string() });
         }
     }

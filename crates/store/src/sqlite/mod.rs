@@ -13,7 +13,7 @@ mod usage;
 use crate::error::StoreError;
 use crate::rows::{
     AccessKeyRow, BlobRow, Change, Claim, HostRow, ImageRow, InstanceFilter, InstanceRecord, KeyPairRow,
-    Launch, Launched, NewAccountRows, SubnetRow, UsageFilter, VolumeRow,
+    Launch, Launched, NewAccountRows, Released, SubnetRow, UsageFilter, VolumeRow,
 };
 use crate::traits::Store;
 use roost_types::agent::HostFacts;
@@ -213,6 +213,18 @@ impl Store for SqliteStore {
     }
     fn blob(&self, id: &BlobId) -> Result<Option<BlobRow>, StoreError> {
         self.read(|db| images::blob(db, id))
+    }
+    fn owns_blob(&self, account: &AccountId, id: &BlobId) -> Result<bool, StoreError> {
+        self.read(|db| images::owns_blob(db, account, id))
+    }
+    fn blob_bytes(&self, account: &AccountId) -> Result<u64, StoreError> {
+        self.read(|db| images::blob_bytes(db, account))
+    }
+    fn release_blob(&self, account: &AccountId, id: &BlobId, at: Micros) -> Result<Released, StoreError> {
+        self.write(|db| images::release_blob(db, account, id, at))
+    }
+    fn release_unnamed_blobs(&self, before: Micros, at: Micros) -> Result<u64, StoreError> {
+        self.write(|db| images::release_unnamed_blobs(db, before, at))
     }
     fn register_image(&self, row: &ImageRow) -> Result<(), StoreError> {
         self.write(|db| images::register(db, row))

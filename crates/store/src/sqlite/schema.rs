@@ -6,11 +6,11 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 4;
+pub const VERSION: i64 = 5;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS)])
+    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS), M::up(BLOB_OWNERS)])
 }
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
@@ -248,3 +248,46 @@ CREATE TABLE proofs (
     seen_at  INTEGER NOT NULL
 ) STRICT;
 ";
+
+/// An uploaded file belongs to the accounts that uploaded it. Those who had an image of it before did so too: until
+/// then the file's name was enough. `removed_at` keeps the row for withdrawn images, which still name it.
+const BLOB_OWNERS: &str = "
+CREATE TABLE blob_owners (
+    blob_id    TEXT NOT NULL REFERENCES blobs,
+    account_id TEXT NOT NULL REFERENCES accounts,
+    created_at INTEGER NOT NULL,
+    PRIMARY KEY (blob_id, account_id)
+) STRICT;
+CREATE INDEX blob_owners_by_account ON blob_owners (account_id);
+ALTER TABLE blobs ADD COLUMN removed_at INTEGER;
+CREATE INDEX instances_by_image ON instances (image_id) WHERE terminated_at IS NULL;
+
+INSERT INTO blob_owners SELECT blob_id, account_id, created_at FROM blobs;
+INSERT OR IGNORE INTO blob_owners SELECT kernel, account_id, created_at FROM images;
+INSERT OR IGNORE INTO blob_owners SELECT initrd, account_id, created_at FROM images WHERE initrd IS NOT NULL;
+INSERT OR IGNORE INTO blob_owners SELECT root, account_id, created_at FROM images;
+";
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use rusqlite::Connection;
+
+    #[test]
+    fn an_older_databases_files_belong_to_who_uploaded_them_and_to_who_has_images_of_them() {
+        let mut db = Connection::open_in_memory().unwrap();
+        migrations().to_version(&mut db, 1).unwrap();
+        db.execute_batch(
+            "INSERT INTO accounts VALUES ('one', 'one', 1, 0), ('two', 'two', 0, 0);
+             INSERT INTO blobs VALUES ('k', 1, 'one', 5), ('r', 1, 'one', 5);
+             INSERT INTO images VALUES ('ami', 'two', 'n', '', 0, 1, '', 'root', 'k', NULL, 'k', 1, 6, NULL);",
+        )
+        .unwrap();
+        migrations().to_latest(&mut db).unwrap();
+        let mut query =
+            db.prepare("SELECT blob_id || ' ' || account_id FROM blob_owners ORDER BY 1").unwrap();
+        let owners: Vec<String> =
+            query.query_map([], |row| row.get(0)).unwrap().map(Result::unwrap).collect();
+        assert_eq!(owners, ["k one", "k two", "r one"]);
+    }
+}
