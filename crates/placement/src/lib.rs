@@ -10,6 +10,7 @@
 
 use roost_types::agent::HostFacts;
 use roost_types::{HostId, InstanceType};
+use std::collections::BTreeMap;
 use std::fmt;
 
 /// A host as placement sees it.
@@ -121,6 +122,71 @@ impl Refusal {
     }
 }
 
+impl Refusal {
+    /// What the host has too little of, without figures: for those who may not see the host.
+    pub const fn reason(&self) -> &'static str {
+        match self {
+            Refusal::Zone { .. } => "another zone",
+            Refusal::Vcpus { .. } => "too few vCPUs for one instance",
+            Refusal::Cpu { .. } => "too little CPU in all",
+            Refusal::Memory { .. } => "too little memory in all",
+            Refusal::Gpu { .. } => "too few GPUs",
+            Refusal::InstanceStore { .. } => "no instance store",
+            Refusal::Disk { .. } => "too little disk in all",
+            Refusal::Silent => "no recent report",
+            Refusal::CpuFull { .. } => "too little CPU free",
+            Refusal::MemoryFull { .. } => "too little memory free",
+        }
+    }
+}
+
+/// Why hosts do not take an instance, host by host. Displayed with the hosts' names and room, which is for
+/// administrators.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Refusals(Vec<(String, Refusal)>);
+
+impl Refusals {
+    /// Most hosts that are named.
+    const NAMED: usize = 10;
+
+    fn new<'a>(refusals: impl Iterator<Item = (&'a Host, Refusal)>) -> Self {
+        let mut refusals: Vec<_> =
+            refusals.map(|(host, refusal)| (host.facts.hostname.clone(), refusal)).collect();
+        // The same hosts in any order are the same answer.
+        refusals.sort_by_cached_key(|(name, refusal)| (name.clone(), refusal.to_string()));
+        Self(refusals)
+    }
+
+    /// How many hosts refuse for which reason, and nothing that tells one host from another: for tenants.
+    pub fn counted(&self) -> String {
+        let mut counts = BTreeMap::new();
+        for (_, refusal) in &self.0 {
+            *counts.entry(refusal.reason()).or_insert(0_usize) += 1;
+        }
+        let all = self.0.len();
+        let parts: Vec<_> =
+            counts.into_iter().map(|(reason, count)| format!("{reason} on {count} of {all} hosts")).collect();
+        if parts.is_empty() { NO_HOST.to_owned() } else { parts.join("; ") }
+    }
+}
+
+const NO_HOST: &str = "no host has joined";
+
+impl fmt::Display for Refusals {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let mut parts: Vec<_> =
+            self.0.iter().map(|(name, refusal)| format!("host {name} {refusal}")).collect();
+        parts.sort();
+        parts.dedup();
+        let more = parts.len().saturating_sub(Self::NAMED);
+        if more > 0 {
+            parts.truncate(Self::NAMED);
+            parts.push(format!("and {more} more hosts: {}", self.counted()));
+        }
+        f.write_str(&if parts.is_empty() { NO_HOST.to_owned() } else { parts.join("; ") })
+    }
+}
+
 impl fmt::Display for Refusal {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
@@ -159,7 +225,7 @@ pub enum PlacementError {
         /// The type.
         instance_type: String,
         /// Each host's reason.
-        why: String,
+        why: Refusals,
     },
     /// There is no room for as many as are needed at least.
     #[error("there is room for {room} of at least {wanted} {instance_type}: {why}")]
@@ -171,8 +237,23 @@ pub enum PlacementError {
         /// How many were needed at least.
         wanted: usize,
         /// Each host's reason.
-        why: String,
+        why: Refusals,
     },
+}
+
+impl PlacementError {
+    /// The same sentence without the names and the room of hosts: for tenants.
+    pub fn for_tenants(&self) -> String {
+        match self {
+            Self::Unsupported { instance_type, why } => {
+                format!("{instance_type} cannot run here: {}", why.counted())
+            }
+            Self::Insufficient { instance_type, room, wanted, why } => {
+                let why = why.counted();
+                format!("there is room for {room} of at least {wanted} {instance_type}: {why}")
+            }
+        }
+    }
 }
 
 /// What can never be, host by host, whatever is claimed.
@@ -215,20 +296,10 @@ pub fn refusal(host: &Host, wanted: &Wanted<'_>) -> Option<Refusal> {
 }
 
 /// Why no host could hold one such instance, even empty; `None` if one could, or if there is no host yet.
-pub fn unsupported(hosts: &[Host], wanted: &Wanted<'_>) -> Option<String> {
-    let refusals: Vec<_> = hosts.iter().map(|host| (host, for_good(&host.facts, wanted))).collect();
-    if refusals.is_empty() || refusals.iter().any(|(_, refusal)| refusal.is_none()) {
-        return None;
-    }
-    Some(sentence(refusals.iter().filter_map(|(host, refusal)| Some((*host, refusal.as_ref()?)))))
-}
-
-fn sentence<'a>(refusals: impl Iterator<Item = (&'a Host, &'a Refusal)>) -> String {
-    let mut parts: Vec<_> =
-        refusals.map(|(host, refusal)| format!("host {} {refusal}", host.facts.hostname)).collect();
-    parts.sort();
-    parts.dedup();
-    if parts.is_empty() { "no host has joined".to_owned() } else { parts.join("; ") }
+pub fn unsupported(hosts: &[Host], wanted: &Wanted<'_>) -> Option<Refusals> {
+    let refusals: Option<Vec<_>> =
+        hosts.iter().map(|host| Some((host, for_good(&host.facts, wanted)?))).collect();
+    refusals.filter(|refusals| !refusals.is_empty()).map(|refusals| Refusals::new(refusals.into_iter()))
 }
 
 /// How full the fuller resource of a host would be with one more: claimed and total.
@@ -276,12 +347,11 @@ pub fn place(
     if chosen.len() >= min {
         return Ok(chosen);
     }
-    let refusals: Vec<_> =
-        hosts.iter().filter_map(|host| refusal(host, wanted).map(|why| (host, why))).collect();
+    let refusals = hosts.iter().filter_map(|host| Some((host, refusal(host, wanted)?)));
     Err(PlacementError::Insufficient {
         instance_type: instance_type(),
         room: chosen.len(),
         wanted: min,
-        why: sentence(refusals.iter().map(|(host, why)| (*host, why))),
+        why: Refusals::new(refusals),
     })
 }

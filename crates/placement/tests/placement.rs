@@ -65,9 +65,10 @@ fn too_large_even_for_an_empty_host_is_unsupported_with_the_reason() {
     assert!(text.contains("at most 2 vCPUs") && text.contains("96 are needed"), "{text}");
     let mut gpu = kind(1, 100);
     gpu.gpus = 1;
-    assert!(unsupported(&hosts, &wanted(&gpu)).unwrap().contains("has 0 GPUs"));
+    assert!(unsupported(&hosts, &wanted(&gpu)).unwrap().to_string().contains("has 0 GPUs"));
     // Exactly the host's memory does not fit: the monitor needs its own.
-    assert!(unsupported(&hosts, &wanted(&kind(1, 4000))).unwrap().contains("4016 MiB are needed"));
+    let why = unsupported(&hosts, &wanted(&kind(1, 4000))).unwrap().to_string();
+    assert!(why.contains("4016 MiB are needed"), "{why}");
     assert_eq!(unsupported(&hosts, &wanted(&kind(1, 3984))), None);
 }
 
@@ -82,6 +83,28 @@ fn full_or_silent_hosts_are_a_lack_of_capacity_not_of_support() {
     assert!(error.contains("0 milli-CPUs free") && error.contains("not reported lately"), "{error}");
     let error = place(&[], &wanted(&small), 1, 1).unwrap_err().to_string();
     assert!(error.contains("no host has joined"), "{error}");
+}
+
+#[test]
+fn tenants_are_told_reasons_and_counts_and_administrators_a_few_names() {
+    let small = kind(1, 100);
+    let hosts: Vec<_> = (0..250)
+        .map(|n| {
+            let mut host = host(n, 2, 4000);
+            host.facts.hostname = format!("box-{n}");
+            host.claimed_memory_mib = if n < 200 { 3950 } else { 0 };
+            host.alive = n < 200;
+            host
+        })
+        .collect();
+    let error = place(&hosts, &wanted(&small), 1, 1).unwrap_err();
+    let told = error.for_tenants();
+    assert!(told.contains("too little memory free on 200 of 250 hosts"), "{told}");
+    assert!(told.contains("no recent report on 50 of 250 hosts"), "{told}");
+    assert!(!told.contains("box-") && !told.contains("MiB"), "{told}");
+    let named = error.to_string();
+    assert!(named.contains("host box-0 has 50 MiB free, 116 MiB are needed"), "{named}");
+    assert!(named.contains("and 240 more hosts") && named.len() < 1500, "{named}");
 }
 
 #[test]

@@ -11,9 +11,18 @@ use roost_types::api::{
 };
 use roost_types::state::InstanceState;
 use roost_types::{ApiError, ErrorCode, InstanceId, Micros};
+use std::collections::HashSet;
+
+/// Most ids in one request, as on EC2.
+const MAX_IDS: usize = 1000;
+/// Most ids that a refusal names.
+const NAMED_IDS: usize = 20;
 
 fn not_found(ids: &[&InstanceId]) -> ApiError {
-    let names: Vec<_> = ids.iter().map(|id| id.as_str()).collect();
+    let mut names: Vec<_> = ids.iter().take(NAMED_IDS).map(ToString::to_string).collect();
+    if let Some(more) = ids.len().checked_sub(NAMED_IDS).filter(|more| *more > 0) {
+        names.push(format!("and {more} more"));
+    }
     let (noun, verb) = if ids.len() == 1 { ("instance", "does") } else { ("instances", "do") };
     ApiError::new(
         ErrorCode::InvalidInstanceIdNotFound,
@@ -23,10 +32,16 @@ fn not_found(ids: &[&InstanceId]) -> ApiError {
 
 /// The ids of a call, each once, in the order given.
 pub(super) fn parse_ids(texts: &[String]) -> Answer<Vec<InstanceId>> {
-    let mut ids = Vec::with_capacity(texts.len());
+    if texts.len() > MAX_IDS {
+        return Err(ApiError::new(
+            ErrorCode::InvalidParameterValue,
+            format!("instance_ids has {} ids: allowed are at most {MAX_IDS} in one request", texts.len()),
+        ));
+    }
+    let (mut ids, mut seen) = (Vec::with_capacity(texts.len()), HashSet::with_capacity(texts.len()));
     for text in texts {
         let id: InstanceId = text.parse()?;
-        if !ids.contains(&id) {
+        if seen.insert(id.clone()) {
             ids.push(id);
         }
     }
@@ -151,7 +166,7 @@ impl Engine {
             }
             let mut hosts = watch.store(self, || self.placeable())?;
             for (draft, view) in stopped {
-                let claim = watch.placement(self, || reclaim(&mut hosts, draft))?;
+                let claim = watch.placement(self, || reclaim(&mut hosts, draft, caller))?;
                 accept::start(draft, claim, view.now, &view.limits);
                 let row = &draft.record.row;
                 incarnations.push((row.instance_id.clone(), row.incarnation));
@@ -223,9 +238,9 @@ impl Engine {
                 let host =
                     hosts.iter().find(|host| Some(&host.facts.host_id) == draft.record.row.host_id.as_ref());
                 let never = host.and_then(|host| {
-                    roost_placement::refusal(host, &wanted).filter(Refusal::is_for_good).map(|why| {
-                        format!("{} cannot run on host {}: it {why}", kind.name, host.facts.hostname)
-                    })
+                    roost_placement::refusal(host, &wanted)
+                        .filter(Refusal::is_for_good)
+                        .map(|why| format!("{} cannot run on {}", kind.name, told(host, &why, caller)))
                 });
                 if let Some(why) = never {
                     return Err(ApiError::new(ErrorCode::Unsupported, why));
@@ -237,8 +252,17 @@ impl Engine {
     }
 }
 
+/// The host of an instance and why it refuses; its name and its room are for administrators.
+fn told(host: &Host, why: &Refusal, caller: &Caller) -> String {
+    if caller.admin {
+        format!("host {}: it {why}", host.facts.hostname)
+    } else {
+        format!("its host: {}", why.reason())
+    }
+}
+
 /// The claim that an instance takes again on the host that has its volume; noted in `hosts` for the next one.
-fn reclaim(hosts: &mut [Host], draft: &Draft) -> Answer<Claim> {
+fn reclaim(hosts: &mut [Host], draft: &Draft, caller: &Caller) -> Answer<Claim> {
     let row = &draft.record.row;
     let wanted =
         Wanted { instance_type: &row.instance_type, volume_gib: draft.record.volume.size_gib, zone: None };
@@ -252,10 +276,7 @@ fn reclaim(hosts: &mut [Host], draft: &Draft) -> Answer<Claim> {
             Refusal::Silent => ErrorCode::Unavailable,
             _ => ErrorCode::InsufficientInstanceCapacity,
         };
-        let text = format!(
-            "instance {} has its volume on host {}, which {why}",
-            row.instance_id, host.facts.hostname
-        );
+        let text = format!("instance {} has its volume on {}", row.instance_id, told(host, &why, caller));
         return Err(ApiError::new(code, text));
     }
     let claim = Claim {

@@ -262,7 +262,7 @@ impl Engine {
     /// If the store fails.
     pub fn describe_instance_types(
         &self,
-        _caller: &Caller,
+        caller: &Caller,
         _request: DescribeInstanceTypes,
     ) -> Answer<InstanceTypes> {
         let now = self.clock.now();
@@ -275,7 +275,8 @@ impl Engine {
                 unsupported: roost_placement::unsupported(
                     &hosts,
                     &Wanted { instance_type: kind, volume_gib: 1, zone: None },
-                ),
+                )
+                .map(|why| if caller.admin { why.to_string() } else { why.counted() }),
                 instance_type: kind.clone(),
             })
             .collect();

@@ -142,12 +142,13 @@ fn parameter_hash(request: &RunInstances) -> Answer<String> {
     Ok(Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-pub fn of_placement(error: &PlacementError) -> ApiError {
+/// Administrators are told which hosts have how much room, tenants how many hosts have too little of what.
+pub fn of_placement(error: &PlacementError, caller: &Caller) -> ApiError {
     let code = match error {
         PlacementError::Unsupported { .. } => ErrorCode::Unsupported,
         PlacementError::Insufficient { .. } => ErrorCode::InsufficientInstanceCapacity,
     };
-    ApiError::new(code, error.to_string())
+    ApiError::new(code, if caller.admin { error.to_string() } else { error.for_tenants() })
 }
 
 /// Hardware address of an interface: local, unicast, and the same whenever it is asked for.
@@ -214,7 +215,7 @@ impl Engine {
             let (min, max) = (request.min_count as usize, request.max_count as usize);
             let chosen = watch
                 .placement(self, || roost_placement::place(&hosts, &wanted, min, max))
-                .map_err(|error| of_placement(&error))?;
+                .map_err(|error| of_placement(&error, caller))?;
             if request.dry_run {
                 return Err(dry_run(chosen.len()));
             }

@@ -1,11 +1,11 @@
 //! What bad input gets: one message that names the value, EC2's code, nothing half made.
 
-use crate::harness::{Server, refusal, zstd_like};
+use crate::harness::{Client, Server, refusal};
 use reqwest::{Method, StatusCode};
 use roost_types::ErrorCode;
 use roost_types::api::{
-    CreateAccount, CreateKeyPair, DeleteKeyPair, DeregisterImage, DescribeImages, DescribeKeyPairs,
-    ImportKeyPair, RegisterImage,
+    CreateAccount, CreateKeyPair, DeleteKeyPair, DeregisterImage, DescribeImages, DescribeInstanceTypes,
+    DescribeInstances, DescribeKeyPairs, ImportKeyPair, RegisterImage,
 };
 
 #[tokio::test]
@@ -131,4 +131,48 @@ async fn an_account_name_is_given_once() {
     server.account("alice").await;
     let again = server.admin().call(&CreateAccount { name: "alice".into(), admin: false }).await.unwrap_err();
     assert!(again.message.contains("\"alice\"") && again.message.contains("exists"), "{again:?}");
+}
+
+#[tokio::test]
+async fn a_request_names_at_most_a_thousand_ids() {
+    let server = Server::start().await;
+    let admin = server.admin();
+    let request = |count: u64| {
+        let instance_ids = (0..count).map(|n| format!("i-{n:017x}")).collect();
+        DescribeInstances { instance_ids, include_terminated: false, all_accounts: false }
+    };
+    let refused = admin.call(&request(1001)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::InvalidParameterValue);
+    assert!(refused.message.contains("1001") && refused.message.contains("1000"), "{refused:?}");
+    let refused = admin.call(&request(1000)).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::InvalidInstanceIdNotFound);
+    assert!(refused.message.contains("and 980 more") && refused.message.len() < 1000, "{refused:?}");
+}
+
+#[tokio::test]
+async fn a_tenant_is_told_no_hosts_name_or_room() {
+    let server = Server::start().await;
+    for name in ["box-one", "box-two"] {
+        server.host(name).await;
+    }
+    let (admin, alice) = (server.admin(), server.account("alice").await);
+    admin.image("debian").await;
+    let too_many = |client: &Client| {
+        let client = client.clone();
+        async move {
+            let body = r#"{"image":"debian","instance_type":"t3.nano","min_count":900,"max_count":900}"#;
+            refusal(client.post("RunInstances", body).await).await.message
+        }
+    };
+    let told = too_many(&alice).await;
+    assert!(told.contains("on 2 of 2 hosts") && !told.contains("box-"), "{told}");
+    let named = too_many(&admin).await;
+    assert!(named.contains("host box-one has") && named.contains("host box-two has"), "{named}");
+    let why = async |client: &Client| {
+        let types = client.call(&DescribeInstanceTypes {}).await.unwrap().instance_types;
+        types.into_iter().filter_map(|kind| kind.unsupported).collect::<Vec<_>>()
+    };
+    let (told, named) = (why(&alice).await, why(&admin).await);
+    assert!(!told.is_empty() && told.iter().all(|why| !why.contains("box-")), "{told:?}");
+    assert!(named.iter().all(|why| why.contains("host box-one")), "{named:?}");
 }
