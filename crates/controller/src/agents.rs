@@ -3,6 +3,7 @@
 
 use crate::auth::internal;
 use crate::server::api::{check_upgrade, switching};
+use crate::server::doors::Seat;
 use crate::server::reply::{self, Reply, blocking};
 use crate::server::{Front, body, stopped};
 use futures_util::TryStreamExt;
@@ -146,6 +147,9 @@ fn join(
     let (parts, _) = request.into_parts();
     check_upgrade(&parts)?;
     let waiting = front.streams.join(host, stream)?;
+    if let Some(seat) = parts.extensions.get::<Arc<Seat>>() {
+        seat.becomes_stream();
+    }
     let stream = stream.to_owned();
     tokio::spawn(async move {
         match upgrade.await {

@@ -11,7 +11,9 @@ use roost_controller::config::{StartError, StateDir};
 use roost_controller::offline::{self, RecomputeOptions};
 use roost_controller::serve::{Controller, ServeOptions};
 use roost_controller::server::Limits;
+use roost_controller::server::doors::DoorLimits;
 use roost_controller::setup::{self, InitOptions};
+use roost_controller::streams::StreamLimits;
 use roost_types::api::BillBy;
 use roost_types::{AccountId, Micros};
 use std::io::{IsTerminal, Write};
@@ -111,6 +113,8 @@ enum Command {
         /// Hours that an uploaded file is kept which no image needs.
         #[arg(long, value_name = "HOURS", default_value_t = 24, value_parser = clap::value_parser!(u64).range(1..=8_760))]
         keep_unused_hours: u64,
+        #[command(flatten)]
+        connections: Connections,
     },
     /// The usage log, which bills are made of.
     #[command(subcommand)]
@@ -118,6 +122,59 @@ enum Command {
     /// Bills, computed from the database without a running controller.
     #[command(subcommand)]
     Bill(BillCommand),
+}
+
+/// How many connections there may be. Open files limit them too (`LimitNOFILE` in the unit).
+#[derive(Args)]
+struct Connections {
+    /// Most connections to the API.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = count())]
+    max_connections: u64,
+    /// Most connections to the API, or of agents, that one address may have before anything on them is signed.
+    #[arg(long, value_name = "N", default_value_t = 256, value_parser = count())]
+    max_connections_per_address: u64,
+    /// Most connections to the API of one account.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count())]
+    max_connections_per_account: u64,
+    /// Most connections of agents.
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = count())]
+    max_agent_connections: u64,
+    /// Most consoles and tunnels at once.
+    #[arg(long, value_name = "N", default_value_t = 4096, value_parser = count())]
+    max_streams: u64,
+    /// Most consoles and tunnels of one account at once.
+    #[arg(long, value_name = "N", default_value_t = 64, value_parser = count())]
+    max_streams_per_account: u64,
+}
+
+fn count() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..=1_000_000)
+}
+
+impl Connections {
+    fn limits(&self, blobs: BlobLimits) -> Limits {
+        let count = |n: u64| usize::try_from(n).unwrap_or(usize::MAX);
+        let per_address = count(self.max_connections_per_address);
+        let usual = Limits::default();
+        Limits {
+            api: DoorLimits {
+                connections: count(self.max_connections),
+                per_address,
+                per_owner: count(self.max_connections_per_account),
+            },
+            agents: DoorLimits {
+                connections: count(self.max_agent_connections),
+                per_address,
+                per_owner: usual.agents.per_owner,
+            },
+            streams: StreamLimits {
+                streams: count(self.max_streams),
+                per_account: count(self.max_streams_per_account),
+            },
+            blobs,
+            ..usual
+        }
+    }
 }
 
 #[derive(Subcommand)]
@@ -239,6 +296,7 @@ fn run(command: Command) -> Result<(), StartError> {
             max_account_blob_gib,
             database_reserve_mib,
             keep_unused_hours,
+            connections,
         } => {
             let halts =
                 roost_halt::from_environment().map_err(|error| StartError::Other(error.to_string()))?;
@@ -252,7 +310,7 @@ fn run(command: Command) -> Result<(), StartError> {
                 keep_unnamed: std::time::Duration::from_secs(keep_unused_hours * 60 * 60),
                 ..BlobLimits::default()
             };
-            let limits = Limits { blobs, ..Limits::default() };
+            let limits = connections.limits(blobs);
             let options = ServeOptions { listen, agent_listen, types, prices, public_pool, limits };
             let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build();
             let runtime =

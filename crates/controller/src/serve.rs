@@ -126,7 +126,7 @@ impl Controller {
             authenticator,
             blobs: BlobStore::open(blobs.clone(), options.limits.blobs.clone())
                 .map_err(file_error(&blobs))?,
-            streams: Arc::new(Broker::default()),
+            streams: Arc::new(Broker::new(options.limits.streams)),
             limits: options.limits.clone(),
             region,
             zones: vec![zone],

@@ -17,8 +17,21 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
 use tokio::sync::{oneshot, watch};
 
-/// Most streams of one account at once.
-pub const MAX_PER_ACCOUNT: usize = 64;
+/// Most streams at once.
+#[derive(Debug, Clone, Copy)]
+pub struct StreamLimits {
+    /// In all.
+    pub streams: usize,
+    /// Of one account.
+    pub per_account: usize,
+}
+
+impl Default for StreamLimits {
+    fn default() -> Self {
+        Self { streams: 4096, per_account: 64 }
+    }
+}
+
 /// After one side has said all it has to say, the other may be silent for so long.
 const LINGER: Duration = Duration::from_secs(10);
 const BUFFER: usize = 16 * 1024;
@@ -39,15 +52,10 @@ struct Inner {
 
 /// Brings users and agents together.
 pub struct Broker {
+    limits: StreamLimits,
     inner: Mutex<Inner>,
     /// Bumped whenever a queue grows.
     queued: watch::Sender<u64>,
-}
-
-impl Default for Broker {
-    fn default() -> Self {
-        Self { inner: Mutex::default(), queued: watch::Sender::new(0) }
-    }
 }
 
 /// A user's half of a stream; forgets all of it when dropped.
@@ -60,6 +68,11 @@ pub struct Opened {
 }
 
 impl Broker {
+    /// A broker of so many streams.
+    pub fn new(limits: StreamLimits) -> Self {
+        Self { limits, inner: Mutex::default(), queued: watch::Sender::new(0) }
+    }
+
     fn lock(&self) -> MutexGuard<'_, Inner> {
         // Nothing panics while it holds the lock; and if it did, the maps would still be maps.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
@@ -68,7 +81,7 @@ impl Broker {
     /// Asks a host's agent to dial in for an instance.
     ///
     /// # Errors
-    /// `RequestLimitExceeded` if the account has too many streams.
+    /// `RequestLimitExceeded` if the account, or all together, have too many streams.
     pub fn open(
         self: &Arc<Self>,
         account: &AccountId,
@@ -79,11 +92,16 @@ impl Broker {
     ) -> Result<Opened, ApiError> {
         let (sender, agent) = oneshot::channel();
         let mut inner = self.lock();
+        let StreamLimits { streams: most, per_account } = self.limits;
+        if inner.per_account.values().sum::<usize>() >= most {
+            let message = format!("{most} streams are open, which is the most of this controller: try again");
+            return Err(ApiError::new(ErrorCode::RequestLimitExceeded, message));
+        }
         let streams = inner.per_account.entry(account.clone()).or_default();
-        if *streams >= MAX_PER_ACCOUNT {
+        if *streams >= per_account {
             return Err(ApiError::new(
                 ErrorCode::RequestLimitExceeded,
-                format!("the account has {streams} streams open, allowed are {MAX_PER_ACCOUNT}: close one"),
+                format!("the account has {streams} streams open, allowed are {per_account}: close one"),
             ));
         }
         *streams += 1;
@@ -230,7 +248,7 @@ mod tests {
 
     #[tokio::test]
     async fn an_agent_that_dials_in_is_handed_to_who_waits() {
-        let broker = Arc::new(Broker::default());
+        let broker = Arc::new(Broker::new(StreamLimits::default()));
         let (_, host, _) = ids();
         let mut opened = open(&broker, "s1").unwrap();
         let requests = broker.requests(&host, Duration::ZERO).await;
@@ -246,7 +264,7 @@ mod tests {
 
     #[tokio::test]
     async fn another_host_cannot_take_a_stream_and_does_not_spoil_it() {
-        let broker = Arc::new(Broker::default());
+        let broker = Arc::new(Broker::new(StreamLimits::default()));
         let opened = open(&broker, "s1").unwrap();
         let (_, host, _) = ids();
         assert!(broker.join(&HostId::from_random([9; 9]), "s1").is_err());
@@ -256,7 +274,7 @@ mod tests {
 
     #[tokio::test(start_paused = true)]
     async fn an_agent_that_does_not_come_is_named_and_nothing_is_left() {
-        let broker = Arc::new(Broker::default());
+        let broker = Arc::new(Broker::new(StreamLimits::default()));
         let (_, host, _) = ids();
         let mut opened = open(&broker, "s1").unwrap();
         let Err(error) = opened.agent(Duration::from_secs(10)).await else { panic!("nobody dialled in") };
@@ -270,9 +288,10 @@ mod tests {
 
     #[tokio::test]
     async fn an_account_has_so_many_streams_and_no_more() {
-        let broker = Arc::new(Broker::default());
-        let mut held: Vec<_> =
-            (0..MAX_PER_ACCOUNT).map(|n| open(&broker, &format!("s{n}")).unwrap()).collect();
+        let broker = Arc::new(Broker::new(StreamLimits::default()));
+        let mut held: Vec<_> = (0..StreamLimits::default().per_account)
+            .map(|n| open(&broker, &format!("s{n}")).unwrap())
+            .collect();
         let Err(error) = open(&broker, "more") else { panic!("one too many") };
         assert_eq!(error.code, ErrorCode::RequestLimitExceeded);
         held.pop();

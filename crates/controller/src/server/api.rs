@@ -1,10 +1,11 @@
 //! The users' API: `POST /v1/ACTION`, blobs, streams; every request signed, save the question whether anybody is up.
 
+use super::doors::Seat;
 use super::reply::{self, Reply, blocking};
 use super::{Front, body, stopped};
 use crate::actions;
 use crate::auth::internal;
-use crate::auth::sigv4::{ClaimError, SignedRequest};
+use crate::auth::sigv4::SignedRequest;
 use crate::engine::Caller;
 use crate::streams;
 use http::header::{CONNECTION, CONTENT_LENGTH, HeaderValue, UPGRADE};
@@ -26,6 +27,8 @@ use std::time::Duration;
 pub const MAX_BODY: usize = 1 << 20;
 /// What streams speak after the upgrade.
 pub const STREAM_PROTOCOL: &str = "roost-stream";
+/// The header that promises a body's SHA-256.
+const PAYLOAD_HASH: &str = "x-amz-content-sha256";
 const EMPTY_HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
 /// Answers a user's request.
@@ -65,30 +68,41 @@ pub async fn handle(front: &Arc<Front>, request: Request<Incoming>) -> Result<Re
 
 async fn run_action(front: &Arc<Front>, action: &str, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let (parts, body) = request.into_parts();
-    // Who is not even signed need not be listened to.
-    if !parts.headers.contains_key("authorization") {
-        let code = ErrorCode::MissingAuthenticationToken;
-        return Err(ApiError::new(code, ClaimError::Missing.to_string()));
-    }
+    // A body is read for those only whose key is known; where its hash is promised, for those only who signed it.
+    let promised = parts.headers.get(PAYLOAD_HASH).and_then(|value| value.to_str().ok()).map(str::to_owned);
+    let caller = match &promised {
+        Some(hash) => Some(authenticate(front, &parts, hash.clone()).await?),
+        None => {
+            let (inner, headers) = (Arc::clone(front), parts.headers.clone());
+            blocking(move || inner.authenticator.check_claim(&headers)).await?;
+            None
+        }
+    };
     let body = body::read(body, MAX_BODY, front.limits.body).await?;
+    let hash = hex::encode(Sha256::digest(&body));
+    let caller = match (caller, promised) {
+        (Some(caller), Some(said)) if said == hash => caller,
+        (Some(_), Some(said)) => {
+            return Err(ApiError::new(
+                ErrorCode::AuthFailure,
+                format!("{PAYLOAD_HASH} is {said:?}, but the body's SHA-256 is {hash}"),
+            ));
+        }
+        _ => authenticate(front, &parts, hash).await?,
+    };
     let (front, action) = (Arc::clone(front), action.to_owned());
-    let bytes = blocking(move || {
-        let hash = hex::encode(Sha256::digest(&body));
-        let caller = authenticate_in_place(&front, &parts, &hash)?;
-        actions::run(&front, &caller, &action, &body)
-    })
-    .await?;
+    let bytes = blocking(move || actions::run(&front, &caller, &action, &body)).await?;
     Ok(reply::json_bytes(StatusCode::OK, bytes))
 }
 
 /// Checks a request's signature. Blocks.
 fn authenticate_in_place(front: &Front, parts: &Parts, payload_hash: &str) -> Result<Caller, ApiError> {
-    if let Some(said) = parts.headers.get("x-amz-content-sha256")
+    if let Some(said) = parts.headers.get(PAYLOAD_HASH)
         && said.as_bytes() != payload_hash.as_bytes()
     {
         return Err(ApiError::new(
             ErrorCode::AuthFailure,
-            format!("x-amz-content-sha256 is {said:?}, but the body's SHA-256 is {payload_hash}"),
+            format!("{PAYLOAD_HASH} is {said:?}, but the body's SHA-256 is {payload_hash}"),
         ));
     }
     let caller = front.authenticator.authenticate(&SignedRequest {
@@ -99,6 +113,9 @@ fn authenticate_in_place(front: &Front, parts: &Parts, payload_hash: &str) -> Re
         payload_hash,
     })?;
     tracing::Span::current().record("account", caller.account_id.as_str());
+    if let Some(seat) = parts.extensions.get::<Arc<Seat>>() {
+        seat.prove(&format!("account {}", caller.account_id))?;
+    }
     Ok(caller)
 }
 
@@ -289,6 +306,9 @@ async fn open_stream(
     let stream = reply::request_id(front.random.as_ref());
     let mut opened = front.streams.open(&account, &host, id.clone(), target, stream.clone())?;
     let agent = opened.agent(front.limits.agent).await?;
+    if let Some(seat) = parts.extensions.get::<Arc<Seat>>() {
+        seat.becomes_stream();
+    }
     let mut shutdown = front.shutdown.clone();
     tokio::spawn(async move {
         // Forgotten when the pump ends, however it ends.

@@ -2,23 +2,28 @@
 //!
 //! ```text
 //! TCP ─→ TLS (10 s) ─→ HTTP/1.1 head (20 s, 64 headers, 64 KiB) ─→ api.rs      signature, then action, blob, stream
-//!   at most 1,024 connections each                              └→ agents.rs   the certificate says which host
+//!   doors.rs: places                                            └→ agents.rs   the certificate says which host
+//!   patient.rs: peers must read
 //! ```
 
 pub mod api;
 pub mod body;
+pub mod doors;
+pub mod patient;
 pub mod reply;
 
 use crate::auth::{Authenticator, Sealer};
 use crate::blobs::{BlobLimits, BlobStore};
 use crate::engine::{Clock, Engine, Random};
-use crate::streams::Broker;
+use crate::streams::{Broker, StreamLimits};
 use crate::{agents, tls};
+use doors::{DoorLimits, Doors, Seat};
 use http::Request;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::{TokioIo, TokioTimer};
+use patient::Patient;
 use reply::Reply;
 use roost_billing::PriceBook;
 use roost_store::Store;
@@ -29,21 +34,30 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio_rustls::TlsAcceptor;
 use tokio_util::task::TaskTracker;
+
+/// Most characters of a refusal in the log.
+const LOGGED: usize = 500;
 
 /// What clients may take of the controller's patience.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Most connections at once, for each listener.
-    pub connections: usize,
+    /// Connections of the API.
+    pub api: DoorLimits,
+    /// Connections of agents.
+    pub agents: DoorLimits,
+    /// Consoles and tunnels.
+    pub streams: StreamLimits,
     /// Longest TLS handshake.
     pub handshake: Duration,
     /// Longest time for a request's head; also how long a connection may be idle.
     pub head: Duration,
     /// Longest time for a whole body that is no upload.
     pub body: Duration,
+    /// How long a peer may read nothing of what it is sent; streams excepted.
+    pub write: Duration,
     /// How long an agent may take to dial in for a stream.
     pub agent: Duration,
     /// How long what is under way may take to finish at shutdown.
@@ -55,10 +69,13 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            connections: 1024,
+            api: DoorLimits { connections: 1024, per_address: 256, per_owner: 64 },
+            agents: DoorLimits { connections: 4096, per_address: 256, per_owner: 64 },
+            streams: StreamLimits::default(),
             handshake: Duration::from_secs(10),
             head: Duration::from_secs(20),
             body: Duration::from_secs(30),
+            write: Duration::from_secs(30),
             agent: Duration::from_secs(10),
             grace: Duration::from_secs(3),
             blobs: BlobLimits::default(),
@@ -130,30 +147,32 @@ async fn accept(
     of_agents: bool,
 ) {
     let acceptor = TlsAcceptor::from(tls);
-    let room = Arc::new(Semaphore::new(front.limits.connections));
+    let doors = Doors::new(if of_agents { front.limits.agents } else { front.limits.api });
     let mut shutdown = front.shutdown.clone();
     loop {
+        let accepted = async {
+            let (stream, peer) = listener.accept().await?;
+            Ok::<_, std::io::Error>((stream, peer, doors.admit(peer.ip()).await))
+        };
         let accepted = tokio::select! {
-            accepted = async {
-                let permit = Arc::clone(&room).acquire_owned().await;
-                (permit, listener.accept().await)
-            } => accepted,
+            accepted = accepted => accepted,
             () = stopped(&mut shutdown) => return,
         };
-        let (permit, (stream, peer)) = match accepted {
-            (Ok(permit), Ok(connection)) => (permit, connection),
+        let (stream, peer, seat) = match accepted {
+            Ok(accepted) => accepted,
             // Out of descriptors, mostly: give what is open a moment to close.
-            (_, Err(error)) => {
+            Err(error) => {
                 tracing::warn!("cannot accept a connection: {error}");
                 tokio::time::sleep(Duration::from_millis(100)).await;
                 continue;
             }
-            (Err(_), _) => return,
         };
-        let (front, acceptor) = (Arc::clone(front), acceptor.clone());
+        let (front, acceptor, seat) = (Arc::clone(front), acceptor.clone(), Arc::new(seat));
         tracker.spawn(async move {
-            connection(front, acceptor, stream, peer, of_agents).await;
-            drop(permit);
+            tokio::select! {
+                () = connection(front, acceptor, stream, peer, &seat, of_agents) => {}
+                () = seat.lost() => tracing::debug!(%peer, "closed to make room: it has signed nothing yet"),
+            }
         });
     }
 }
@@ -173,11 +192,13 @@ async fn connection(
     acceptor: TlsAcceptor,
     stream: TcpStream,
     peer: SocketAddr,
+    seat: &Arc<Seat>,
     of_agents: bool,
 ) {
     if let Err(error) = keep_alive(&stream) {
         tracing::debug!(%peer, "socket options: {error}");
     }
+    let stream = Patient::new(stream, front.limits.write, seat.is_stream());
     let stream = match tokio::time::timeout(front.limits.handshake, acceptor.accept(stream)).await {
         Ok(Ok(stream)) => stream,
         Ok(Err(error)) => return tracing::debug!(%peer, "TLS handshake: {error}"),
@@ -188,8 +209,14 @@ async fn connection(
     if of_agents && host.is_none() {
         return tracing::warn!(%peer, "an agent's certificate names no host");
     }
+    if let Some(host) = &host
+        && let Err(error) = seat.prove(&format!("host {host}"))
+    {
+        return tracing::warn!(%peer, "{error}");
+    }
     let (mut shutdown, limits) = (front.shutdown.clone(), front.limits.clone());
-    let service = service_fn(move |request| {
+    let service = service_fn(move |mut request: Request<Incoming>| {
+        request.extensions_mut().insert(Arc::clone(seat));
         let (front, host) = (Arc::clone(&front), host.clone());
         async move { Ok::<_, Infallible>(answer(front, host, request).await) }
     });
@@ -233,7 +260,9 @@ async fn answer(front: Arc<Front>, host: Option<HostId>, request: Request<Incomi
                 reply
             }
             Err(error) => {
-                tracing::info!(code = %error.code, took_ms, "refused: {}", error.message);
+                let error = reply::shortened(error);
+                let logged: String = error.message.chars().take(LOGGED).collect();
+                tracing::info!(code = %error.code, took_ms, "refused: {logged}");
                 reply::error(&error, &id)
             }
         }

@@ -52,6 +52,18 @@ pub fn json_bytes(status: StatusCode, bytes: Vec<u8>) -> Reply {
     reply
 }
 
+/// Most characters of a refusal. What a client sent is quoted in it, and may be long.
+const MAX_MESSAGE: usize = 4000;
+
+/// The same error with a message that is not too long.
+pub fn shortened(mut error: ApiError) -> ApiError {
+    if let Some((end, _)) = error.message.char_indices().nth(MAX_MESSAGE) {
+        error.message.truncate(end);
+        error.message.push('…');
+    }
+    error
+}
+
 /// The answer to a request that failed.
 pub fn error(error: &ApiError, request_id: &str) -> Reply {
     let status = StatusCode::from_u16(error.code.http_status()).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);

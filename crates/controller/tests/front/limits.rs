@@ -1,9 +1,11 @@
 //! How much a client may take.
 
-use crate::harness::{DEADLINE, Server, refusal};
+use crate::harness::{Client, DEADLINE, Server, refusal};
 use reqwest::{Method, StatusCode};
 use roost_controller::server::Limits;
+use roost_controller::server::doors::DoorLimits;
 use roost_types::ErrorCode;
+use roost_types::api::GetCallerIdentity;
 use rustls_pki_types::pem::PemObject;
 use rustls_pki_types::{CertificateDer, ServerName};
 use std::sync::Arc;
@@ -46,7 +48,7 @@ async fn a_request_has_so_many_headers_and_no_more() {
 
 fn brief() -> Limits {
     let moment = Duration::from_millis(300);
-    Limits { handshake: moment, head: moment, body: moment, ..Limits::default() }
+    Limits { handshake: moment, head: moment, body: moment, write: moment, ..Limits::default() }
 }
 
 async fn raw(server: &Server) -> TlsStream<TcpStream> {
@@ -85,26 +87,150 @@ async fn a_head_that_does_not_end_is_not_waited_for() {
     assert!(!answer.contains("200 OK"), "{answer}");
 }
 
+/// The head of a signed request whose hash of the body is not promised in it.
+fn signed_head(client: &Client, action: &str, body: &[u8]) -> String {
+    let request = client.signed(Method::POST, &format!("/v1/{action}"), body.to_vec(), None).build().unwrap();
+    let (port, headers) = (request.url().port().unwrap(), request.headers().iter());
+    let headers = headers.map(|(name, value)| format!("{name}: {}\r\n", value.to_str().unwrap()));
+    format!("POST /v1/{action} HTTP/1.1\r\nhost: localhost:{port}\r\n{}", headers.collect::<String>())
+}
+
 #[tokio::test]
 async fn a_body_that_does_not_come_is_not_waited_for() {
     let server = Server::with_limits(brief()).await;
     let mut stream = raw(&server).await;
-    let head = "POST /v1/DescribeHosts HTTP/1.1\r\nhost: localhost\r\nauthorization: x\r\ncontent-length: 9\r\n\r\n{";
-    stream.write_all(head.as_bytes()).await.unwrap();
+    let head = signed_head(&server.admin(), "DescribeHosts", b"{}");
+    stream.write_all(format!("{head}content-length: 2\r\n\r\n{{").as_bytes()).await.unwrap();
     let answer = until_closed(stream).await;
     assert!(answer.contains("did not come"), "{answer}");
 }
 
 #[tokio::test]
-async fn connections_beyond_the_limit_wait_their_turn() {
-    let limits = Limits { connections: 1, ..brief() };
-    let server = Server::with_limits(limits).await;
-    let first = raw(&server).await;
-    let waiting = tokio::spawn({
-        let client = server.admin();
-        async move { client.http.get(format!("{}/v1/health", client.base)).send().await.unwrap().status() }
-    });
+async fn nothing_of_a_body_is_waited_for_whose_signature_cannot_be_right() {
+    let server = Server::start().await;
+    let (admin, port) = (server.admin(), server.api.port());
+    let stranger = server.client("AKIAAAAAAAAAAAAAAAAA", "secret");
+    let forger = server.client(&admin.access_key_id, "not the secret");
+    let unsigned =
+        format!("POST /v1/DescribeHosts HTTP/1.1\r\nhost: localhost:{port}\r\nauthorization: x\r\n");
+    // Without the header that promises the body's hash, only the key can be looked up.
+    let without_hash = |head: String| {
+        let lines = head.split_inclusive("\r\n");
+        lines.filter(|line| !line.starts_with("x-amz-content-sha256")).collect::<String>()
+    };
+    let unknown =
+        without_hash(signed_head(&stranger, "DescribeHosts", b"{}")).replace("x-amz-content-sha256;", "");
+    for head in [unsigned, unknown, signed_head(&forger, "DescribeHosts", b"{}")] {
+        let mut stream = raw(&server).await;
+        stream.write_all(format!("{head}content-length: 1000000\r\n\r\n").as_bytes()).await.unwrap();
+        let mut answer = vec![0; 12];
+        tokio::time::timeout(DEADLINE / 2, stream.read_exact(&mut answer)).await.unwrap().unwrap();
+        assert_eq!(String::from_utf8_lossy(&answer), "HTTP/1.1 401", "{head}");
+    }
+}
+
+/// Questions whose answers quote them.
+fn questions() -> String {
+    format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(3900)).repeat(50)
+}
+
+/// Asks again and again on one connection and reads no answer, until the server takes no more.
+async fn never_reading(server: &Server) -> TlsStream<TcpStream> {
+    let (mut stream, questions) = (raw(server).await, questions());
+    let full = Duration::from_millis(200);
+    while let Ok(Ok(())) = tokio::time::timeout(full, stream.write_all(questions.as_bytes())).await {}
+    stream
+}
+
+#[tokio::test]
+async fn a_client_that_never_reads_is_closed() {
+    let server = Server::with_limits(Limits { head: DEADLINE, ..brief() }).await;
+    let mut stream = never_reading(&server).await;
+    // Written until the server's end is gone: nothing is read meanwhile.
+    let closed = async { while stream.write_all(&[b' '; 1000]).await.is_ok() {} };
+    tokio::time::timeout(DEADLINE, closed).await.expect("the server closes the connection");
+}
+
+#[tokio::test]
+async fn connections_that_sign_nothing_keep_nobody_out() {
+    let api = DoorLimits { connections: 20, per_address: 20, per_owner: 10 };
+    let server = Server::with_limits(Limits { api, ..Limits::default() }).await;
+    let alice = server.account("alice").await;
+    let mut idle = Vec::new();
+    for _ in 0..40 {
+        idle.push(raw(&server).await);
+    }
+    for _ in 0..3 {
+        let fresh = server.client(&alice.access_key_id, &alice.secret);
+        let asked = tokio::time::timeout(Duration::from_secs(5), fresh.call(&GetCallerIdentity {}));
+        asked.await.expect("answered at once").unwrap();
+    }
+}
+
+#[tokio::test]
+async fn an_account_has_so_many_connections() {
+    let api = DoorLimits { connections: 20, per_address: 20, per_owner: 2 };
+    let server = Server::with_limits(Limits { api, ..Limits::default() }).await;
+    let (alice, bob) = (server.account("alice").await, server.account("bob").await);
+    let second = server.client(&alice.access_key_id, &alice.secret);
+    for client in [&alice, &second] {
+        client.call(&GetCallerIdentity {}).await.unwrap();
+    }
+    let third = server.client(&alice.access_key_id, &alice.secret);
+    let refused = third.call(&GetCallerIdentity {}).await.unwrap_err();
+    assert_eq!(refused.code, ErrorCode::RequestLimitExceeded);
+    bob.call(&GetCallerIdentity {}).await.unwrap();
+    // The first one is kept for its next request.
+    alice.call(&GetCallerIdentity {}).await.unwrap();
+}
+
+#[tokio::test]
+#[ignore = "slow: scripts/test --full"]
+async fn a_thousand_clients_that_never_read_keep_nobody_out() {
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile);
+    let raised = rustix::process::Rlimit { current: files.maximum, maximum: files.maximum };
+    rustix::process::setrlimit(rustix::process::Resource::Nofile, raised).unwrap();
+    let server = Server::start().await;
+    let alice = server.account("alice").await;
+    let mut held = Vec::new();
+    for _ in 0..1024 {
+        let mut stream = raw(&server).await;
+        stream.write_all(questions().as_bytes()).await.unwrap();
+        held.push(stream);
+    }
+    let fresh = server.client(&alice.access_key_id, &alice.secret);
+    let asked = tokio::time::timeout(Duration::from_secs(5), fresh.call(&GetCallerIdentity {}));
+    asked.await.expect("answered at once").unwrap();
+}
+
+#[tokio::test]
+async fn what_a_client_sent_is_quoted_in_a_refusal_only_in_part() {
+    let server = Server::start().await;
+    let admin = server.admin();
+    let long = "x".repeat(1_000_000);
+    let deep = format!("{{\"instance_ids\":{}{}}}", "[".repeat(100_000), "]".repeat(100_000));
+    let tagged = format!(
+        r#"{{"image":"a","instance_type":"t3.nano","min_count":1,"max_count":1,"tags":{{"{long}":""}}}}"#
+    );
+    for (action, body) in [
+        ("DescribeInstances", format!(r#"{{"instance_ids":["{long}"]}}"#)),
+        ("DescribeInstances", format!(r#"{{"{long}":1}}"#)),
+        ("DescribeInstances", deep),
+        ("RunInstances", tagged),
+    ] {
+        let refused = refusal(admin.post(action, &body).await).await;
+        assert!(refused.message.chars().count() <= 4001, "{} characters", refused.message.len());
+    }
+}
+
+#[tokio::test]
+async fn where_every_connection_is_somebodys_a_newcomer_waits() {
+    let api = DoorLimits { connections: 1, per_address: 1, per_owner: 1 };
+    let server = Server::with_limits(Limits { api, ..brief() }).await;
+    let admin = server.admin();
+    admin.call(&GetCallerIdentity {}).await.unwrap();
     // The first is closed for its silence; then it is the other's turn.
-    until_closed(first).await;
-    assert_eq!(tokio::time::timeout(DEADLINE, waiting).await.unwrap().unwrap(), StatusCode::OK);
+    let other = server.admin();
+    let asked = tokio::time::timeout(DEADLINE, other.call(&GetCallerIdentity {}));
+    asked.await.unwrap().unwrap();
 }
