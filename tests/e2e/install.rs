@@ -49,8 +49,18 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     // As `sudo scripts/install` by ann.
     let install =
         "ROOST_NO_BUILD=1 SUDO_USER=ann /root/checkout/scripts/install --yes --image /opt/roost/images/tiny";
+    // Another user of the machine, who reads what can be read all the time.
+    host.ssh(
+        "setsid setpriv --reuid=nobody --regid=nogroup --clear-groups sh -c '
+            while :; do cat /tmp/*/admin.json /tmp/*/*/admin.json; sleep 0.2; done' > /tmp/seen 2>/tmp/refused < /dev/null &
+         echo $! > /tmp/spy",
+    )
+    .ok();
     let said = host.ssh(install);
     assert_eq!(said.code, Some(0), "{said:?}");
+    host.ssh("kill $(cat /tmp/spy)").ok();
+    let seen = host.ssh("cat /tmp/seen; grep -c . /tmp/refused > /dev/null").ok();
+    assert_eq!(seen, "", "the administrator's key is for ann alone");
     let ann = |words: &str| host.ssh(&format!("runuser -u ann -- sh -c 'cd; roost {words}'"));
     ann("key create me").ok();
     let launched = ann("launch --type home1.nano --image tiny --key me --name first --wait --output json");
