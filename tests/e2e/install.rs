@@ -61,6 +61,12 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     host.ssh("kill $(cat /tmp/spy)").ok();
     let seen = host.ssh("cat /tmp/seen; grep -c . /tmp/refused > /dev/null").ok();
     assert_eq!(seen, "", "the administrator's key is for ann alone");
+    let exposure = host.ssh(
+        "systemd-analyze security --no-pager --threshold=20 roost-controller | tail -n 1
+         systemd-analyze security --no-pager --threshold=20 roost-controller > /dev/null &&
+         systemd-analyze security --no-pager --threshold=70 roost-agent > /dev/null",
+    );
+    assert_eq!(exposure.code, Some(0), "{exposure:?}");
     let ann = |words: &str| host.ssh(&format!("runuser -u ann -- sh -c 'cd; roost {words}'"));
     ann("key create me").ok();
     let launched = ann("launch --type home1.nano --image tiny --key me --name first --wait --output json");
@@ -71,6 +77,10 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     let monitor =
         || host.ssh(&format!("cat $(find /sys/fs/cgroup -type d -name {id})/cgroup.procs | head -n 1")).ok();
     let pid = monitor();
+    let scores =
+        "cat /proc/$(systemctl show -p MainPID --value roost-agent)/oom_score_adj /proc/$pid/oom_score_adj";
+    let scores = host.ssh(&format!("pid={}; {scores}", pid.trim())).ok();
+    assert_eq!(scores.lines().collect::<Vec<_>>(), ["-500", "0"], "the kernel ends a guest before the agent");
     let complete = host.ssh("man -w roost || ls /usr/local/share/man/man1/roost.1; systemctl is-enabled roost-agent roost-controller");
     assert_eq!(complete.code, Some(0), "{complete:?}");
 

@@ -58,9 +58,14 @@ pub fn start(program: &Path, spec: &JailSpec, handed: &[&OwnedFd]) -> Result<i32
     let inherited: Vec<RawFd> = handed.iter().map(|fd| fd.as_raw_fd()).collect();
     let mut command = Command::new(program);
     command.args(spec.arguments()).env_clear().stdin(Stdio::null());
-    // SAFETY: only fcntl, which is async-signal-safe, on descriptors that live until the step is over.
+    let is_spared = is_spared_by_the_oom_killer();
+    // SAFETY: only fcntl on descriptors that live until the step is over, open, write and close: all are
+    // async-signal-safe, and nothing is allocated.
     unsafe {
-        command.pre_exec(move || inherited.iter().try_for_each(|fd| inherit(*fd)));
+        command.pre_exec(move || {
+            inherited.iter().try_for_each(|fd| inherit(*fd))?;
+            if is_spared { be_as_likely_as_others() } else { Ok(()) }
+        });
     }
     let output = command.output().map_err(Error::file("start the jail step of", program))?;
     if !output.status.success() {
@@ -70,6 +75,29 @@ pub fn start(program: &Path, spec: &JailSpec, handed: &[&OwnedFd]) -> Result<i32
     }
     let text = String::from_utf8_lossy(&output.stdout);
     text.trim().parse().map_err(|_| Error::NotNow(format!("the jail step gave no process id, but {text:?}")))
+}
+
+const OOM_SCORE: &std::ffi::CStr = c"/proc/self/oom_score_adj";
+
+/// Returns true if the kernel ends others before this process where memory is short, as the agent's unit asks it to.
+fn is_spared_by_the_oom_killer() -> bool {
+    let score = std::fs::read_to_string("/proc/self/oom_score_adj");
+    score.is_ok_and(|score| score.trim().parse::<i32>().is_ok_and(|score| score < 0))
+}
+
+/// A monitor is not spared for being the agent's child.
+fn be_as_likely_as_others() -> std::io::Result<()> {
+    // SAFETY: the path is a null-terminated string.
+    let file = unsafe { libc::open(OOM_SCORE.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };
+    if file < 0 {
+        return Err(std::io::Error::last_os_error());
+    }
+    // SAFETY: one byte of a string that lives; the descriptor was opened above.
+    let written = unsafe { libc::write(file, c"0".as_ptr().cast(), 1) };
+    let result = if written == 1 { Ok(()) } else { Err(std::io::Error::last_os_error()) };
+    // SAFETY: the descriptor is ours and is used no more.
+    unsafe { libc::close(file) };
+    result
 }
 
 fn inherit(fd: RawFd) -> std::io::Result<()> {
