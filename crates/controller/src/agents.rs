@@ -12,7 +12,7 @@ use http::{Method, Request, Response};
 use http_body_util::{BodyExt, StreamBody};
 use hyper::body::{Frame, Incoming};
 use hyper_util::rt::TokioIo;
-use roost_types::agent::{Desired, HelloRequest, Report};
+use roost_types::agent::{Desired, HelloRequest, Observation, Report};
 use roost_types::{ApiError, BlobId, ErrorCode, HostId};
 use std::sync::Arc;
 use std::time::Duration;
@@ -20,8 +20,12 @@ use tokio_util::io::ReaderStream;
 
 /// Longest wait of a long poll.
 const LONG_POLL: Duration = Duration::from_secs(10);
-/// Most bytes of a report: room for some ten thousand instances.
-const MAX_BODY: usize = 16 << 20;
+/// Most bytes of a report: room for some ten thousand instances, and for a long word of a few of them, which is cut.
+const MAX_BODY: usize = 64 << 20;
+/// Most bytes that are kept of a text in an observation: a host's monitors add to them, and one of those may be a tenant's.
+const MAX_TEXT: usize = 4 << 10;
+/// Most parts that are kept of an instance's start.
+const MAX_PARTS: usize = 64;
 
 /// Answers an agent's request.
 ///
@@ -47,8 +51,9 @@ pub async fn handle(
             reply::json(&desired(front, host, after).await?)
         }
         (&Method::POST, ["observed"]) => {
-            let report: Report =
+            let mut report: Report =
                 body::parse(&body::read(request.into_body(), MAX_BODY, front.limits.body).await?)?;
+            report.instances.iter_mut().for_each(shorten);
             let (engine, host) = (Arc::clone(&front.engine), host.clone());
             reply::json(&blocking(move || engine.report(&host, report)).await?)
         }
@@ -64,6 +69,20 @@ pub async fn handle(
         (&Method::GET, ["streams", stream]) => join(front, host, stream, request),
         (method, _) => Err(unknown(method, &path)),
     }
+}
+
+/// Cuts the texts of an observation. One that is too long must not silence the host with all that are on it.
+fn shorten(seen: &mut Observation) {
+    let parts = seen.timing.iter_mut().map(|part| &mut part.part);
+    let reason = seen.reason.iter_mut().flat_map(|reason| [&mut reason.code, &mut reason.message]);
+    let others = [&mut seen.refused, &mut seen.trouble, &mut seen.ssh_host_key].into_iter().flatten();
+    for text in parts.chain(reason).chain(others) {
+        if text.len() > MAX_TEXT {
+            text.truncate(text.floor_char_boundary(MAX_TEXT - '…'.len_utf8()));
+            text.push('…');
+        }
+    }
+    seen.timing.truncate(MAX_PARTS);
 }
 
 fn unknown(method: &Method, path: &str) -> ApiError {
@@ -159,4 +178,28 @@ fn join(
         }
     });
     Ok(switching())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use roost_types::InstanceId;
+    use roost_types::agent::{Observed, StateReason, TimedPart};
+
+    #[test]
+    fn long_texts_of_an_observation_are_cut_and_the_rest_of_it_counts() {
+        let long = "ü".repeat(17 << 20);
+        let id = InstanceId::from_random([1; 9]);
+        let mut seen = Observation::new(id.clone(), 3, 2, Observed::Stopped);
+        seen.reason = Some(StateReason { code: "Server.InternalError".into(), message: long.clone() });
+        seen.trouble = Some(long.clone());
+        seen.timing = vec![TimedPart { part: long, took_us: 1 }; 100];
+        shorten(&mut seen);
+        let reason = seen.reason.unwrap();
+        assert_eq!(reason.code, "Server.InternalError");
+        assert!(reason.message.len() <= MAX_TEXT && reason.message.ends_with("ü…"));
+        assert!(seen.trouble.unwrap().len() <= MAX_TEXT);
+        assert_eq!(seen.timing.len(), MAX_PARTS);
+        assert_eq!((seen.instance_id, seen.generation, seen.state), (id, 3, Observed::Stopped));
+    }
 }
