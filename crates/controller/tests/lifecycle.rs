@@ -574,3 +574,21 @@ fn the_last_starts_end_does_not_fail_the_next_start() {
     }
     world.wait(&id, InstanceState::Running);
 }
+
+/// A monitor dates its own end, and may be a tenant's by then.
+#[test]
+fn an_end_dated_before_the_last_proof_of_life_is_that_proof() {
+    let mut world = World::new();
+    let id = world.one();
+    let began = world.wait(&id, InstanceState::Running).running_since.unwrap();
+    for _ in 0..70 {
+        world.tick();
+    }
+    let proof = world.now();
+    world.clock.advance(Micros::from_secs(5));
+    word(&world, &id, "run-1", |word| {
+        word["state"] = "stopped".into();
+        word["run_ended_age_us"] = 74_000_000.into();
+    });
+    assert_eq!(world.intervals(&id), vec![(1, began, Some(proof))]);
+}

@@ -61,7 +61,7 @@ pub fn close_volume(volume: &VolumeRow, at: Micros) -> UsageEvent {
 }
 
 /// When the run that opened at `open` ended, from what is known, best first:
-/// 1. the end that the agent saw, or that the monitor itself wrote down;
+/// 1. the end that the agent saw, or that the monitor itself wrote down, but never before our last proof of life;
 /// 2. the last moment at which an agent saw it alive: the agent's own durable word or our last proof, the later;
 /// 3. nobody dated the end, but it was asked for and the agent had reported shortly before: the asked-for end.
 ///
@@ -73,7 +73,7 @@ pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Mic
     });
     let proof = view.proof.unwrap_or(open).max(open);
     let end = match seen.map(|seen| (seen.run_ended, seen.last_seen)) {
-        Some((Some(ended), _)) => ended,
+        Some((Some(ended), _)) => ended.max(proof),
         Some((None, Some(last))) => last.max(proof),
         Some((None, None)) => match row.bill_until {
             Some(asked) if asked - proof <= view.recent => asked,
