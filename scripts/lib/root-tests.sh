@@ -9,13 +9,13 @@ tests_as_root() {
     local runner=()
     if [[ $EUID != 0 ]]; then
         if ! sudo -n true 2> /dev/null; then
-            NOT_RUN+=("crates/agent/tests/network.rs, crates/vmm/tests/jail.rs: need root, or sudo that asks no password")
+            NOT_RUN+=("crates/agent/tests/network.rs, crates/vmm/tests/jail.rs, crates/vmm/tests/attempts.rs: need root, or sudo that asks no password")
             return 0
         fi
         # Only the test is run as root, not cargo: what is built stays the caller's.
         runner=("CARGO_TARGET_X86_64_UNKNOWN_LINUX_GNU_RUNNER=sudo -n --preserve-env --")
     fi
-    env "${runner[@]}" cargo nextest run --locked -p roost-agent -p roost-vmm --test network --test jail --run-ignored only
+    env "${runner[@]}" cargo nextest run --locked -p roost-agent -p roost-vmm --test network --test jail --test attempts --run-ignored only
 }
 
 # The agent with a real guest and without a controller, on the host where the guests are: HOST_BIN is the folder of the

@@ -23,6 +23,12 @@ impl From<i32> for Argument {
     }
 }
 
+impl From<i64> for Argument {
+    fn from(number: i64) -> Self {
+        Self::Number(number)
+    }
+}
+
 impl From<&str> for Argument {
     fn from(text: &str) -> Self {
         Self::Bytes(text.into())
@@ -38,11 +44,18 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Adds a call of at most four arguments; gives its number.
+    /// Adds a call of at most six arguments; gives its number.
     pub fn call<const N: usize>(&mut self, number: i64, arguments: [Argument; N]) -> usize {
-        // mov rdi, rsi, rdx or r10, IMMEDIATE
-        let registers: [[u8; 2]; 4] = [[0x48, 0xbf], [0x48, 0xbe], [0x48, 0xba], [0x49, 0xba]];
-        for (argument, register) in arguments.into_iter().zip(registers) {
+        // mov rdi, rsi, rdx, r10, r8 or r9, IMMEDIATE; the same from rax
+        let registers: [([u8; 2], [u8; 3]); 6] = [
+            ([0x48, 0xbf], [0x48, 0x89, 0xc7]),
+            ([0x48, 0xbe], [0x48, 0x89, 0xc6]),
+            ([0x48, 0xba], [0x48, 0x89, 0xc2]),
+            ([0x49, 0xba], [0x49, 0x89, 0xc2]),
+            ([0x49, 0xb8], [0x49, 0x89, 0xc0]),
+            ([0x49, 0xb9], [0x49, 0x89, 0xc1]),
+        ];
+        for (argument, (immediate, from_rax)) in arguments.into_iter().zip(registers) {
             let value = match argument {
                 Argument::Number(value) => value.cast_unsigned(),
                 Argument::Bytes(bytes) => {
@@ -52,15 +65,14 @@ impl Calls {
                     at
                 }
                 Argument::Result(earlier) => {
-                    assert_eq!(register, registers[0], "the first argument alone may be a result");
-                    // mov rax, [RESULT]; mov rdi, rax
+                    // mov rax, [RESULT]
                     self.code.extend([0x48, 0xa1]);
                     self.code.extend(result(earlier).to_le_bytes());
-                    self.code.extend([0x48, 0x89, 0xc7]);
+                    self.code.extend(from_rax);
                     continue;
                 }
             };
-            self.code.extend(register);
+            self.code.extend(immediate);
             self.code.extend(value.to_le_bytes());
         }
         // mov rax, NUMBER; syscall; mov [RESULT], rax
