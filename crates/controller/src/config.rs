@@ -9,6 +9,8 @@
 //!            blobs/            uploaded files
 //!            lock              held by the running controller
 //! ```
+//! `init` makes them in the order of [`MADE`]. A directory that lacks one of the earlier and has a later one has lost
+//! something: nothing here makes a new identity beside what is left.
 
 use crate::auth::seal::KEY_BYTES;
 use crate::tls::{Identity, TlsError};
@@ -24,12 +26,56 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
+/// The files of the directory that are small and that nothing else can make again as they were, and whether each is
+/// for its owner only. With the database and `blobs/` they are all that a controller is.
+pub const FILES: [(&str, bool); 7] = [
+    ("ca.pem", false),
+    ("ca-key.pem", true),
+    ("server.pem", false),
+    ("server-key.pem", true),
+    ("sealing.key", true),
+    ("admin.json", true),
+    ("controller.json", false),
+];
+/// The database, in the directory.
+pub const DATABASE: &str = "roost.db";
+/// The folder of uploaded files, in the directory.
+pub const BLOBS: &str = "blobs";
+
+/// What a controller's directory gets, in order, and whether `init` must not make it again where later ones are there.
+const MADE: [(&str, bool); 9] = [
+    ("ca.pem", true),
+    ("ca-key.pem", true),
+    // The authority makes another one.
+    ("server.pem", false),
+    ("server-key.pem", false),
+    ("sealing.key", true),
+    (DATABASE, true),
+    // The first account gets another key.
+    ("admin.json", false),
+    ("controller.json", true),
+    (BLOBS, false),
+];
+
 /// Why the program ends with an error. Each class has its exit code.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
     /// The state directory was not made yet.
     #[error("{0} is no controller's state directory: make one with `roost-controller init --state-dir {0}`")]
     NotInitialized(PathBuf),
+    /// The state directory has lost files that only a backup has.
+    #[error(
+        "{dir} holds half of a controller: {} missing. Restore all of it from a backup: move {dir} away, then \
+         `roost-controller restore FILE --state-dir {dir}`. (Only to give up every account, instance and agent that it \
+         knew: move {dir} away, then `roost-controller init`)",
+        missing(lost)
+    )]
+    Half {
+        /// The state directory.
+        dir: PathBuf,
+        /// What is missing.
+        lost: Vec<&'static str>,
+    },
     /// A value that was given is not allowed.
     #[error("{0}")]
     Value(String),
@@ -100,6 +146,7 @@ impl StartError {
         match self {
             Self::Other(_) | Self::File { .. } => 1,
             Self::NotInitialized(_)
+            | Self::Half { .. }
             | Self::Value(_)
             | Self::Unusable { .. }
             | Self::Types { .. }
@@ -110,6 +157,10 @@ impl StartError {
             Self::Store(_) => 6,
         }
     }
+}
+
+fn missing(lost: &[&str]) -> String {
+    format!("{} {}", lost.join(", "), if lost.len() == 1 { "is" } else { "are" })
 }
 
 /// What was chosen when the controller was made.
@@ -169,9 +220,28 @@ impl StateDir {
         self.dir.join(name)
     }
 
+    /// The directory itself.
+    pub fn dir(&self) -> &Path {
+        &self.dir
+    }
+
     /// The database.
     pub fn database(&self) -> PathBuf {
-        self.path("roost.db")
+        self.path(DATABASE)
+    }
+
+    /// Checks that nothing is missing that was there before what is there: true of a whole directory, of an empty
+    /// one, and of one whose `init` was cut short.
+    ///
+    /// # Errors
+    /// [`StartError::Half`].
+    pub fn lost_nothing(&self) -> Result<(), StartError> {
+        let there = |name: &str| self.path(name).exists();
+        let newest = MADE.iter().rposition(|(name, _)| there(name)).unwrap_or(0);
+        let earlier = MADE.iter().take(newest);
+        let lost: Vec<_> =
+            earlier.filter(|(name, keep)| *keep && !there(name)).map(|(name, _)| *name).collect();
+        if lost.is_empty() { Ok(()) } else { Err(StartError::Half { dir: self.dir.clone(), lost }) }
     }
 
     /// Settings, if the controller was made.
@@ -185,9 +255,11 @@ impl StateDir {
     /// Settings of a controller that was made.
     ///
     /// # Errors
-    /// [`StartError::NotInitialized`] if it was not.
+    /// [`StartError::NotInitialized`] if it was not, [`StartError::Half`] if files are missing.
     pub fn made(&self) -> Result<Settings, StartError> {
-        self.settings()?.ok_or_else(|| StartError::NotInitialized(self.dir.clone()))
+        let settings = self.settings()?;
+        self.lost_nothing()?;
+        settings.ok_or_else(|| StartError::NotInitialized(self.dir.clone()))
     }
 
     /// Reads a text file, if it is there.
@@ -209,7 +281,8 @@ impl StateDir {
     pub fn need(&self, name: &str) -> Result<Zeroizing<String>, StartError> {
         self.read(name)?.ok_or_else(|| StartError::Unusable {
             path: self.path(name),
-            detail: "it is missing: restore it, or run `roost-controller init` again".to_owned(),
+            detail: "it is missing: run `roost-controller init` again, which completes the directory"
+                .to_owned(),
         })
     }
 

@@ -12,6 +12,7 @@
 //!
 //! config.rs  the state directory      setup.rs    init, agent-identity      tls.rs  certificates
 //! serve.rs   puts it all together     offline.rs  usage log and bills without a running controller
+//! backup.rs  the state directory in one file, and back
 //! ```
 
 // They panic where the output is closed, and a panic ends the program with no exit code of its own.
@@ -21,6 +22,7 @@
 pub mod actions;
 pub mod agents;
 pub mod auth;
+pub mod backup;
 pub mod blobs;
 pub mod config;
 pub mod engine;

@@ -6,6 +6,7 @@
 
 use clap::{Args, Parser, Subcommand};
 use ipnet::Ipv4Net;
+use roost_controller::backup::{self, Summary};
 use roost_controller::blobs::BlobLimits;
 use roost_controller::config::{StartError, StateDir};
 use roost_controller::offline::{self, RecomputeOptions};
@@ -18,7 +19,7 @@ use roost_types::api::BillBy;
 use roost_types::{AccountId, Micros};
 use std::io::{IsTerminal, Write};
 use std::net::SocketAddr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::watch;
@@ -115,6 +116,22 @@ enum Command {
         keep_unused_hours: u64,
         #[command(flatten)]
         connections: Connections,
+    },
+    /// Writes all that the controller is to one new file, which only its owner can read. The controller may run.
+    Backup {
+        #[command(flatten)]
+        state: State,
+        /// The file to make.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
+    },
+    /// Puts a backup into an empty state directory.
+    Restore {
+        #[command(flatten)]
+        state: State,
+        /// The file that `backup` made.
+        #[arg(value_name = "FILE")]
+        file: PathBuf,
     },
     /// The usage log, which bills are made of.
     #[command(subcommand)]
@@ -320,6 +337,14 @@ fn run(command: Command) -> Result<(), StartError> {
             runtime.shutdown_timeout(std::time::Duration::from_secs(1));
             ended
         }
+        Command::Backup { state, file } => {
+            let summary = backup::backup(&StateDir::new(&state.state_dir), &file)?;
+            print(&told("backed up", &state.state_dir, &file, &summary))
+        }
+        Command::Restore { state, file } => {
+            let summary = backup::restore(&StateDir::new(&state.state_dir), &file)?;
+            print(&told("restored", &state.state_dir, &file, &summary))
+        }
         Command::UsageLog(UsageLog::Export { state }) => {
             offline::export_usage_log(&StateDir::new(state.state_dir), std::io::stdout().lock())
         }
@@ -328,6 +353,23 @@ fn run(command: Command) -> Result<(), StartError> {
             offline::recompute_bill(&StateDir::new(state.state_dir), &options, std::io::stdout().lock())
         }
     }
+}
+
+#[expect(clippy::cast_precision_loss, reason = "sizes are shown with one digit behind the point")]
+fn told(what: &str, dir: &Path, file: &Path, summary: &Summary) -> String {
+    let mib = |bytes: u64| bytes as f64 / f64::from(1 << 20);
+    format!(
+        "{what:<16} {}\nfile             {}\nas of            {}\ndatabase         {:.1} MiB, schema {}\n\
+         uploaded files   {}\ntook             {:.2} s for {:.1} MiB\n",
+        dir.display(),
+        file.display(),
+        jiff::Timestamp::from_microsecond(summary.about.made_at.0).unwrap_or_default(),
+        mib(summary.database_bytes),
+        summary.about.schema,
+        summary.blobs,
+        summary.took.as_secs_f64(),
+        mib(summary.bytes)
+    )
 }
 
 async fn serve(state: &StateDir, options: &ServeOptions) -> Result<(), StartError> {

@@ -1,4 +1,5 @@
-//! What the database tells without a running controller: the usage log, and bills made of it anew.
+//! What the database tells without a running controller: the usage log, and bills made of it anew. It is read only,
+//! so a controller may run on it, of another release too: then the schema is refused, never changed.
 
 use crate::config::{StartError, StateDir, file_error};
 use roost_billing::PriceBook;
@@ -60,12 +61,13 @@ pub fn recompute_bill(
 }
 
 fn read(state: &StateDir, account_id: Option<AccountId>) -> Result<(Vec<UsageEvent>, Proofs), StartError> {
-    state.made()?;
     let path = state.database();
     if !path.exists() {
+        // Says of a lost database that it is lost.
+        state.made()?;
         return Err(StartError::Unusable { path, detail: "there is no database".to_owned() });
     }
-    let store = SqliteStore::open(&path)?;
+    let store = SqliteStore::open_read_only(&path)?;
     Ok((store.usage_events(&UsageFilter { account_id, resource: None })?, store.proofs()?))
 }
 

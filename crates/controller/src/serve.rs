@@ -2,7 +2,7 @@
 
 use crate::auth::{Authenticator, Sealer};
 use crate::blobs::BlobStore;
-use crate::config::{Settings, StartError, StateDir, file_error};
+use crate::config::{BLOBS, Settings, StartError, StateDir, file_error};
 use crate::engine::{Clock, Engine, EngineSettings, Random, SystemClock, SystemRandom, ThisMachine};
 use crate::server::api::collect_blobs;
 use crate::server::{Front, Limits, Listeners, serve};
@@ -75,11 +75,6 @@ impl Controller {
                 .map_err(|source| StartError::Prices { path: path.clone(), source })?,
             None => PriceBook::builtin(),
         };
-        if !state.database().exists() {
-            let detail =
-                "it is missing: restore it from a backup, or run `roost-controller init` for a new one";
-            return Err(StartError::Unusable { path: state.database(), detail: detail.to_owned() });
-        }
         let store: Arc<dyn Store> = Arc::new(SqliteStore::open(&state.database())?);
         let sealer = Arc::new(Sealer::new(&*state.sealing_key()?));
         let server = state.server()?;
@@ -115,7 +110,7 @@ impl Controller {
             region.clone(),
         )
         .map_err(|error| StartError::Other(error.to_string()))?;
-        let blobs = state.path("blobs");
+        let blobs = state.path(BLOBS);
         let front = Front {
             engine: Arc::clone(&engine),
             store,

@@ -42,12 +42,15 @@ fn today(now: Micros) -> (i32, u8, u8) {
 /// anew when its names change.
 ///
 /// # Errors
-/// [`StartError`]: a value that contradicts what is there, a running controller, files that cannot be written.
+/// [`StartError`]: a value that contradicts what is there, a running controller, files that were lost or cannot be
+/// written.
 pub fn init(state: &StateDir, options: &InitOptions) -> Result<AdminFile, StartError> {
     let (clock, random) = (SystemClock::new(), SystemRandom);
+    state.lost_nothing()?;
     // A whole directory that shall stay as it is may belong to a running controller.
     if let (Some(before), Some(mut admin)) = (state.settings()?, state.read_json::<AdminFile>("admin.json")?)
         && settle(Some(&before), options)? == before
+        && state.server().is_ok()
     {
         admin.secret_access_key.zeroize();
         return Ok(admin);
@@ -63,15 +66,14 @@ pub fn init(state: &StateDir, options: &InitOptions) -> Result<AdminFile, StartE
         state.write("ca.pem", ca.cert_pem.as_bytes(), false)?;
         state.write("ca-key.pem", ca.key_pem.as_bytes(), true)?;
     }
-    let key_there = state.read("server-key.pem")?.is_some();
-    if !key_there || before.as_ref().is_none_or(|before| before.names != settings.names) {
+    let pair_there = state.read("server.pem")?.is_some() && state.read("server-key.pem")?.is_some();
+    if !pair_there || before.as_ref().is_none_or(|before| before.names != settings.names) {
         let authority = Authority::load(&state.need("ca-key.pem")?)?;
         let server = authority.server(&settings.names, today)?;
         state.write("server.pem", server.cert_pem.as_bytes(), false)?;
         state.write("server-key.pem", server.key_pem.as_bytes(), true)?;
     }
-    // A new sealing key beside an old database would lock every account out of it for ever.
-    if state.read("sealing.key")?.is_none() && !state.database().exists() {
+    if state.read("sealing.key")?.is_none() {
         let mut key = Zeroizing::new([0; seal::KEY_BYTES]);
         random.fill(key.as_mut_slice());
         let text = Zeroizing::new(hex::encode(key.as_slice()));
@@ -290,6 +292,7 @@ mod tests {
         for side in ["roost.db-wal", "roost.db-shm"] {
             let _ = std::fs::remove_file(state.path(side));
         }
+        drop(SqliteStore::open(&state.database()).unwrap());
         init(&state, &InitOptions::default()).unwrap();
         assert!(before == admin(&state));
         // As if the file were lost: the account gets another key, and stays the same account.
@@ -321,14 +324,45 @@ mod tests {
     }
 
     #[test]
-    fn a_lost_sealing_key_is_said_and_not_replaced() {
+    fn whatever_half_is_left_nothing_new_is_made_beside_it_and_the_missing_file_is_named() {
+        for lost in ["ca.pem", "ca-key.pem", "sealing.key", "roost.db"] {
+            for more in [None, Some("controller.json"), Some("admin.json")] {
+                let dir = tempfile::tempdir().unwrap();
+                let state = StateDir::new(dir.path());
+                init(&state, &InitOptions::default()).unwrap();
+                for name in [Some(lost), more].into_iter().flatten() {
+                    std::fs::remove_file(state.path(name)).unwrap();
+                }
+                for error in [
+                    init(&state, &InitOptions::default()).err().expect("no new identity"),
+                    state.made().err().expect("no start"),
+                ] {
+                    let text = error.to_string();
+                    assert!(matches!(error, StartError::Half { .. }), "{lost}: {text}");
+                    assert!(text.contains(lost) && text.contains("roost-controller restore"), "{text}");
+                }
+                assert!(!state.path(lost).exists(), "{lost} was made anew");
+            }
+        }
+        // Settings that a controller has served with are not guessed either.
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
         init(&state, &InitOptions::default()).unwrap();
-        std::fs::remove_file(state.path("sealing.key")).unwrap();
         std::fs::remove_file(state.path("controller.json")).unwrap();
-        let Err(error) = init(&state, &InitOptions::default()) else { panic!("a new key was made") };
-        assert!(error.to_string().contains("sealing.key"), "{error}");
+        std::fs::create_dir(state.path("blobs")).unwrap();
+        assert!(matches!(init(&state, &InitOptions::default()), Err(StartError::Half { .. })));
+    }
+
+    #[test]
+    fn a_lost_server_certificate_is_made_again_by_init() {
+        for lost in ["server.pem", "server-key.pem"] {
+            let dir = tempfile::tempdir().unwrap();
+            let state = StateDir::new(dir.path());
+            init(&state, &InitOptions::default()).unwrap();
+            std::fs::remove_file(state.path(lost)).unwrap();
+            init(&state, &InitOptions::default()).unwrap();
+            assert!(state.server().is_ok(), "{lost}");
+        }
     }
 
     #[test]

@@ -51,6 +51,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("proofs and reports never go back", proofs),
     ("a lease excludes others until it is over", leases),
     ("what is due comes in order and rest is never due", due),
+    ("each epoch is later than the one before", epochs),
 ];
 
 /// Runs every case.
@@ -521,4 +522,13 @@ fn due(empty: Factory<'_>) {
     assert_eq!(at(15), vec![instance_id(2)]);
     assert_eq!(at(25), vec![instance_id(2), instance_id(1)]);
     assert_eq!(store.due(NOW + Micros::from_secs(25), 1).unwrap().len(), 1);
+}
+
+fn epochs(empty: Factory<'_>) {
+    let store = empty();
+    assert_eq!(store.epoch().unwrap(), 1);
+    assert_eq!(store.begin_epoch(7).unwrap(), 7);
+    assert_eq!(store.begin_epoch(7).unwrap(), 8);
+    assert_eq!(store.begin_epoch(0).unwrap(), 9);
+    assert_eq!(store.epoch().unwrap(), 9);
 }

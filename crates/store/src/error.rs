@@ -45,6 +45,19 @@ pub enum StoreError {
         /// Newest schema number that this program knows.
         known: i64,
     },
+    /// It was written by an older program, and was opened to be read only.
+    #[error(
+        "the database {path} has schema {found}, this program reads schema {known}: start this release's \
+         controller on it once, or use the program of the release that runs on it"
+    )]
+    TooOld {
+        /// The database file.
+        path: String,
+        /// Schema number in the file.
+        found: i64,
+        /// The one schema number that this program reads.
+        known: i64,
+    },
     /// Somebody changed the instance since it was read: read it again and decide again.
     #[error("instance {0} changed meanwhile")]
     Stale(InstanceId),

@@ -173,9 +173,16 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// `Corrupt` with what was found.
     fn check(&self) -> Result<(), StoreError>;
-    /// Writes a consistent copy of the whole store to a new file.
+    /// Which life of the store this is: 1 at first, and larger after each restore from a backup. What agents were told
+    /// in another epoch may be ahead of the rows.
+    fn epoch(&self) -> Result<i64, StoreError>;
+
+    /// Begins another epoch, at least this one, and returns it.
+    fn begin_epoch(&self, at_least: i64) -> Result<i64, StoreError>;
+
+    /// Writes a consistent copy of the whole store to a new or empty file; writers go on meanwhile.
     ///
     /// # Errors
-    /// `Unusable` if the file exists or cannot be written.
+    /// `Unusable` if the file holds something or cannot be written.
     fn backup(&self, to: &std::path::Path) -> Result<(), StoreError>;
 }

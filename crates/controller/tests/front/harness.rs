@@ -259,7 +259,7 @@ pub fn agent_http(dir: &Path) -> reqwest::Client {
 }
 
 impl Agent {
-    fn new(identity: AgentIdentity, dir: &Path, agents: SocketAddr) -> Self {
+    pub fn new(identity: AgentIdentity, dir: &Path, agents: SocketAddr) -> Self {
         Self {
             http: agent_http(dir),
             base: format!("https://localhost:{}/agent/v1", agents.port()),

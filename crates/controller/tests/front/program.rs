@@ -14,7 +14,7 @@ fn program(dir: &Path, arguments: &[&str]) -> Command {
     command
 }
 
-fn run(dir: &Path, arguments: &[&str]) -> (Option<i32>, String) {
+pub fn run(dir: &Path, arguments: &[&str]) -> (Option<i32>, String) {
     let Output { status, stdout, stderr } = program(dir, arguments).output().unwrap();
     (status.code(), String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned())
 }
@@ -120,9 +120,12 @@ fn what_keeps_it_from_starting_is_named_and_has_its_exit_code() {
     assert_eq!(code, Some(6));
     assert!(text.contains("roost.db"), "{text}");
     std::fs::remove_file(state.join("roost.db")).unwrap();
-    let (code, text) = run(&state, &ANYWHERE);
-    assert_eq!(code, Some(3));
-    assert!(text.contains("roost.db") && text.contains("missing"), "{text}");
+    for arguments in [&ANYWHERE[..], &["init"], &["bill", "recompute"], &["backup", "/dev/null/x"]] {
+        let (code, text) = run(&state, arguments);
+        assert_eq!(code, Some(3), "{text}");
+        assert!(text.contains("roost.db is missing") && text.contains("roost-controller restore"), "{text}");
+        assert!(!state.join("roost.db").exists());
+    }
 }
 
 #[test]
@@ -133,6 +136,8 @@ fn wrong_usage_is_exit_code_two() {
         &["serve", "--public-pool", "10.0.0.0/99"],
         &["bill", "recompute", "--by", "colour"],
         &["bill", "recompute", "--since", "yesterday"],
+        &["backup"],
+        &["restore"],
         &["fly"],
     ] {
         assert_eq!(run(dir.path(), arguments).0, Some(2), "{arguments:?}");

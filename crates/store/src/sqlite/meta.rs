@@ -5,6 +5,18 @@ use crate::error::StoreError;
 use roost_types::Micros;
 use rusqlite::{Connection, Transaction, params};
 
+/// Which life of the database this is.
+pub fn epoch(db: &Connection) -> Result<i64, StoreError> {
+    Ok(db.query_row("SELECT value FROM meta WHERE name = 'epoch'", [], |row| row.get(0))?)
+}
+
+pub fn begin_epoch(db: &Transaction<'_>, at_least: i64) -> Result<i64, StoreError> {
+    let mut query = db.prepare_cached(
+        "UPDATE meta SET value = max(value + 1, ?1) WHERE name = 'epoch' RETURNING value",
+    )?;
+    Ok(query.query_row([at_least], |row| row.get(0))?)
+}
+
 /// The newest time that anything was written at.
 pub fn clock_high(db: &Connection) -> Result<Micros, StoreError> {
     let mut query = db.prepare_cached("SELECT value FROM meta WHERE name = 'clock_high'")?;

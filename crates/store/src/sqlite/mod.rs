@@ -2,6 +2,7 @@
 
 mod accounts;
 mod codec;
+mod copy;
 mod hosts;
 mod images;
 mod instances;
@@ -21,6 +22,7 @@ use roost_types::api::Account;
 use roost_types::metering::{Proofs, UsageEvent};
 use roost_types::{AccountId, BlobId, HostId, ImageId, InstanceId, Micros, ReservationId, SubnetId, VpcId};
 use rusqlite::{Connection, ErrorCode, OpenFlags, Transaction, TransactionBehavior};
+use std::cmp::Ordering;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -34,8 +36,9 @@ const IDLE_READERS: usize = 8;
 #[derive(Debug)]
 pub struct SqliteStore {
     path: PathBuf,
-    writer: Mutex<Connection>,
+    // Closed before the writer: whoever closes last empties the log into the file, and must be able to write.
     readers: Mutex<Vec<Connection>>,
+    writer: Mutex<Connection>,
 }
 
 impl SqliteStore {
@@ -52,19 +55,59 @@ impl SqliteStore {
         writer.pragma_update(None, "synchronous", "FULL").map_err(say)?;
         writer.pragma_update(None, "foreign_keys", true).map_err(say)?;
         verdict(path, &writer, "quick_check")?;
-        let found: i64 = writer.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(say)?;
+        let found = schema_of(path, &writer)?;
         if found > schema::VERSION {
-            return Err(StoreError::TooNew {
-                path: path.display().to_string(),
-                found,
-                known: schema::VERSION,
-            });
+            return Err(too_new(path, found));
         }
         schema::migrations().to_latest(&mut writer).map_err(|error| match error {
             rusqlite_migration::Error::RusqliteError { err, .. } => explain(path, &err),
             other => StoreError::Database { path: path.display().to_string(), detail: other.to_string() },
         })?;
         Ok(Self { path: path.to_owned(), writer: Mutex::new(writer), readers: Mutex::new(Vec::new()) })
+    }
+
+    /// Opens the file to read only, as it is: a schema of another release is refused, not brought up to date.
+    /// A controller may be running on it.
+    ///
+    /// # Errors
+    /// `TooNew`, `TooOld`, `Corrupt`, `Locked` or `Unusable`, each with the path.
+    pub fn open_read_only(path: &Path) -> Result<Self, StoreError> {
+        let reader = open_reader(path).map_err(|error| explain(path, &error))?;
+        let found = schema_of(path, &reader)?;
+        match found.cmp(&schema::VERSION) {
+            Ordering::Greater => Err(too_new(path, found)),
+            Ordering::Less => {
+                Err(StoreError::TooOld { path: path.display().to_string(), found, known: schema::VERSION })
+            }
+            Ordering::Equal => {
+                Ok(Self { path: path.to_owned(), writer: Mutex::new(reader), readers: Mutex::default() })
+            }
+        }
+    }
+
+    /// Copies a database that may be in use into a new or empty file, a consistent one of the moment of the call, and returns
+    /// its schema. Writers go on; `after_step` runs after every MiB.
+    ///
+    /// # Errors
+    /// `Unusable` if `to` holds something or cannot be written, `TooNew` if this program does not know the schema, and what
+    /// reading can meet.
+    pub fn copy(path: &Path, to: &Path, after_step: impl FnMut()) -> Result<i64, StoreError> {
+        let reader = open_reader(path).map_err(|error| explain(path, &error))?;
+        let found = schema_of(path, &reader)?;
+        if found > schema::VERSION {
+            return Err(too_new(path, found));
+        }
+        copy::copy(path, to, after_step)?;
+        Ok(found)
+    }
+
+    /// Checks a file that is no store yet, such as a copy: every page and index of it, of any schema.
+    ///
+    /// # Errors
+    /// `Corrupt` with what was found.
+    pub fn verify(path: &Path) -> Result<(), StoreError> {
+        let reader = open_reader(path).map_err(|error| explain(path, &error))?;
+        verdict(path, &reader, "integrity_check")
     }
 
     /// One writing transaction.
@@ -83,7 +126,7 @@ impl SqliteStore {
         let idle = lock(&self.readers).pop();
         let mut reader = match idle {
             Some(reader) => reader,
-            None => self.open_reader().map_err(|error| explain(&self.path, &error))?,
+            None => open_reader(&self.path).map_err(|error| explain(&self.path, &error))?,
         };
         let result = reader
             .transaction()
@@ -97,15 +140,6 @@ impl SqliteStore {
         result
     }
 
-    fn open_reader(&self) -> Result<Connection, rusqlite::Error> {
-        let reader = Connection::open_with_flags(
-            &self.path,
-            OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX,
-        )?;
-        reader.busy_timeout(BUSY)?;
-        Ok(reader)
-    }
-
     /// Fills the path into an error that a query made without knowing it.
     fn locate(&self, error: StoreError) -> StoreError {
         match error {
@@ -113,6 +147,21 @@ impl SqliteStore {
             other => other,
         }
     }
+}
+
+fn open_reader(path: &Path) -> Result<Connection, rusqlite::Error> {
+    let flags = OpenFlags::SQLITE_OPEN_READ_ONLY | OpenFlags::SQLITE_OPEN_NO_MUTEX;
+    let reader = Connection::open_with_flags(path, flags)?;
+    reader.busy_timeout(BUSY)?;
+    Ok(reader)
+}
+
+fn schema_of(path: &Path, db: &Connection) -> Result<i64, StoreError> {
+    db.pragma_query_value(None, "user_version", |row| row.get(0)).map_err(|error| explain(path, &error))
+}
+
+fn too_new(path: &Path, found: i64) -> StoreError {
+    StoreError::TooNew { path: path.display().to_string(), found, known: schema::VERSION }
 }
 
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -345,7 +394,7 @@ impl Store for SqliteStore {
     }
 
     fn check(&self) -> Result<(), StoreError> {
-        let connection = self.open_reader().map_err(|error| explain(&self.path, &error))?;
+        let connection = open_reader(&self.path).map_err(|error| explain(&self.path, &error))?;
         verdict(&self.path, &connection, "integrity_check")?;
         let broken: Option<String> = usage::contradiction(&connection).map_err(|error| self.locate(error))?;
         match broken {
@@ -353,14 +402,13 @@ impl Store for SqliteStore {
             Some(detail) => Err(StoreError::Corrupt { path: self.path.display().to_string(), detail }),
         }
     }
+    fn epoch(&self) -> Result<i64, StoreError> {
+        self.read(meta::epoch)
+    }
+    fn begin_epoch(&self, at_least: i64) -> Result<i64, StoreError> {
+        self.write(|db| meta::begin_epoch(db, at_least))
+    }
     fn backup(&self, to: &Path) -> Result<(), StoreError> {
-        let unusable = |detail: String| StoreError::Unusable { path: to.display().to_string(), detail };
-        if to.exists() {
-            return Err(unusable("it exists already; name a new file".into()));
-        }
-        let writer = lock(&self.writer);
-        writer
-            .backup("main", to, None::<fn(rusqlite::backup::Progress)>)
-            .map_err(|error| unusable(error.to_string()))
+        copy::copy(&self.path, to, || ())
     }
 }
