@@ -46,7 +46,7 @@ fn instances(tenant: &Tenant<'_>) -> Vec<Value> {
 fn a_full_disk_is_said_and_over_when_there_is_room() {
     let rig = Rig::get();
     // The agent's disk is the host's data disk, the controller's a file system of its own.
-    let host = OwnHost::up(&rig, "full", &["--memory-mib", "3072", "--data-gib", "3"]);
+    let host = OwnHost::up(&rig, "full", &["--memory-mib", "3072", "--data-gib", "8"]);
     let (database, volumes) = ("/var/lib/roost/stack/controller", "/var/lib/roost/stack/agent");
     host.ssh(&format!(
         "mkdir -p {database} {volumes}; mount -t tmpfs -o size=320m,mode=0700 tmpfs {database}"

@@ -47,6 +47,8 @@ impl Identity {
 pub struct Shares {
     /// CPU that may be claimed, per CPU that there is.
     pub cpu_overcommit: f64,
+    /// Disk that volumes may claim, per GiB that there is.
+    pub disk_overcommit: f64,
     /// Memory that the host keeps, MiB.
     pub reserve_memory_mib: u64,
     /// Memory that a monitor takes beside the guest's, MiB.
@@ -70,8 +72,11 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
         cpus,
         cpu_milli: milli(cpus, shares.cpu_overcommit),
         memory_mib: total_mib(&meminfo).saturating_sub(shares.reserve_memory_mib),
-        // Volumes are counted by their full size when they are placed, so what they take already is free here.
-        disk_gib: (volume.f_bavail.saturating_mul(volume.f_frsize) + disk::taken(&folders.volumes())) >> 30,
+        // Volumes are claimed by their full size, so what they take already counts as free here.
+        disk_gib: claimable_gib(
+            volume.f_bavail.saturating_mul(volume.f_frsize).saturating_add(disk::taken(&folders.volumes())),
+            shares.disk_overcommit,
+        ),
         max_vcpus: max_vcpus(),
         overhead_mib: shares.overhead_mib,
         gpus: 0,
@@ -81,6 +86,12 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
 #[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss)] // clamped to what fits
 fn milli(cpus: u32, overcommit: f64) -> u64 {
     (f64::from(cpus) * 1000.0 * overcommit).clamp(0.0, 1e12) as u64
+}
+
+#[allow(clippy::cast_possible_truncation, clippy::cast_sign_loss, clippy::cast_precision_loss)]
+// whole GiB, clamped to what fits
+fn claimable_gib(bytes: u64, overcommit: f64) -> u64 {
+    ((bytes >> 30) as f64 * overcommit).clamp(0.0, 1e12) as u64
 }
 
 fn total_mib(meminfo: &str) -> u64 {
@@ -120,6 +131,13 @@ mod tests {
         assert_eq!(milli(2, 1.0), 2000);
         assert_eq!(milli(2, 1.5), 3000);
         assert_eq!(milli(2, -1.0), 0);
+    }
+
+    #[test]
+    fn a_disk_can_be_claimed_as_often_as_its_owner_says() {
+        assert_eq!(claimable_gib((50 << 30) + 1, 1.0), 50);
+        assert_eq!(claimable_gib(50 << 30, 3.5), 175);
+        assert_eq!(claimable_gib(u64::MAX, 1e300), 1_000_000_000_000);
     }
 
     #[test]

@@ -93,6 +93,10 @@ struct Serve {
     /// CPU that instances may claim, per CPU that there is.
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     cpu_overcommit: f64,
+    /// Disk that volumes may claim by their full size, per GiB that is free for them: 1-100. They are thin, so a disk holds more
+    /// of them than their sizes; above 1, guests that fill theirs can fill the host's, and then all volumes on it get errors.
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = overcommit)]
+    disk_overcommit: f64,
     /// Milliseconds in which an instance may use its share of a CPU, and is held back when it has (`cpu.max`): 10-1000. Each time
     /// costs its guest a little; longer periods cost less often, and hold it back for longer.
     #[arg(long, value_name = "MS", default_value_t = 100, value_parser = clap::value_parser!(u64).range(10..=1000), overrides_with = "cpu_period_ms")]
@@ -121,6 +125,11 @@ struct Serve {
     /// How long an image that no instance uses is kept, hours.
     #[arg(long, value_name = "HOURS", default_value_t = 168)]
     image_idle_hours: u64,
+}
+
+fn overcommit(text: &str) -> std::result::Result<f64, String> {
+    let factor: Option<f64> = text.parse().ok().filter(|factor| (1.0..=100.0).contains(factor));
+    factor.ok_or_else(|| "allowed is a number from 1 to 100, such as 2.5".to_owned())
 }
 
 #[derive(Args)]
@@ -228,6 +237,7 @@ fn run(serve: &Serve) -> Result<()> {
     }
     let shares = Shares {
         cpu_overcommit: serve.cpu_overcommit,
+        disk_overcommit: serve.disk_overcommit,
         reserve_memory_mib: serve.reserve_memory_mib,
         overhead_mib: serve.overhead_mib,
     };

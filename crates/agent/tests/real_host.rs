@@ -109,7 +109,8 @@ impl Bench {
             uid_base: 100_000,
             mtu: Surroundings::look(&[]).mtu,
         };
-        let shares = Shares { cpu_overcommit: 1.0, reserve_memory_mib: 256, overhead_mib: 64 };
+        let shares =
+            Shares { cpu_overcommit: 1.0, disk_overcommit: 1.0, reserve_memory_mib: 256, overhead_mib: 64 };
         let settings = HostSettings {
             uplinks: vec![],
             folders: self.folders.clone(),

@@ -6,7 +6,7 @@ mod world;
 use roost_controller::engine::EngineSettings;
 use roost_store::Store;
 use roost_testbed::sim::Death;
-use roost_types::api::{DescribeInstanceTiming, ModifyInstanceType};
+use roost_types::api::{DescribeInstanceTiming, ModifyInstanceType, RunInstances};
 use roost_types::state::{InstanceState, Step, VolumeState};
 use roost_types::{ErrorCode, InstanceId, Micros};
 use world::{World, caller, request};
@@ -591,4 +591,28 @@ fn an_end_dated_before_the_last_proof_of_life_is_that_proof() {
         word["run_ended_age_us"] = 74_000_000.into();
     });
     assert_eq!(world.intervals(&id), vec![(1, began, Some(proof))]);
+}
+
+#[test]
+fn volumes_are_claimed_from_launch_to_removal_while_their_instances_are_stopped_too() {
+    let mut world = World::new();
+    let large = |r: &mut RunInstances| r.volume_gib = Some(400);
+    let ids = world.launch("alice", 2, large);
+    for id in &ids {
+        world.wait(id, InstanceState::Running);
+        world.stop(id).unwrap();
+        world.wait(id, InstanceState::Stopped);
+    }
+    let third = RunInstances { volume_gib: Some(400), ..request(1) };
+    let error = world.engine().run_instances(&caller("bob"), third.clone()).unwrap_err();
+    assert_eq!(error.code, ErrorCode::InsufficientInstanceCapacity);
+    assert!(error.message.contains("too little disk free on 1 of 1 hosts"), "{}", error.message);
+    // What is there needs no more of it.
+    world.start(&ids[0]).unwrap();
+    world.wait(&ids[0], InstanceState::Running);
+    world.terminate(&ids[1]).unwrap();
+    world.wait(&ids[1], InstanceState::Terminated);
+    world.engine().run_instances(&caller("bob"), third).unwrap();
+    let host = world.store().hosts().unwrap().remove(0);
+    assert_eq!(host.claimed_disk_gib, 800);
 }

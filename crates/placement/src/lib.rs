@@ -22,6 +22,8 @@ pub struct Host {
     pub claimed_cpu_milli: u64,
     /// Claimed memory in MiB.
     pub claimed_memory_mib: u64,
+    /// Claimed disk in GiB.
+    pub claimed_disk_gib: u64,
     /// Whether its agent has reported recently.
     pub alive: bool,
 }
@@ -31,7 +33,7 @@ pub struct Host {
 pub struct Wanted<'a> {
     /// Its type.
     pub instance_type: &'a InstanceType,
-    /// Its root volume in GiB.
+    /// The volume to be made for it in GiB; 0 if it has one there already.
     pub volume_gib: u64,
     /// The zone that it must be in, if any.
     pub zone: Option<&'a str>,
@@ -113,12 +115,22 @@ pub enum Refusal {
         /// MiB that are free.
         free: u64,
     },
+    /// Its disk is claimed by others.
+    DiskFull {
+        /// GiB wanted.
+        wanted: u64,
+        /// GiB that are free.
+        free: u64,
+    },
 }
 
 impl Refusal {
     /// Whether the host would refuse even if it were empty and alive.
     pub const fn is_for_good(&self) -> bool {
-        !matches!(self, Refusal::Silent | Refusal::CpuFull { .. } | Refusal::MemoryFull { .. })
+        !matches!(
+            self,
+            Refusal::Silent | Refusal::CpuFull { .. } | Refusal::MemoryFull { .. } | Refusal::DiskFull { .. }
+        )
     }
 }
 
@@ -136,6 +148,7 @@ impl Refusal {
             Refusal::Silent => "no recent report",
             Refusal::CpuFull { .. } => "too little CPU free",
             Refusal::MemoryFull { .. } => "too little memory free",
+            Refusal::DiskFull { .. } => "too little disk free",
         }
     }
 }
@@ -212,6 +225,9 @@ impl fmt::Display for Refusal {
             Refusal::MemoryFull { wanted, free } => {
                 write!(f, "has {free} MiB free, {wanted} MiB are needed")
             }
+            Refusal::DiskFull { wanted, free } => {
+                write!(f, "has {free} GiB of disk free for volumes, {wanted} GiB are needed")
+            }
         }
     }
 }
@@ -284,12 +300,15 @@ pub fn refusal(host: &Host, wanted: &Wanted<'_>) -> Option<Refusal> {
     let (cpu, memory) = (wanted.cpu_milli(), wanted.memory_mib(&host.facts));
     let free_cpu = host.facts.cpu_milli.saturating_sub(host.claimed_cpu_milli);
     let free_memory = host.facts.memory_mib.saturating_sub(host.claimed_memory_mib);
+    let free_disk = host.facts.disk_gib.saturating_sub(host.claimed_disk_gib);
     for_good(&host.facts, wanted).or(if !host.alive {
         Some(Refusal::Silent)
     } else if cpu > free_cpu {
         Some(Refusal::CpuFull { wanted: cpu, free: free_cpu })
     } else if memory > free_memory {
         Some(Refusal::MemoryFull { wanted: memory, free: free_memory })
+    } else if wanted.volume_gib > free_disk {
+        Some(Refusal::DiskFull { wanted: wanted.volume_gib, free: free_disk })
     } else {
         None
     })
@@ -342,6 +361,7 @@ pub fn place(
         let Some(host) = best else { break };
         host.claimed_cpu_milli += wanted.cpu_milli();
         host.claimed_memory_mib += wanted.memory_mib(&host.facts);
+        host.claimed_disk_gib += wanted.volume_gib;
         chosen.push(host.facts.host_id.clone());
     }
     if chosen.len() >= min {

@@ -23,6 +23,7 @@ fn host(number: u8, cpus: u32, memory_mib: u64) -> Host {
         },
         claimed_cpu_milli: 0,
         claimed_memory_mib: 0,
+        claimed_disk_gib: 0,
         alive: true,
     }
 }
@@ -108,6 +109,20 @@ fn tenants_are_told_reasons_and_counts_and_administrators_a_few_names() {
 }
 
 #[test]
+fn a_disk_is_full_by_the_sizes_of_the_volumes_on_it() {
+    let small = kind(1, 100);
+    let mut full = host(1, 4, 4000);
+    full.claimed_disk_gib = 93;
+    let error = place(&[full.clone()], &wanted(&small), 1, 1).unwrap_err();
+    assert!(matches!(error, PlacementError::Insufficient { .. }), "{error}");
+    assert!(error.to_string().contains("7 GiB of disk free for volumes, 8 GiB are needed"), "{error}");
+    // One that has its volume there needs no more.
+    assert_eq!(refusal(&full, &Wanted { volume_gib: 0, ..wanted(&small) }), None);
+    let larger = Wanted { volume_gib: 101, ..wanted(&small) };
+    assert!(matches!(place(&[full], &larger, 1, 1), Err(PlacementError::Unsupported { .. })));
+}
+
+#[test]
 fn between_min_and_max_as_many_as_fit_are_placed() {
     let small = kind(1, 100);
     let hosts = [host(1, 2, 4000)];
@@ -132,9 +147,16 @@ prop_compose! {
         memory in 0_u64..5000,
         cpu_claim in 0_u64..9000,
         memory_claim in 0_u64..6000,
+        disk_claim in 0_u64..120,
         alive in any::<bool>(),
     ) -> Host {
-        Host { claimed_cpu_milli: cpu_claim, claimed_memory_mib: memory_claim, alive, ..host(number, cpus, memory) }
+        Host {
+            claimed_cpu_milli: cpu_claim,
+            claimed_memory_mib: memory_claim,
+            claimed_disk_gib: disk_claim,
+            alive,
+            ..host(number, cpus, memory)
+        }
     }
 }
 
@@ -151,6 +173,7 @@ fn brute_force(hosts: &[Host], kind: &InstanceType) -> u64 {
                 && kind.vcpus <= host.facts.cpus
                 && host.claimed_cpu_milli + n * u64::from(kind.vcpus) * 1000 <= host.facts.cpu_milli
                 && host.claimed_memory_mib + n * (kind.memory_mib + 16) <= host.facts.memory_mib
+                && host.claimed_disk_gib + n * 8 <= host.facts.disk_gib
         };
         while fits(count + 1) {
             count += 1;
@@ -183,6 +206,7 @@ proptest! {
                             host.claimed_cpu_milli + here * u64::from(vcpus) * 1000 <= host.facts.cpu_milli);
                         prop_assert!(
                             host.claimed_memory_mib + here * (memory + 16) <= host.facts.memory_mib);
+                        prop_assert!(host.claimed_disk_gib + here * 8 <= host.facts.disk_gib);
                     }
                 }
             }
@@ -192,7 +216,13 @@ proptest! {
             }
             Err(PlacementError::Unsupported { .. }) => {
                 let empty: Vec<_> = hosts.iter().cloned()
-                    .map(|host| Host { claimed_cpu_milli: 0, claimed_memory_mib: 0, alive: true, ..host })
+                    .map(|host| Host {
+                        claimed_cpu_milli: 0,
+                        claimed_memory_mib: 0,
+                        claimed_disk_gib: 0,
+                        alive: true,
+                        ..host
+                    })
                     .collect();
                 prop_assert_eq!(brute_force(&empty, &kind), 0);
             }

@@ -44,6 +44,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("an image needs its files, and a withdrawn one is found by nobody new", images),
     ("a launch writes everything or nothing", launches),
     ("claims never exceed a host", capacity),
+    ("volumes never exceed a host's disk, and count until they are gone", disk),
     ("addresses are unique, lowest first, and come back", addresses),
     ("a client token is used once", tokens),
     ("a change of a row that was changed meanwhile is refused whole", stale),
@@ -370,6 +371,32 @@ fn capacity(empty: Factory<'_>) {
     store.commit(&[release], NOW).unwrap();
     assert_eq!(store.claim(&instance_id(1)).unwrap(), None);
     assert_eq!(store.hosts().unwrap()[0].claims, 2);
+}
+
+fn disk(empty: Factory<'_>) {
+    let store = furnished(empty);
+    store.put_host(&HostFacts { disk_gib: 20, ..facts(9000, 9000) }, NOW).unwrap();
+    assert!(matches!(store.launch(&launch_of(&[1, 2, 3], None)), Err(StoreError::NoRoom { .. })));
+    store.launch(&launch_of(&[1, 2], None)).unwrap();
+    let claimed = || store.host(&host_id()).unwrap().unwrap().claimed_disk_gib;
+    assert_eq!(claimed(), 16);
+    let error = store.launch(&launch_of(&[3], None)).unwrap_err();
+    assert!(error.to_string().contains("8 GiB of disk"), "{error}");
+    assert_eq!(store.instance(&instance_id(3)).unwrap(), None, "nothing half made");
+    let change = |step, volume| {
+        let mut change = Change::of(store.instance(&instance_id(1)).unwrap().unwrap().row);
+        change.row.step = step;
+        change.claim = ClaimChange::Release;
+        change.volume = volume;
+        store.commit(&[change], NOW).unwrap();
+    };
+    change(Step::Rest, Some(VolumeState::InUse));
+    assert_eq!(claimed(), 16, "a stopped instance keeps its volume");
+    change(Step::Terminate, Some(VolumeState::Deleting));
+    assert_eq!(claimed(), 16, "until it is removed");
+    change(Step::Gone, Some(VolumeState::Deleted));
+    assert_eq!(claimed(), 8);
+    store.launch(&launch_of(&[3], None)).unwrap();
 }
 
 fn addresses(empty: Factory<'_>) {

@@ -62,16 +62,12 @@ pub enum StoreError {
     #[error("instance {0} changed meanwhile")]
     Stale(InstanceId),
     /// The host has less room than the claims together take.
-    #[error(
-        "host {host} has no room: {cpu_milli} milli-CPUs and {memory_mib} MiB were claimed beyond what is free"
-    )]
+    #[error("host {host} has no room: {what} were claimed beyond what is free")]
     NoRoom {
         /// The host.
         host: HostId,
-        /// The claim that did not fit, in milli-CPUs.
-        cpu_milli: u64,
-        /// The claim that did not fit, in MiB.
-        memory_mib: u64,
+        /// The claim that did not fit, such as `8 GiB of disk`.
+        what: String,
     },
     /// Every address is taken.
     #[error("no free address is left in {0}")]

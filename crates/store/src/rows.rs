@@ -118,6 +118,8 @@ pub struct HostRow {
     pub claimed_memory_mib: u64,
     /// Number of its claims.
     pub claims: u64,
+    /// Sum of the sizes of the volumes on it in GiB, those of stopped instances too.
+    pub claimed_disk_gib: u64,
 }
 
 /// CPU and memory that an instance holds on a host.

@@ -198,6 +198,8 @@ fn a_database_of_the_first_schema_comes_through_every_migration_whole() {
         store.instances(&everything).unwrap().iter().map(|record| record.row.state().to_string()).collect();
     states.sort();
     assert_eq!(states, ["running", "running", "stopped", "terminated"]);
+    let host = store.hosts().unwrap().remove(0);
+    assert_eq!((host.claims, host.claimed_disk_gib), (2, 3), "what is there is claimed");
     assert_eq!(store.epoch().unwrap(), 1);
 }
 

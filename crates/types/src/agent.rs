@@ -52,7 +52,7 @@ pub struct HostFacts {
     pub cpu_milli: u64,
     /// Memory that instances may claim, in MiB: the host's memory less what it keeps for itself.
     pub memory_mib: u64,
-    /// Disk that volumes may grow into, in GiB.
+    /// Disk that volumes may claim by their full size, in GiB (what is free for them × the owner's overcommit).
     pub disk_gib: u64,
     /// Most vCPUs that one instance can have here.
     pub max_vcpus: u32,

@@ -191,6 +191,7 @@ pub fn hosts() -> Hosts {
         },
         claimed_cpu_milli: 500,
         claimed_memory_mib: 2080,
+        claimed_disk_gib: 16,
         instances: 2,
         last_report_at: ago(seconds),
         alive,

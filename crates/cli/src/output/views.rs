@@ -273,7 +273,7 @@ pub fn hosts(hosts: &Hosts, now: Micros) -> Table {
             plain(host.instances.to_string()),
             plain(format!("{}/{}", milli(host.claimed_cpu_milli), milli(host.facts.cpu_milli))),
             plain(format!("{}/{}", host.claimed_memory_mib, host.facts.memory_mib)),
-            plain(host.facts.disk_gib.to_string()),
+            plain(format!("{}/{}", host.claimed_disk_gib, host.facts.disk_gib)),
             plain(format!("{} ago", age(host.last_report_at, now))),
         ]);
         for sentence in &host.trouble {

@@ -233,8 +233,8 @@ impl Engine {
             let hosts = self.placeable()?;
             for draft in drafts {
                 accept::retype(draft, &kind)?;
-                let wanted =
-                    Wanted { instance_type: &kind, volume_gib: draft.record.volume.size_gib, zone: None };
+                // Its volume is there and claimed.
+                let wanted = Wanted { instance_type: &kind, volume_gib: 0, zone: None };
                 let host =
                     hosts.iter().find(|host| Some(&host.facts.host_id) == draft.record.row.host_id.as_ref());
                 let never = host.and_then(|host| {
@@ -264,8 +264,8 @@ fn told(host: &Host, why: &Refusal, caller: &Caller) -> String {
 /// The claim that an instance takes again on the host that has its volume; noted in `hosts` for the next one.
 fn reclaim(hosts: &mut [Host], draft: &Draft, caller: &Caller) -> Answer<Claim> {
     let row = &draft.record.row;
-    let wanted =
-        Wanted { instance_type: &row.instance_type, volume_gib: draft.record.volume.size_gib, zone: None };
+    // Its volume is there and claimed.
+    let wanted = Wanted { instance_type: &row.instance_type, volume_gib: 0, zone: None };
     let host =
         hosts.iter_mut().find(|host| Some(&host.facts.host_id) == row.host_id.as_ref()).ok_or_else(|| {
             let text = format!("the host of instance {} is unknown", row.instance_id);

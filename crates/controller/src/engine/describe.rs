@@ -235,6 +235,7 @@ impl Engine {
                 facts: row.facts,
                 claimed_cpu_milli: row.claimed_cpu_milli,
                 claimed_memory_mib: row.claimed_memory_mib,
+                claimed_disk_gib: row.claimed_disk_gib,
                 instances: row.claims,
             });
         }

@@ -171,6 +171,7 @@ impl Engine {
                     facts: host.facts,
                     claimed_cpu_milli: host.claimed_cpu_milli + cpu_milli,
                     claimed_memory_mib: host.claimed_memory_mib + memory_mib,
+                    claimed_disk_gib: host.claimed_disk_gib,
                 }
             })
             .collect())

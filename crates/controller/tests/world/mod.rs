@@ -461,6 +461,7 @@ impl World {
         for host in store.hosts().unwrap() {
             assert!(host.claimed_cpu_milli <= host.facts.cpu_milli, "over-claimed: {host:?}");
             assert!(host.claimed_memory_mib <= host.facts.memory_mib, "over-claimed: {host:?}");
+            assert!(host.claimed_disk_gib <= host.facts.disk_gib, "over-claimed: {host:?}");
         }
         let records = self.records();
         for host in store.hosts().unwrap() {
@@ -490,6 +491,7 @@ impl World {
         self.check();
         for host in self.store().hosts().unwrap() {
             assert_eq!((host.claimed_cpu_milli, host.claimed_memory_mib, host.claims), (0, 0, 0));
+            assert_eq!(host.claimed_disk_gib, 0);
         }
         for record in self.records() {
             assert_eq!(record.row.state(), InstanceState::Terminated, "{record:#?}");

@@ -10,10 +10,12 @@ use rusqlite::{Connection, OptionalExtension, Row, Transaction, params};
 
 pub fn put(db: &Transaction<'_>, facts: &HostFacts, at: Micros) -> Result<(), StoreError> {
     db.execute(
-        "INSERT INTO hosts (host_id, hostname, zone, cpu_milli, memory_mib, facts, registered_at, last_report_at)
-         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?7)
+        "INSERT INTO hosts (host_id, hostname, zone, cpu_milli, memory_mib, disk_gib, facts, registered_at,
+             last_report_at)
+         VALUES (?1, ?2, ?3, ?4, ?5, ?6, ?7, ?8, ?8)
          ON CONFLICT (host_id) DO UPDATE SET hostname = excluded.hostname, zone = excluded.zone,
-             cpu_milli = excluded.cpu_milli, memory_mib = excluded.memory_mib, facts = excluded.facts,
+             cpu_milli = excluded.cpu_milli, memory_mib = excluded.memory_mib, disk_gib = excluded.disk_gib,
+             facts = excluded.facts,
              last_report_at = max(last_report_at, excluded.last_report_at)",
         params![
             text(&facts.host_id),
@@ -21,6 +23,7 @@ pub fn put(db: &Transaction<'_>, facts: &HostFacts, at: Micros) -> Result<(), St
             facts.zone,
             int(facts.cpu_milli),
             int(facts.memory_mib),
+            int(facts.disk_gib),
             json(facts)?,
             time(at)
         ],
@@ -46,7 +49,8 @@ pub fn reported(
 }
 
 const HOSTS: &str = "SELECT h.facts, h.registered_at, h.last_report_at, h.boot_id,
-        coalesce(sum(c.cpu_milli), 0), coalesce(sum(c.memory_mib), 0), count(c.instance_id)
+        coalesce(sum(c.cpu_milli), 0), coalesce(sum(c.memory_mib), 0), count(c.instance_id),
+        (SELECT coalesce(sum(v.size_gib), 0) FROM volumes v WHERE v.host_id = h.host_id AND v.state <> 'deleted')
     FROM hosts h LEFT JOIN claims c USING (host_id)";
 
 fn host(row: &Row<'_>) -> Result<HostRow, rusqlite::Error> {
@@ -59,6 +63,7 @@ fn host(row: &Row<'_>) -> Result<HostRow, rusqlite::Error> {
         claimed_cpu_milli: cursor.count()?,
         claimed_memory_mib: cursor.count()?,
         claims: cursor.count()?,
+        claimed_disk_gib: cursor.count()?,
     })
 }
 
@@ -90,8 +95,7 @@ pub fn take(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Resul
         None => Err(StoreError::Missing { what: "host", value: claim.host_id.to_string() }),
         Some(_) => Err(StoreError::NoRoom {
             host: claim.host_id.clone(),
-            cpu_milli: claim.cpu_milli,
-            memory_mib: claim.memory_mib,
+            what: format!("{} milli-CPUs and {} MiB", claim.cpu_milli, claim.memory_mib),
         }),
     }
 }
@@ -103,6 +107,26 @@ pub fn hold(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Resul
         params![text(instance), text(&claim.host_id), int(claim.cpu_milli), int(claim.memory_mib)],
     )?;
     Ok(())
+}
+
+/// Checks that a host has room on its disk for one more volume. The row of the volume, written in the same transaction,
+/// is the claim.
+pub fn has_disk(db: &Transaction<'_>, host: &HostId, size_gib: u64) -> Result<(), StoreError> {
+    let fits: Option<bool> = db
+        .prepare_cached(
+            "SELECT h.disk_gib >= ?2 + (SELECT coalesce(sum(size_gib), 0) FROM volumes
+                 WHERE host_id = ?1 AND state <> 'deleted')
+             FROM hosts h WHERE h.host_id = ?1",
+        )?
+        .query_row(params![text(host), int(size_gib)], |row| row.get(0))
+        .optional()?;
+    match fits {
+        Some(true) => Ok(()),
+        Some(false) => {
+            Err(StoreError::NoRoom { host: host.clone(), what: format!("{size_gib} GiB of disk") })
+        }
+        None => Err(StoreError::Missing { what: "host", value: host.to_string() }),
+    }
 }
 
 pub fn release(db: &Transaction<'_>, instance: &InstanceId) -> Result<(), StoreError> {

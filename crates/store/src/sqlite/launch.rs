@@ -117,6 +117,7 @@ fn write_instance(
         text(public_ip),
         json(&one.ingress)?,
     ])?;
+    hosts::has_disk(db, &one.claim.host_id, one.volume_gib)?;
     db.prepare_cached(
         "INSERT INTO volumes (volume_id, account_id, zone, host_id, instance_id, state, volume_type, size_gib,
              delete_on_termination, created_at)

@@ -6,11 +6,11 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 5;
+pub const VERSION: i64 = 6;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS), M::up(BLOB_OWNERS)])
+    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS), M::up(BLOB_OWNERS), M::up(DISK)])
 }
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
@@ -266,6 +266,13 @@ INSERT INTO blob_owners SELECT blob_id, account_id, created_at FROM blobs;
 INSERT OR IGNORE INTO blob_owners SELECT kernel, account_id, created_at FROM images;
 INSERT OR IGNORE INTO blob_owners SELECT initrd, account_id, created_at FROM images WHERE initrd IS NOT NULL;
 INSERT OR IGNORE INTO blob_owners SELECT root, account_id, created_at FROM images;
+";
+
+/// What is claimed of a host's disk is the size of the volumes on it: they are there while their instances are stopped.
+const DISK: &str = "
+ALTER TABLE hosts ADD COLUMN disk_gib INTEGER NOT NULL DEFAULT 0 CHECK (disk_gib >= 0);
+UPDATE hosts SET disk_gib = json_extract(facts, '$.disk_gib');
+CREATE INDEX volumes_by_host ON volumes (host_id, size_gib) WHERE state <> 'deleted';
 ";
 
 #[cfg(test)]

@@ -65,6 +65,9 @@ pub struct HostView {
     pub claimed_cpu_milli: u64,
     /// Claimed memory in MiB.
     pub claimed_memory_mib: u64,
+    /// Size of the volumes on it in GiB, those of stopped instances too.
+    #[serde(default)]
+    pub claimed_disk_gib: u64,
     /// Instances that hold capacity.
     pub instances: u64,
     /// When its agent last reported.
