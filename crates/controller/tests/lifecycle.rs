@@ -9,6 +9,7 @@ use roost_testbed::sim::Death;
 use roost_types::api::{DescribeInstanceTiming, ModifyInstanceType, RunInstances};
 use roost_types::state::{InstanceState, Step, VolumeState};
 use roost_types::{ErrorCode, InstanceId, Micros};
+use std::collections::BTreeSet;
 use world::{World, caller, request};
 
 #[test]
@@ -17,7 +18,7 @@ fn an_instance_is_launched_stopped_resized_started_rebooted_terminated_and_bille
     let id = world.one();
     assert_eq!(world.state(&id), InstanceState::Pending);
     let shown = world.wait(&id, InstanceState::Running);
-    assert_eq!(shown.private_ip.to_string(), "172.31.0.4");
+    assert_eq!(shown.private_ip.octets()[..2], [172, 31]);
     assert_eq!(shown.public_ip.to_string(), "100.64.0.4");
     let began = shown.running_since.unwrap();
     for _ in 0..20 {
@@ -615,4 +616,29 @@ fn volumes_are_claimed_from_launch_to_removal_while_their_instances_are_stopped_
     world.engine().run_instances(&caller("bob"), third).unwrap();
     let host = world.store().hosts().unwrap().remove(0);
     assert_eq!(host.claimed_disk_gib, 800);
+}
+
+#[test]
+fn a_released_address_is_nobodys_for_minutes_and_then_the_last_in_turn() {
+    let mut world = World::new();
+    let mut given = Vec::new();
+    for _ in 0..3 {
+        let id = world.one();
+        world.wait(&id, InstanceState::Running);
+        given.push((world.show(&id).public_ip, world.show(&id).private_ip));
+        world.terminate(&id).unwrap();
+        world.wait(&id, InstanceState::Terminated);
+    }
+    let (public, private): (BTreeSet<_>, BTreeSet<_>) = given.into_iter().unzip();
+    assert_eq!((public.len(), private.len()), (3, 3), "{public:?} {private:?}");
+}
+
+#[test]
+fn the_first_instances_of_two_accounts_have_different_private_addresses() {
+    let world = World::new();
+    let first = |name: &str| {
+        world.launch(name, 1, |_| {});
+        world.describe(name, &[]).unwrap().remove(0).private_ip
+    };
+    assert_ne!(first("alice"), first("bob"));
 }

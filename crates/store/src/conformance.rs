@@ -15,8 +15,8 @@
 )]
 
 use crate::rows::{
-    AccessKeyRow, BlobRow, Change, Claim, ClaimChange, ImageRow, InstanceFilter, InstanceRow, Launch,
-    Launched, NewAccountRows, NewInstance, Released, ReservationRow, Timing, UsageFilter,
+    AccessKeyRow, BlobRow, Change, Claim, ClaimChange, ImageRow, InstanceFilter, InstanceRecord, InstanceRow,
+    Launch, Launched, NewAccountRows, NewInstance, Released, ReservationRow, Timing, UsageFilter,
 };
 use crate::{Store, StoreError};
 use roost_types::agent::HostFacts;
@@ -45,7 +45,7 @@ pub const CASES: &[(&str, Case)] = &[
     ("a launch writes everything or nothing", launches),
     ("claims never exceed a host", capacity),
     ("volumes never exceed a host's disk, and count until they are gone", disk),
-    ("addresses are unique, lowest first, and come back", addresses),
+    ("addresses are unique, one after the other, and rest before they come back", addresses),
     ("a client token is used once", tokens),
     ("a change of a row that was changed meanwhile is refused whole", stale),
     ("the usage log takes an event once and one open interval at most", usage),
@@ -61,6 +61,7 @@ pub fn run_all(empty: Factory<'_>) {
 }
 
 const NOW: Micros = Micros(1_700_000_000_000_000);
+const REST: Micros = Micros::from_secs(300);
 
 fn account_id(number: u8) -> AccountId {
     AccountId::from_random([number; 8])
@@ -225,6 +226,7 @@ fn launch_of(numbers: &[u8], token: Option<&str>) -> Launch {
         token: token.map(|token| (token.to_owned(), "hash".to_owned())),
         instances,
         public_pool: (Ipv4Addr::new(100, 64, 0, 0), 24),
+        address_rest: REST,
     }
 }
 
@@ -401,28 +403,48 @@ fn disk(empty: Factory<'_>) {
 
 fn addresses(empty: Factory<'_>) {
     let store = furnished(empty);
-    let launch = |numbers: &[u8]| {
+    const BROADCAST: u32 = 0xac1f_0fff; // of 172.31.0.0/20
+    store.put_host(&facts(9000, 9000), NOW).unwrap();
+    let launch = |numbers: &[u8], now: Micros| {
         let pool = (Ipv4Addr::new(100, 64, 0, 0), 29);
-        store.launch(&Launch { public_pool: pool, ..launch_of(numbers, None) })
+        let mut launch = Launch { public_pool: pool, ..launch_of(numbers, None) };
+        launch.reservation.created_at = now;
+        store.launch(&launch)
     };
     // A pool of /29 has 8 addresses: 4 reserved, 3 to give, 1 broadcast.
-    let Launched::New(records) = launch(&[1, 2, 3]).unwrap() else { panic!("new") };
-    let public: Vec<_> = records.iter().map(|record| record.interface.public_ip.to_string()).collect();
-    assert_eq!(public, ["100.64.0.4", "100.64.0.5", "100.64.0.6"]);
-    let private: Vec<_> = records.iter().map(|record| record.interface.private_ip.to_string()).collect();
-    assert_eq!(private, ["172.31.0.4", "172.31.0.5", "172.31.0.6"]);
-    assert!(matches!(launch(&[4]), Err(StoreError::NoAddress(_))));
-    let mut gone = Change::of(records[1].row.clone());
-    gone.row.step = Step::Gone;
-    gone.row.terminated_at = Some(NOW);
-    gone.claim = ClaimChange::Release;
-    gone.release_addresses = true;
-    gone.volume = Some(VolumeState::Deleted);
-    store.commit(&[gone], NOW).unwrap();
-    let old = store.instance(&instance_id(2)).unwrap().unwrap();
+    let Launched::New(records) = launch(&[1], NOW).unwrap() else { panic!("new") };
+    let public = |records: &[InstanceRecord]| -> Vec<_> {
+        records.iter().map(|record| record.interface.public_ip.to_string()).collect()
+    };
+    assert_eq!(public(&records), ["100.64.0.4"]);
+    let first = u32::from(records[0].interface.private_ip);
+    let private =
+        |number: u8| u32::from(store.instance(&instance_id(number)).unwrap().unwrap().interface.private_ip);
+    let release = |number: u8| {
+        let mut gone = Change::of(store.instance(&instance_id(number)).unwrap().unwrap().row);
+        gone.row.step = Step::Gone;
+        gone.row.terminated_at = Some(NOW);
+        gone.claim = ClaimChange::Release;
+        gone.release_addresses = true;
+        gone.volume = Some(VolumeState::Deleted);
+        store.commit(&[gone], NOW).unwrap();
+    };
+    release(1);
+    let old = store.instance(&instance_id(1)).unwrap().unwrap();
     assert_eq!((old.interface.released_at, old.volume.state), (Some(NOW), VolumeState::Deleted));
-    let Launched::New(records) = launch(&[4]).unwrap() else { panic!("new") };
-    assert_eq!(records[0].interface.public_ip.to_string(), "100.64.0.5");
+    // What was released is not the next one's, nor is it while it rests.
+    let Launched::New(records) = launch(&[2, 3], NOW + Micros(1)).unwrap() else { panic!("new") };
+    assert_eq!(public(&records), ["100.64.0.5", "100.64.0.6"]);
+    let after =
+        |number: u32| if first + number > BROADCAST - 1 { first + number - 4091 } else { first + number };
+    assert_eq!((private(2), private(3)), (after(1), after(2)));
+    let error = launch(&[4], NOW + REST - Micros(1)).unwrap_err();
+    assert!(matches!(error, StoreError::NoAddress(_)), "{error}");
+    assert!(error.to_string().contains("1 were released a short time ago"), "{error}");
+    let Launched::New(records) = launch(&[4], NOW + REST).unwrap() else { panic!("new") };
+    assert_eq!((public(&records), private(4)), (vec!["100.64.0.4".to_owned()], after(3)));
+    let error = launch(&[5], NOW + REST).unwrap_err();
+    assert!(error.to_string().ends_with("100.64.0.0/29"), "{error}");
     assert_eq!(store.volumes(&account_id(1)).unwrap().len(), 3, "a deleted volume is not listed");
 }
 

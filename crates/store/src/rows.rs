@@ -366,6 +366,8 @@ pub struct Launch {
     pub instances: Vec<NewInstance>,
     /// Public addresses come from here: network and prefix length.
     pub public_pool: (Ipv4Addr, u8),
+    /// How long a released address is nobody's.
+    pub address_rest: Micros,
 }
 
 /// One instance of a launch.

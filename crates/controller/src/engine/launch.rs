@@ -359,6 +359,7 @@ impl Engine {
             token: found.request.client_token.clone().map(|token| (token, hash.to_owned())),
             instances,
             public_pool: (pool.network(), pool.prefix_len()),
+            address_rest: self.settings.address_rest,
         })
     }
 

@@ -14,6 +14,8 @@ pub struct EngineSettings {
     pub zone: String,
     /// Public addresses come from here.
     pub public_pool: Ipv4Net,
+    /// How long a released address is nobody's.
+    pub address_rest: Micros,
     /// What may come in to a new instance.
     pub ingress: Vec<IngressRule>,
     /// Longest time between two reports of an agent.
@@ -45,6 +47,7 @@ impl Default for EngineSettings {
             region: "home-1".to_owned(),
             zone: "home-1a".to_owned(),
             public_pool: Ipv4Net::new_assert(Ipv4Addr::new(100, 64, 0, 0), 16),
+            address_rest: Micros::from_secs(300),
             ingress: vec![
                 IngressRule { protocol: Protocol::Tcp, from_port: 22, to_port: 22, source: anywhere },
                 IngressRule { protocol: Protocol::Icmp, from_port: 0, to_port: 0, source: anywhere },

@@ -5,8 +5,9 @@ use super::{accounts, hosts, instances, is_duplicate, is_missing};
 use crate::error::StoreError;
 use crate::rows::{Launch, Launched, NewInstance, SubnetRow};
 use roost_types::state::VolumeState;
-use roost_types::{AccountId, ReservationId, SubnetId};
-use rusqlite::{Connection, OptionalExtension, Transaction, params};
+use roost_types::{AccountId, Micros, ReservationId, SubnetId};
+use rusqlite::types::Value;
+use rusqlite::{Connection, OptionalExtension, Transaction, params, params_from_iter};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::Ipv4Addr;
 
@@ -66,14 +67,14 @@ pub fn launch(db: &Transaction<'_>, new: &Launch) -> Result<Launched, StoreError
             ],
         )?;
     }
+    let free_since = Micros(reservation.created_at.0.saturating_sub(new.address_rest.0));
     let (network, prefix) = new.public_pool;
-    let taken = taken(db, "SELECT public_ip FROM interfaces WHERE released_at IS NULL", None)?;
-    let mut public = Block::new(network, prefix, taken);
+    let mut public = Block::new(network, prefix, Held::public(db, free_since)?, 0);
     let mut subnets: BTreeMap<SubnetId, (SubnetRow, Block)> = BTreeMap::new();
     let mut records = Vec::with_capacity(new.instances.len());
     for one in &new.instances {
         if !subnets.contains_key(&one.subnet_id) {
-            let open = open_subnet(db, &one.subnet_id)?;
+            let open = open_subnet(db, &one.subnet_id, free_since)?;
             subnets.insert(one.subnet_id.clone(), open);
         }
         let Some((subnet, private)) = subnets.get_mut(&one.subnet_id) else {
@@ -138,47 +139,152 @@ fn write_instance(
     Ok(())
 }
 
-fn open_subnet(db: &Transaction<'_>, id: &SubnetId) -> Result<(SubnetRow, Block), StoreError> {
+fn open_subnet(
+    db: &Transaction<'_>,
+    id: &SubnetId,
+    free_since: Micros,
+) -> Result<(SubnetRow, Block), StoreError> {
     let subnet = accounts::subnet_by_id(db, id)?
         .ok_or_else(|| StoreError::Missing { what: "subnet", value: id.to_string() })?;
-    let taken = taken(
-        db,
-        "SELECT private_ip FROM interfaces WHERE released_at IS NULL AND subnet_id = ?1",
-        Some(id.as_str()),
-    )?;
-    let block = Block::new(subnet.network, subnet.prefix_len, taken);
+    let held = Held::private(db, id, free_since)?;
+    let block = Block::new(subnet.network, subnet.prefix_len, held, beginning(id));
     Ok((subnet, block))
 }
 
-fn taken(db: &Transaction<'_>, query: &str, id: Option<&str>) -> Result<BTreeSet<Ipv4Addr>, StoreError> {
+/// Where a subnet's addresses begin: two accounts' first instances, whose subnets are the same block, are not to have
+/// the same address. FNV-1a.
+fn beginning(subnet: &SubnetId) -> u32 {
+    subnet.as_str().bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
+}
+
+/// Addresses that are not to be given out.
+struct Held {
+    /// In use.
+    used: BTreeSet<Ipv4Addr>,
+    /// Released too short a time ago: flows of the one who had them may still be on their way.
+    resting: BTreeSet<Ipv4Addr>,
+    /// The one that was given out last.
+    newest: Option<Ipv4Addr>,
+}
+
+impl Held {
+    fn public(db: &Transaction<'_>, free_since: Micros) -> Result<Self, StoreError> {
+        Ok(Self {
+            used: addresses(db, "SELECT public_ip FROM interfaces WHERE released_at IS NULL", [])?,
+            resting: addresses(
+                db,
+                "SELECT public_ip FROM interfaces WHERE released_at > ?1",
+                [time(free_since)],
+            )?,
+            newest: addresses(db, "SELECT public_ip FROM interfaces ORDER BY rowid DESC LIMIT 1", [])?
+                .pop_last(),
+        })
+    }
+
+    fn private(db: &Transaction<'_>, subnet: &SubnetId, free_since: Micros) -> Result<Self, StoreError> {
+        Ok(Self {
+            used: addresses(
+                db,
+                "SELECT private_ip FROM interfaces WHERE released_at IS NULL AND subnet_id = ?1",
+                [text(subnet)],
+            )?,
+            resting: addresses(
+                db,
+                "SELECT private_ip FROM interfaces WHERE released_at > ?1 AND subnet_id = ?2",
+                [time(free_since), text(subnet)],
+            )?,
+            newest: addresses(
+                db,
+                "SELECT private_ip FROM interfaces WHERE subnet_id = ?1 ORDER BY rowid DESC LIMIT 1",
+                [text(subnet)],
+            )?
+            .pop_last(),
+        })
+    }
+}
+
+fn addresses<const N: usize>(
+    db: &Transaction<'_>,
+    query: &str,
+    arguments: [Value; N],
+) -> Result<BTreeSet<Ipv4Addr>, StoreError> {
     let mut query = db.prepare_cached(query)?;
-    let rows = query.query_map(rusqlite::params_from_iter(id), |row| Cursor::new(row).parse())?;
+    let rows = query.query_map(params_from_iter(arguments), |row| Cursor::new(row).parse())?;
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// A block of addresses, given out lowest first.
+/// A block of addresses, given out one after the other and round again: the one after the newest first.
 struct Block {
     network: Ipv4Addr,
     prefix: u8,
-    taken: BTreeSet<Ipv4Addr>,
+    held: Held,
+    /// How many addresses can be given out in all.
+    size: u32,
+    /// Number of the next one to try, counted from the first that can be given out.
     next: u32,
+    tried: u32,
 }
 
 impl Block {
-    fn new(network: Ipv4Addr, prefix: u8, taken: BTreeSet<Ipv4Addr>) -> Self {
-        Self { network, prefix, taken, next: RESERVED }
+    /// `beginning` says where to begin, wherever that is, while none was given out.
+    fn new(network: Ipv4Addr, prefix: u8, held: Held, beginning: u32) -> Self {
+        // The last address is the broadcast.
+        let last = (1_u32 << (32 - u32::from(prefix.clamp(1, 32)))) - 1;
+        let size = last.saturating_sub(RESERVED);
+        let after = |newest: Ipv4Addr| {
+            let number = u32::from(newest).checked_sub(u32::from(network).saturating_add(RESERVED))?;
+            (number < size).then_some(number + 1)
+        };
+        let next = held.newest.and_then(after).unwrap_or(beginning).checked_rem(size).unwrap_or(0);
+        Self { network, prefix, held, size, next, tried: 0 }
     }
 
     fn take(&mut self) -> Result<Ipv4Addr, StoreError> {
-        // The last address is the broadcast.
-        let last = (1_u32 << (32 - u32::from(self.prefix.clamp(1, 32)))) - 1;
-        while self.next < last {
-            let address = accounts::address(self.network, self.next);
-            self.next += 1;
-            if !self.taken.contains(&address) {
+        while self.tried < self.size {
+            let address = accounts::address(self.network, RESERVED + self.next);
+            self.next = (self.next + 1) % self.size;
+            self.tried += 1;
+            if !self.held.used.contains(&address) && !self.held.resting.contains(&address) {
                 return Ok(address);
             }
         }
-        Err(StoreError::NoAddress(format!("{}/{}", self.network, self.prefix)))
+        let pool = format!("{}/{}", self.network, self.prefix);
+        let resting = self.held.resting.difference(&self.held.used).count();
+        Err(StoreError::NoAddress(if resting == 0 {
+            pool
+        } else {
+            format!(
+                "{pool}, where {resting} were released a short time ago and rest: try again in some minutes"
+            )
+        }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn accounts_that_have_one_instance_each_do_not_have_the_same_private_address() {
+        let network = Ipv4Addr::new(172, 31, 0, 0);
+        let first = |number: u8| {
+            let id = SubnetId::from_random([number; 9]);
+            let held = Held { used: BTreeSet::new(), resting: BTreeSet::new(), newest: None };
+            Block::new(network, 20, held, beginning(&id)).take().unwrap()
+        };
+        let firsts: BTreeSet<_> = (0..20).map(first).collect();
+        assert!(firsts.len() > 18, "{firsts:?}");
+        let (low, high) = (Ipv4Addr::new(172, 31, 0, 4), Ipv4Addr::new(172, 31, 15, 254));
+        assert!(firsts.iter().all(|address| (low..=high).contains(address)), "{firsts:?}");
+    }
+
+    #[test]
+    fn the_smallest_blocks_have_no_address_and_do_not_panic() {
+        for prefix in 29..=32 {
+            let held = Held { used: BTreeSet::new(), resting: BTreeSet::new(), newest: None };
+            let mut block = Block::new(Ipv4Addr::new(10, 0, 0, 0), prefix, held, 77);
+            let given = std::iter::from_fn(|| block.take().ok()).count();
+            assert_eq!(given, if prefix == 29 { 3 } else { 0 }, "/{prefix}");
+        }
     }
 }

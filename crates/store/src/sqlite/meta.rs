@@ -11,9 +11,8 @@ pub fn epoch(db: &Connection) -> Result<i64, StoreError> {
 }
 
 pub fn begin_epoch(db: &Transaction<'_>, at_least: i64) -> Result<i64, StoreError> {
-    let mut query = db.prepare_cached(
-        "UPDATE meta SET value = max(value + 1, ?1) WHERE name = 'epoch' RETURNING value",
-    )?;
+    let mut query =
+        db.prepare_cached("UPDATE meta SET value = max(value + 1, ?1) WHERE name = 'epoch' RETURNING value")?;
     Ok(query.query_row([at_least], |row| row.get(0))?)
 }
 

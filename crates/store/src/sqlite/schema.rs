@@ -6,11 +6,19 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 6;
+pub const VERSION: i64 = 7;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
-    Migrations::new(vec![M::up(FIRST), M::up(IMAGE_SSH), M::up(META), M::up(PARTS), M::up(BLOB_OWNERS), M::up(DISK)])
+    Migrations::new(vec![
+        M::up(FIRST),
+        M::up(IMAGE_SSH),
+        M::up(META),
+        M::up(PARTS),
+        M::up(BLOB_OWNERS),
+        M::up(DISK),
+        M::up(ADDRESSES),
+    ])
 }
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
@@ -273,6 +281,12 @@ const DISK: &str = "
 ALTER TABLE hosts ADD COLUMN disk_gib INTEGER NOT NULL DEFAULT 0 CHECK (disk_gib >= 0);
 UPDATE hosts SET disk_gib = json_extract(facts, '$.disk_gib');
 CREATE INDEX volumes_by_host ON volumes (host_id, size_gib) WHERE state <> 'deleted';
+";
+
+/// For the newest address of a subnet, and for those that rest.
+const ADDRESSES: &str = "
+CREATE INDEX interfaces_by_subnet ON interfaces (subnet_id);
+CREATE INDEX interfaces_released ON interfaces (released_at) WHERE released_at IS NOT NULL;
 ";
 
 #[cfg(test)]
