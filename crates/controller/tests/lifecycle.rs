@@ -6,7 +6,11 @@ mod world;
 use roost_controller::engine::EngineSettings;
 use roost_store::Store;
 use roost_testbed::sim::Death;
-use roost_types::api::{DescribeInstanceTiming, ModifyInstanceType, RunInstances};
+use roost_types::agent::{HelloRequest, HostFacts, PROTOCOL, Report};
+use roost_types::api::{
+    DescribeInstanceTiming, ModifyInstanceType, RebootInstances, RunInstances, StartInstances, StopInstances,
+    TerminateInstances,
+};
 use roost_types::state::{InstanceState, Step, VolumeState};
 use roost_types::{ErrorCode, InstanceId, Micros};
 use std::collections::BTreeSet;
@@ -322,7 +326,7 @@ fn a_call_over_several_instances_changes_all_or_none() {
     world.wait(&first, InstanceState::Running);
     let second = world.one();
     let both = vec![first.to_string(), second.to_string()];
-    let request = roost_types::api::StopInstances { instance_ids: both, force: false };
+    let request = StopInstances { instance_ids: both, force: false };
     let error = world.engine().stop_instances(&caller("alice"), request).unwrap_err();
     assert_eq!(error.code, ErrorCode::IncorrectInstanceState);
     assert!(error.message.contains(second.as_str()));
@@ -338,7 +342,7 @@ fn another_accounts_instance_is_not_there() {
     assert!(error.message.contains(id.as_str()));
     assert!(world.describe("bob", &[]).unwrap().is_empty());
     assert_eq!(world.describe("alice", &[]).unwrap().len(), 1);
-    let request = roost_types::api::TerminateInstances { instance_ids: vec![id.to_string()] };
+    let request = TerminateInstances { instance_ids: vec![id.to_string()] };
     let error = world.engine().terminate_instances(&caller("bob"), request).unwrap_err();
     assert_eq!(error.code, ErrorCode::InvalidInstanceIdNotFound);
 }
@@ -367,7 +371,7 @@ fn a_client_token_makes_a_launch_happen_once() {
 
 #[test]
 fn bad_parameters_get_ec2s_code_and_what_is_allowed() {
-    type Spoil = fn(&mut roost_types::api::RunInstances);
+    type Spoil = fn(&mut RunInstances);
     let world = World::new();
     let table: &[(Spoil, ErrorCode, &[&str])] = &[
         (|r| (r.min_count, r.max_count) = (0, 0), ErrorCode::InvalidParameterValue, &["0", "1 to 1000"]),
@@ -641,4 +645,104 @@ fn the_first_instances_of_two_accounts_have_different_private_addresses() {
         world.describe(name, &[]).unwrap().remove(0).private_ip
     };
     assert_ne!(first("alice"), first("bob"));
+}
+
+#[test]
+fn an_administrator_acts_on_any_accounts_instance_by_its_id_and_nobody_else_does() {
+    let mut world = World::new();
+    let id = world.one();
+    world.wait(&id, InstanceState::Running);
+    let ids = || vec![id.to_string()];
+    let modify = || ModifyInstanceType { instance_id: id.to_string(), instance_type: "home1.nano".into() };
+    let timing = || DescribeInstanceTiming { instance_id: id.to_string() };
+    let engine = world.shared_engine();
+    let bob = caller("bob");
+    let refusals = [
+        engine.describe_instance_timing(&bob, timing()).err(),
+        engine.stop_instances(&bob, StopInstances { instance_ids: ids(), force: false }).err(),
+        engine.start_instances(&bob, StartInstances { instance_ids: ids() }).err(),
+        engine.reboot_instances(&bob, RebootInstances { instance_ids: ids() }).err(),
+        engine.modify_instance_type(&bob, modify()).err(),
+        engine.terminate_instances(&bob, TerminateInstances { instance_ids: ids() }).err(),
+    ];
+    for refusal in refusals {
+        assert_eq!(refusal.map(|error| error.code), Some(ErrorCode::InvalidInstanceIdNotFound));
+    }
+    let root = caller("root");
+    assert_eq!(world.describe("root", &[&id]).unwrap()[0].account_id, caller("alice").account_id);
+    engine.describe_instance_timing(&root, timing()).unwrap();
+    engine.reboot_instances(&root, RebootInstances { instance_ids: ids() }).unwrap();
+    engine.stop_instances(&root, StopInstances { instance_ids: ids(), force: true }).unwrap();
+    world.wait(&id, InstanceState::Stopped);
+    engine.modify_instance_type(&root, modify()).unwrap();
+    engine.start_instances(&root, StartInstances { instance_ids: ids() }).unwrap();
+    world.wait(&id, InstanceState::Running);
+    engine.terminate_instances(&root, TerminateInstances { instance_ids: ids() }).unwrap();
+    world.wait(&id, InstanceState::Terminated);
+    assert!(world.usage(id.as_str()).iter().all(|event| event.account == caller("alice").account_id));
+}
+
+#[test]
+fn names_that_look_like_ids_or_that_no_terminal_shows_are_refused_with_the_rule() {
+    let world = World::new();
+    let launch = |key: &str, value: &str| {
+        let mut request = request(1);
+        request.tags.insert(key.into(), value.into());
+        world.engine().run_instances(&caller("alice"), request)
+    };
+    for (key, value, rule) in [
+        ("Name", "i-web", "may not begin with \"i-\""),
+        ("Name", "i-0123456789abcdef0", "may not begin with \"i-\""),
+        ("Name", "a\u{1b}[2Jb", "no terminal shows"),
+        ("Name", "gnp.exe\u{202e}", "no terminal shows"),
+        ("role", "web\n", "no terminal shows"),
+        ("ro\tle", "web", "no terminal shows"),
+    ] {
+        let error = launch(key, value).unwrap_err();
+        assert_eq!(error.code, ErrorCode::InvalidParameterValue);
+        assert!(error.message.contains(rule), "{}", error.message);
+        assert!(!error.message.contains(char::is_control), "{}", error.message);
+    }
+    launch("Name", "web-i-1 grüße").unwrap();
+    launch("role", "i-web").unwrap();
+}
+
+#[test]
+fn a_host_cannot_move_to_another_zone_nor_be_what_no_machine_is() {
+    let world = World::new();
+    let true_facts = world.hosts[0].facts.clone();
+    type Lie = fn(&mut HostFacts);
+    let lies: [(Lie, &str); 9] = [
+        (|f| f.zone = "home-1b".into(), "home-1b"),
+        (|f| f.hostname = "a\nb".into(), "its name"),
+        (|f| f.hostname = "x".repeat(65), "1 to 64 characters"),
+        (|f| f.cpus = 5000, "cpus is 5000"),
+        (|f| f.cpu_milli = u64::MAX, "cpu_milli is"),
+        (|f| f.memory_mib = 1 << 40, "memory_mib is"),
+        (|f| f.disk_gib = 1 << 40, "disk_gib is"),
+        (|f| f.max_vcpus = 1 << 20, "max_vcpus is"),
+        (|f| f.gpus = 1000, "gpus is 1000: allowed are 0 to 64"),
+    ];
+    for (lie, word) in lies {
+        let mut host = true_facts.clone();
+        lie(&mut host);
+        let hello = HelloRequest { protocol: PROTOCOL, version: "test".into(), host: host.clone() };
+        let report = Report {
+            host,
+            boot_id: "boot".into(),
+            agent_run: "run".into(),
+            instances: vec![],
+            trouble: vec![],
+            orphans: vec![],
+            last: false,
+        };
+        for error in [
+            world.engine().hello(&true_facts.host_id, hello).unwrap_err(),
+            world.engine().report(&true_facts.host_id, report).unwrap_err(),
+        ] {
+            assert_eq!(error.code, ErrorCode::InvalidParameterValue);
+            assert!(error.message.contains(word), "{}", error.message);
+        }
+        assert_eq!(world.store().hosts().unwrap()[0].facts, true_facts, "{word}");
+    }
 }

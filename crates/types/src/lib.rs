@@ -15,6 +15,7 @@ pub mod ids;
 pub mod instance_type;
 pub mod metering;
 pub mod money;
+pub mod name;
 pub mod state;
 pub mod time;
 pub mod user_data;

@@ -16,6 +16,7 @@ use roost_types::api::{
     DescribeVolumes, EndOrphan, GetBill, GetCallerIdentity, ImportKeyPair, ModifyInstanceType,
     RebootInstances, RegisterImage, RunInstances, StartInstances, StopInstances, TerminateInstances,
 };
+use roost_types::name::is_showable;
 use roost_types::{ApiError, ErrorCode};
 use std::collections::BTreeMap;
 use std::sync::LazyLock;
@@ -90,7 +91,7 @@ fn admins_only(caller: &Caller, what: &str) -> Answer<()> {
 /// Checks a parameter's length in characters, all of which must be printable.
 fn printable(parameter: &str, value: &str, least: usize, most: usize) -> Answer<()> {
     let count = value.chars().count();
-    if (least..=most).contains(&count) && !value.chars().any(char::is_control) {
+    if (least..=most).contains(&count) && is_showable(value) {
         return Ok(());
     }
     let shown: String = value.chars().take(80).collect();

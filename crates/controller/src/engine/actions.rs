@@ -63,13 +63,12 @@ fn at_least_one(texts: &[String]) -> Answer<Vec<InstanceId>> {
     reason = "a request is taken as it came off the wire, and is done with"
 )]
 impl Engine {
-    /// The caller's instances of these ids. Another account's instance is not there, and so is one that is gone
-    /// for longer than gone ones are shown.
+    /// The caller's instances of these ids; any account's for an administrator, who has them in the list of all
+    /// accounts. Another account's instance is not there, and so is one that is gone for longer than gone ones are shown.
     pub(super) fn owned(
         &self,
         caller: &Caller,
         ids: &[InstanceId],
-        any_account: bool,
         now: Micros,
     ) -> Answer<Vec<InstanceRecord>> {
         let mut records = Vec::with_capacity(ids.len());
@@ -78,7 +77,7 @@ impl Engine {
             let record = self.store.instance(id).map_err(errors::of_store)?.filter(|record| {
                 let forgotten =
                     record.row.terminated_at.is_some_and(|at| at < now - self.settings.show_terminated);
-                (any_account || record.row.account_id == caller.account_id) && !forgotten
+                (caller.admin || record.row.account_id == caller.account_id) && !forgotten
             });
             match record {
                 Some(record) => records.push(record),
@@ -99,7 +98,7 @@ impl Engine {
     ) -> Answer<StateChanges> {
         for _ in 0..ATTEMPTS {
             let now = self.clock.now();
-            let records = self.owned(caller, ids, false, now)?;
+            let records = self.owned(caller, ids, now)?;
             let before: Vec<InstanceState> = records.iter().map(|record| record.row.state()).collect();
             let views =
                 records.iter().map(|record| self.view(&record.row, true, now)).collect::<Result<Vec<_>, _>>();

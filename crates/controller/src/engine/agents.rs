@@ -54,7 +54,8 @@ impl Engine {
     /// Welcomes an agent and notes what its host can hold.
     ///
     /// # Errors
-    /// `Unsupported` if it speaks another protocol, `UnauthorizedOperation` if it claims to be another host.
+    /// `Unsupported` if it speaks another protocol, `UnauthorizedOperation` if it claims to be another host,
+    /// `InvalidParameterValue` if it says what its host cannot be.
     pub fn hello(&self, host: &HostId, request: HelloRequest) -> Answer<HelloResponse> {
         if request.protocol != PROTOCOL {
             return Err(ApiError::new(
@@ -67,6 +68,7 @@ impl Engine {
             ));
         }
         same_host(host, &request.host)?;
+        self.plausible(&request.host)?;
         self.store.put_host(&request.host, self.clock.now()).map_err(errors::of_store)?;
         self.announce();
         let every = u64::try_from(self.settings.report_every.0 / 1000).unwrap_or(1);
@@ -105,12 +107,14 @@ impl Engine {
     /// Takes an agent's report: dates it, records what is new, and does at once what follows from it.
     ///
     /// # Errors
-    /// `UnauthorizedOperation` if it is about another host; else if the store fails.
+    /// `UnauthorizedOperation` if it is about another host, `InvalidParameterValue` if it says what its host cannot be;
+    /// else if the store fails.
     pub fn report(&self, host: &HostId, report: Report) -> Answer<ReportAck> {
         same_host(host, &report.host)?;
         let now = self.clock.now();
         let known = self.store.host(host).map_err(errors::of_store)?;
         if known.as_ref().is_none_or(|known| known.facts != report.host) {
+            self.plausible(&report.host)?;
             self.store.put_host(&report.host, now).map_err(errors::of_store)?;
         }
         self.with_proofs(|_| ()).map_err(errors::of_store)?;

@@ -50,7 +50,7 @@ impl Engine {
             };
             self.store.instances(&filter).map_err(errors::of_store)?
         } else {
-            self.owned(caller, &ids, request.all_accounts, now)?
+            self.owned(caller, &ids, now)?
         };
         Ok(Instances { instances: self.show(&records, now)? })
     }
@@ -172,7 +172,7 @@ impl Engine {
     ) -> Answer<InstanceTiming> {
         let id: InstanceId = request.instance_id.parse()?;
         let now = self.clock.now();
-        let records = self.owned(caller, std::slice::from_ref(&id), caller.admin, now)?;
+        let records = self.owned(caller, std::slice::from_ref(&id), now)?;
         let Some(record) = records.into_iter().next() else {
             return Err(ApiError::new(
                 ErrorCode::InvalidInstanceIdNotFound,

@@ -6,6 +6,7 @@ use roost_placement::{PlacementError, Wanted};
 use roost_store::{Claim, ImageRow, InstanceRow, Launch, Launched, NewInstance, ReservationRow, StoreError};
 use roost_types::agent::TimedPart;
 use roost_types::api::{MAX_LAUNCH_COUNT, MAX_USER_DATA, Reservation, RunInstances, Tags};
+use roost_types::name::is_showable;
 use roost_types::state::{DesiredState, Step};
 use roost_types::{
     ApiError, ErrorCode, HostId, ImageId, InstanceId, InstanceType, InterfaceId, Micros, ReservationId,
@@ -20,6 +21,8 @@ const MAX_TOKEN: usize = 64;
 const MAX_TAGS: usize = 50;
 /// Longest tag key and value in characters, as on EC2.
 const MAX_TAG: (usize, usize) = (128, 256);
+/// The tag that names an instance.
+const NAME_TAG: &str = "Name";
 /// Largest volume in GiB, as on EC2.
 const MAX_VOLUME_GIB: u64 = 16 * 1024;
 
@@ -119,6 +122,19 @@ fn check_tags(tags: &Tags) -> Answer<()> {
         if value.chars().count() > longest_value {
             return Err(wrong(format!(
                 "the value of tag {key:?} is too long: allowed are {longest_value} characters"
+            )));
+        }
+        for (what, text) in [("key", key), ("value", value)] {
+            if !is_showable(text) {
+                return Err(wrong(format!(
+                    "the {what} of tag {key:?} has characters that no terminal shows ({text:?}): allowed are printable ones"
+                )));
+            }
+        }
+        if key == NAME_TAG && value.starts_with(InstanceId::PREFIX) {
+            return Err(wrong(format!(
+                "tag {NAME_TAG} is {value:?}: a name may not begin with {:?} as ids do",
+                InstanceId::PREFIX
             )));
         }
         if key.starts_with("aws:") {

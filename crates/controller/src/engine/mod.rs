@@ -19,6 +19,7 @@ mod errors;
 mod launch;
 mod memory;
 mod orphans;
+mod plausible;
 mod seal;
 mod settings;
 mod worker;
