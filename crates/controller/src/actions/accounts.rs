@@ -34,7 +34,7 @@ pub(super) fn create(front: &Front, caller: &Caller, request: CreateAccount) -> 
     let key = AccessKey::generate(random);
     let rows = new_account_rows(account.clone(), &key, &front.sealer, random, &front.region, &front.zones)?;
     front.store.create_account(&rows).map_err(|error| match error {
-        StoreError::Duplicate { .. } => ApiError::new(
+        StoreError::Duplicate { what: "account", .. } => ApiError::new(
             ErrorCode::InvalidParameterValue,
             format!("name is {:?}, and an account of that name exists", account.name),
         ),

@@ -82,7 +82,7 @@ impl<'a> Claim<'a> {
         };
         let signed_at = parse_timestamp(timestamp)
             .ok_or_else(|| malformed(&format!("x-amz-date is {timestamp:?}, expected YYYYMMDDTHHMMSSZ")))?;
-        if !timestamp.starts_with(date) {
+        if date.len() != 8 || !timestamp.starts_with(date) {
             return Err(malformed("the date in Credential is not that of x-amz-date"));
         }
         // What is not signed could be swapped by whoever carries the request.
@@ -316,6 +316,8 @@ mod tests {
             (good.replace(";x-amz-date", ""), "20150830T000000Z", "header x-amz-date must be among"),
             (good.clone(), "2015-08-30", "expected YYYYMMDDTHHMMSSZ"),
             (good.clone(), "20150831T000000Z", "not that of x-amz-date"),
+            (good.replace("20150830", ""), "20150830T000000Z", "not that of x-amz-date"),
+            (good.replace("20150830", "2015083"), "20150830T000000Z", "not that of x-amz-date"),
         ] {
             let error = parse(&authorization, date).unwrap_err();
             assert!(error.contains(expected), "{authorization}: {error}");
