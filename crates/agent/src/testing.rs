@@ -64,6 +64,7 @@ pub fn ensure_of(seed: u8, generation: u64) -> Ensure {
                 public_keys: vec![("mine".into(), "ssh-ed25519 AAAA mine".into())],
                 user_data: None,
                 tags: [("Name".to_owned(), "web".to_owned())].into(),
+                options: Default::default(),
             },
         },
         volume_made: false,

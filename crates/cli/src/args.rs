@@ -318,6 +318,13 @@ pub struct LaunchArgs {
     /// Name: the tag Name, shown in tables and accepted instead of the id
     #[arg(long)]
     pub name: Option<String>,
+    /// Whether the metadata service answers the instances; without it they get no key, no name and no user data
+    /// [default: on]
+    #[arg(long, value_name = "ON|OFF")]
+    pub metadata: Option<Switch>,
+    /// Whether the metadata service wants a session token (IMDSv2 only) [default: optional]
+    #[arg(long, value_name = "WHEN")]
+    pub metadata_tokens: Option<Tokens>,
     /// Makes a repeated launch the same launch [default: a new one each time]
     #[arg(long, value_name = "TOKEN")]
     pub client_token: Option<String>,
@@ -332,6 +339,24 @@ pub struct LaunchArgs {
     pub wait_for: WaitFor,
     #[command(flatten)]
     pub timeout: Timeout,
+}
+
+/// On or off.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Switch {
+    /// On.
+    On,
+    /// Off.
+    Off,
+}
+
+/// Whether a session token is wanted.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Tokens {
+    /// IMDSv1 and IMDSv2.
+    Optional,
+    /// IMDSv2 only.
+    Required,
 }
 
 /// What `launch --wait` waits for.

@@ -19,7 +19,7 @@ use crate::rows::{
     Launch, Launched, NewAccountRows, NewInstance, Released, ReservationRow, Timing, UsageFilter,
 };
 use crate::{Store, StoreError};
-use roost_types::agent::HostFacts;
+use roost_types::agent::{HostFacts, HttpTokens, MetadataOptions};
 use roost_types::api::{Account, Image};
 use roost_types::metering::{Meter, UsageEvent, UsageKind};
 use roost_types::state::{DesiredState, Step, VolumeState};
@@ -198,6 +198,7 @@ fn row(number: u8) -> InstanceRow {
         public_keys: vec![("k".into(), "ssh-ed25519 A".into())],
         user_data: Some("AAAA".into()),
         tags: BTreeMap::from([("Name".into(), "ü\"'".into())]),
+        metadata_options: MetadataOptions { http_tokens: HttpTokens::Required, ..Default::default() },
         client_token: None,
         timing: Timing { incarnation: 1, ..Timing::default() },
         terminated_at: None,

@@ -1,6 +1,6 @@
 //! What the store holds, row by row.
 
-use roost_types::agent::{HostFacts, IngressRule, Observed, StateReason, TimedPart};
+use roost_types::agent::{HostFacts, IngressRule, MetadataOptions, Observed, StateReason, TimedPart};
 use roost_types::api::{Account, Image, KeyPair, Tags};
 use roost_types::metering::UsageEvent;
 use roost_types::state::{DesiredState, InstanceState, Step, VolumeState};
@@ -271,6 +271,8 @@ pub struct InstanceRow {
     pub user_data: Option<String>,
     /// Tags.
     pub tags: Tags,
+    /// How the metadata service answers it.
+    pub metadata_options: MetadataOptions,
     /// The client token of its launch.
     pub client_token: Option<String>,
     /// Timing of its latest start.

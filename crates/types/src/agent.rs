@@ -236,6 +236,52 @@ pub struct MetadataSpec {
     pub user_data: Option<String>,
     /// Tags.
     pub tags: BTreeMap<String, String>,
+    /// Who may ask.
+    #[serde(default, skip_serializing_if = "MetadataOptions::is_default")]
+    pub options: MetadataOptions,
+}
+
+named_enum! {
+    /// Whether a question needs a session token.
+    HttpTokens, "value of http_tokens" {
+        /// It may have one (IMDSv1 and v2).
+        Optional = "optional",
+        /// It must have one (IMDSv2 only).
+        Required = "required",
+    }
+}
+
+named_enum! {
+    /// Whether the metadata service answers at all.
+    HttpEndpoint, "value of http_endpoint" {
+        /// It does.
+        Enabled = "enabled",
+        /// Every question is refused: the guest gets no keys, no name and no user data.
+        Disabled = "disabled",
+    }
+}
+
+/// How the metadata service answers an instance, as EC2's `MetadataOptions`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(default, deny_unknown_fields)]
+pub struct MetadataOptions {
+    /// Session tokens.
+    pub http_tokens: HttpTokens,
+    /// Whether it answers.
+    pub http_endpoint: HttpEndpoint,
+}
+
+impl Default for MetadataOptions {
+    fn default() -> Self {
+        Self { http_tokens: HttpTokens::Optional, http_endpoint: HttpEndpoint::Enabled }
+    }
+}
+
+impl MetadataOptions {
+    /// Returns true for the options of a launch that names none.
+    pub fn is_default(&self) -> bool {
+        *self == Self::default()
+    }
 }
 
 /// What an agent sees, all of it, at one moment.

@@ -13,6 +13,7 @@ use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper::{Method, Request, Response, StatusCode};
 use hyper_util::rt::{TokioIo, TokioTimer};
+use roost_types::agent::{HttpEndpoint, HttpTokens, MetadataOptions};
 use sha2::Sha256;
 use std::convert::Infallible;
 use std::sync::{Arc, RwLock};
@@ -93,6 +94,11 @@ impl Imds {
         headers: &HeaderMap,
         now: u64,
     ) -> Response<Full<Bytes>> {
+        let tree = self.tree.read().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let MetadataOptions { http_tokens, http_endpoint } = tree.options();
+        if http_endpoint == HttpEndpoint::Disabled {
+            return plain(StatusCode::FORBIDDEN, "the metadata service is turned off for this instance");
+        }
         if method == Method::PUT {
             return self.session(path, headers, now);
         }
@@ -105,9 +111,11 @@ impl Imds {
             if left.is_none() {
                 return plain(StatusCode::UNAUTHORIZED, "the session token is invalid or has expired");
             }
+        } else if http_tokens == HttpTokens::Required {
+            let text = format!("a session token is required: PUT /latest/api/token, then the header {TOKEN}");
+            return plain(StatusCode::UNAUTHORIZED, &text);
         }
-        let found = self.tree.read().unwrap_or_else(std::sync::PoisonError::into_inner).get(path);
-        let mut response = match found {
+        let mut response = match tree.get(path) {
             Found::Text(text) => with(StatusCode::OK, "text/plain", text),
             Found::Json(text) => with(StatusCode::OK, "application/json", text),
             Found::Nothing => plain(StatusCode::NOT_FOUND, "not found"),
@@ -225,6 +233,30 @@ mod tests {
             let status = imds.answer(&Method::GET, path, &headers(&[(TOKEN, token)]), 1).status();
             assert_eq!(status, StatusCode::UNAUTHORIZED, "{token:?}");
         }
+    }
+
+    /// The status of every way to ask.
+    fn ways(imds: &Imds, token: &str) -> [u16; 3] {
+        let path = "/latest/meta-data/instance-id";
+        let status = |method, path, pairs: &[_]| imds.answer(method, path, &headers(pairs), 1).status();
+        let (plain, session) = (status(&Method::GET, path, &[]), [(TTL, "60")]);
+        let ways = [plain, status(&Method::GET, path, &[(TOKEN, token)])];
+        [ways[0], ways[1], status(&Method::PUT, "/latest/api/token", &session)].map(|status| status.as_u16())
+    }
+
+    #[tokio::test]
+    async fn an_instances_options_close_version_one_or_everything() {
+        let imds = imds();
+        let token = imds.answer(&Method::PUT, "/latest/api/token", &headers(&[(TTL, "60")]), 1);
+        let token = body(token).await;
+        let mut ensure = ensure(1);
+        assert_eq!(ways(&imds, &token), [200, 200, 200]);
+        ensure.spec.metadata.options.http_tokens = HttpTokens::Required;
+        imds.replace(Tree::new(&ensure));
+        assert_eq!(ways(&imds, &token), [401, 200, 200]);
+        ensure.spec.metadata.options.http_endpoint = HttpEndpoint::Disabled;
+        imds.replace(Tree::new(&ensure));
+        assert_eq!(ways(&imds, &token), [403, 403, 403]);
     }
 
     #[test]

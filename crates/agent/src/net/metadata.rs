@@ -1,6 +1,6 @@
 //! What the metadata service says: a tree of texts as EC2's instance metadata has it, built once per `ensure`.
 
-use roost_types::agent::{Ensure, InstanceSpec};
+use roost_types::agent::{Ensure, InstanceSpec, MetadataOptions};
 use std::collections::BTreeMap;
 
 /// Versions that EC2 has had and clients ask for; all give the same tree here.
@@ -10,6 +10,7 @@ pub const VERSIONS: [&str; 4] = ["1.0", "2009-04-04", "2021-03-23", "latest"];
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Tree {
     leaves: BTreeMap<String, Vec<u8>>,
+    options: MetadataOptions,
 }
 
 /// What a path names.
@@ -28,6 +29,7 @@ impl Tree {
     pub fn new(ensure: &Ensure) -> Self {
         let mut tree = Self::default();
         let InstanceSpec { metadata, interface, image, account, .. } = &ensure.spec;
+        tree.options = metadata.options;
         let id = ensure.instance_id.as_str();
         let private = interface.private_ip.to_string();
         let public = interface.public_ip.to_string();
@@ -110,6 +112,11 @@ impl Tree {
 
     fn put(&mut self, path: &str, text: &str) {
         self.leaves.insert(path.to_owned(), text.as_bytes().to_vec());
+    }
+
+    /// Who may ask.
+    pub const fn options(&self) -> MetadataOptions {
+        self.options
     }
 
     /// Looks up a request path such as `/latest/meta-data/`.

@@ -1,13 +1,14 @@
 //! `launch`.
 
 use super::ssh;
-use crate::args::{LaunchArgs, WaitFor};
+use crate::args::{LaunchArgs, Switch, Tokens, WaitFor};
 use crate::client::Client;
 use crate::context::Context;
 use crate::error::{Error, Result};
 use crate::parse;
 use crate::wait::{self, Goal};
 use base64::Engine;
+use roost_types::agent::{HttpEndpoint, HttpTokens, MetadataOptions};
 use roost_types::api::{DescribeImages, Instance, MAX_USER_DATA, Reservation, RunInstances};
 use roost_types::{ErrorCode, InstanceId};
 use std::io::Read;
@@ -31,6 +32,7 @@ pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
         user_data: args.user_data.as_deref().map(user_data).transpose()?,
         volume_gib: args.volume_gib,
         tags: parse::tags(&args.tags, args.name.as_deref())?,
+        metadata_options: metadata_options(args.metadata, args.metadata_tokens),
         // With a token of its own, a launch that is sent again because an answer was lost stays one launch.
         client_token: Some(args.client_token.clone().map_or_else(new_token, Ok)?),
         dry_run: args.dry_run,
@@ -117,6 +119,20 @@ fn answers_ssh(instance: &Instance, image_has_ssh: Option<bool>) -> bool {
     instance.ssh_host_key.is_some() && image_has_ssh != Some(false)
 }
 
+/// Nothing where nothing was said, so that a launch is the same one to an older controller.
+fn metadata_options(service: Option<Switch>, tokens: Option<Tokens>) -> Option<MetadataOptions> {
+    (service.is_some() || tokens.is_some()).then(|| MetadataOptions {
+        http_endpoint: match service {
+            Some(Switch::Off) => HttpEndpoint::Disabled,
+            Some(Switch::On) | None => HttpEndpoint::Enabled,
+        },
+        http_tokens: match tokens {
+            Some(Tokens::Required) => HttpTokens::Required,
+            Some(Tokens::Optional) | None => HttpTokens::Optional,
+        },
+    })
+}
+
 /// 32 random hexadecimal digits.
 fn new_token() -> Result<String> {
     let mut random = [0; 16];
@@ -155,6 +171,18 @@ mod tests {
         assert_eq!(user_data(file.path()).unwrap().len(), MAX_USER_DATA.div_ceil(3) * 4);
         std::fs::write(file.path(), vec![b'x'; MAX_USER_DATA + 1]).unwrap();
         assert!(user_data(file.path()).unwrap_err().to_string().contains("at most 16384 bytes"));
+    }
+
+    #[test]
+    fn metadata_options_are_sent_where_they_were_given() {
+        assert_eq!(metadata_options(None, None), None);
+        let required = metadata_options(None, Some(Tokens::Required)).unwrap();
+        assert_eq!(
+            (required.http_tokens, required.http_endpoint),
+            (HttpTokens::Required, HttpEndpoint::Enabled)
+        );
+        let off = metadata_options(Some(Switch::Off), None).unwrap();
+        assert_eq!((off.http_tokens, off.http_endpoint), (HttpTokens::Optional, HttpEndpoint::Disabled));
     }
 
     #[test]

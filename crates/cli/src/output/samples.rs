@@ -40,6 +40,7 @@ pub fn instance() -> Instance {
         root_volume_id: "vol-0a1b2c3d4e5f60718".parse().unwrap(),
         root_volume_gib: 8,
         tags: [("Name".to_owned(), "web".to_owned()), ("team".to_owned(), "a".to_owned())].into(),
+        metadata_options: Default::default(),
         launched_at: ago(200),
         running_since: Some(ago(190)),
         incarnation: 1,

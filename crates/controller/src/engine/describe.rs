@@ -156,6 +156,7 @@ impl Engine {
             guest_ready: row.step == Step::Run && own.is_some_and(|seen| seen.guest_ready),
             ssh_host_key: own.and_then(|seen| seen.ssh_host_key.clone()),
             user_data_not_run: own.and_then(|seen| seen.user_data_not_run),
+            metadata_options: row.metadata_options,
             used_seconds: seconds.used,
             billed_seconds: seconds.billed,
         }

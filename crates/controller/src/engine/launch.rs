@@ -426,6 +426,7 @@ impl Engine {
             public_keys: found.public_keys.clone(),
             user_data: found.request.user_data.clone(),
             tags: found.request.tags.clone(),
+            metadata_options: found.request.metadata_options.unwrap_or_default(),
             client_token: found.request.client_token.clone(),
             timing: roost_store::Timing { incarnation: 1, ..Default::default() },
             terminated_at: None,

@@ -68,6 +68,7 @@ pub fn ensure(record: &InstanceRecord, image: &ImageRow) -> Ensure {
             public_keys: row.public_keys.clone(),
             user_data: row.user_data.clone(),
             tags: row.tags.clone(),
+            options: row.metadata_options,
         },
     };
     Ensure {

@@ -207,6 +207,7 @@ impl Client {
             user_data: None,
             volume_gib: None,
             tags: Default::default(),
+            metadata_options: None,
             client_token: None,
             dry_run: false,
         };

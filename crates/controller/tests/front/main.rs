@@ -9,6 +9,7 @@ mod blobs;
 mod errors;
 mod harness;
 mod limits;
+mod metadata;
 mod program;
 mod sigv4_oracle;
 mod streams;

@@ -535,6 +535,7 @@ pub fn request(count: u32) -> RunInstances {
         user_data: None,
         volume_gib: None,
         tags: BTreeMap::new(),
+        metadata_options: None,
         client_token: None,
         dry_run: false,
     }

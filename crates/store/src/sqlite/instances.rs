@@ -12,7 +12,7 @@ use rusqlite::types::Value;
 use rusqlite::{Connection, OptionalExtension, Row, Transaction, params, params_from_iter};
 
 /// The columns of an instance's own row, in the order that [`values`] writes and [`instance`] reads.
-const COLUMNS: [&str; 42] = [
+const COLUMNS: [&str; 43] = [
     "instance_id",
     "account_id",
     "owner",
@@ -48,6 +48,7 @@ const COLUMNS: [&str; 42] = [
     "public_keys",
     "user_data",
     "tags",
+    "metadata_options",
     "client_token",
     "timing",
     "terminated_at",
@@ -94,6 +95,7 @@ fn values(row: &InstanceRow) -> Result<Vec<Value>, StoreError> {
         json(&row.public_keys)?,
         maybe(row.user_data.as_ref(), text),
         json(&row.tags)?,
+        json(&row.metadata_options)?,
         maybe(row.client_token.as_ref(), text),
         json(&row.timing)?,
         maybe(row.terminated_at, time),
@@ -142,6 +144,7 @@ fn instance(cursor: &mut Cursor<'_>) -> Result<InstanceRow, rusqlite::Error> {
         public_keys: cursor.json()?,
         user_data: cursor.raw()?,
         tags: cursor.json()?,
+        metadata_options: cursor.json()?,
         client_token: cursor.raw()?,
         timing: cursor.json()?,
         terminated_at: cursor.maybe_time()?,
@@ -152,7 +155,7 @@ fn instance(cursor: &mut Cursor<'_>) -> Result<InstanceRow, rusqlite::Error> {
 
 /// Everything of instances, in the order that [`record`] reads.
 fn select(tail: &str) -> String {
-    let own: String = COLUMNS[..40].iter().map(|column| format!(", i.{column}")).collect();
+    let own: String = COLUMNS[..41].iter().map(|column| format!(", i.{column}")).collect();
     format!(
         "SELECT i.revision{own},
             n.interface_id, n.account_id, n.vpc_id, n.subnet_id, n.instance_id, n.mac, n.private_ip,

@@ -6,7 +6,7 @@
 use rusqlite_migration::{M, Migrations};
 
 /// How many migrations there are: the newest schema number.
-pub const VERSION: i64 = 7;
+pub const VERSION: i64 = 8;
 
 /// Every migration, oldest first.
 pub fn migrations() -> Migrations<'static> {
@@ -18,6 +18,7 @@ pub fn migrations() -> Migrations<'static> {
         M::up(BLOB_OWNERS),
         M::up(DISK),
         M::up(ADDRESSES),
+        M::up(METADATA_OPTIONS),
     ])
 }
 
@@ -288,6 +289,10 @@ const ADDRESSES: &str = "
 CREATE INDEX interfaces_by_subnet ON interfaces (subnet_id);
 CREATE INDEX interfaces_released ON interfaces (released_at) WHERE released_at IS NOT NULL;
 ";
+
+/// An instance without options has those of a launch that names none.
+const METADATA_OPTIONS: &str =
+    "ALTER TABLE instances ADD COLUMN metadata_options TEXT NOT NULL DEFAULT '{}';";
 
 #[cfg(test)]
 mod tests {

@@ -1,7 +1,7 @@
 //! Instances: launch, look, stop, start, reboot, resize, terminate.
 
 use super::Tags;
-use crate::agent::{StateReason, TimedPart};
+use crate::agent::{MetadataOptions, StateReason, TimedPart};
 use crate::ids::{
     AccountId, HostId, ImageId, InstanceId, InterfaceId, ReservationId, SubnetId, VolumeId, VpcId,
 };
@@ -35,6 +35,9 @@ pub struct RunInstances {
     /// Tags; `Name` is shown in tables.
     #[serde(default)]
     pub tags: Tags,
+    /// How the metadata service answers the instances.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub metadata_options: Option<MetadataOptions>,
     /// Repeating a call with the same token and parameters answers with the first call's instances.
     #[serde(default)]
     pub client_token: Option<String>,
@@ -128,6 +131,9 @@ pub struct Instance {
     /// User data that the guest said it did not run.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data_not_run: Option<UserDataForm>,
+    /// How the metadata service answers it.
+    #[serde(default, skip_serializing_if = "MetadataOptions::is_default")]
+    pub metadata_options: MetadataOptions,
     /// Seconds that it has run, over all starts.
     pub used_seconds: u64,
     /// Seconds that are billed for it: the same with the 60 s minimum of every start.
