@@ -335,7 +335,7 @@ mod tests {
                 }
                 for error in [
                     init(&state, &InitOptions::default()).err().expect("no new identity"),
-                    state.made().err().expect("no start"),
+                    state.made().expect_err("no start"),
                 ] {
                     let text = error.to_string();
                     assert!(matches!(error, StartError::Half { .. }), "{lost}: {text}");

@@ -121,7 +121,7 @@ fn answers_ssh(instance: &Instance, image_has_ssh: Option<bool>) -> bool {
 
 /// Nothing where nothing was said, so that a launch is the same one to an older controller.
 fn metadata_options(service: Option<Switch>, tokens: Option<Tokens>) -> Option<MetadataOptions> {
-    (service.is_some() || tokens.is_some()).then(|| MetadataOptions {
+    (service.is_some() || tokens.is_some()).then_some(MetadataOptions {
         http_endpoint: match service {
             Some(Switch::Off) => HttpEndpoint::Disabled,
             Some(Switch::On) | None => HttpEndpoint::Enabled,
