@@ -393,7 +393,11 @@ fn bad_parameters_get_ec2s_code_and_what_is_allowed() {
         (|r| r.volume_gib = Some(0), ErrorCode::InvalidParameterValue, &["0", "1 to 16384"]),
         (|r| r.client_token = Some("x".repeat(65)), ErrorCode::InvalidParameterValue, &["65", "64"]),
         (|r| drop(r.tags.insert("aws:x".into(), "y".into())), ErrorCode::InvalidParameterValue, &["aws:x"]),
-        (|r| r.instance_type = "m5.24xlarge".into(), ErrorCode::Unsupported, &["m5.24xlarge", "96"]),
+        (
+            |r| r.instance_type = "m5.24xlarge".into(),
+            ErrorCode::Unsupported,
+            &["m5.24xlarge", "too few vCPUs"],
+        ),
         (
             |r| (r.min_count, r.max_count) = (900, 900),
             ErrorCode::InsufficientInstanceCapacity,

@@ -389,7 +389,13 @@ mod tests {
     #[test]
     fn a_body_that_is_shorter_than_it_says_is_no_answer() {
         let (why, _) = ask(|mut stream| {
-            stream.read_exact(&mut [0]).unwrap();
+            // A socket that is closed with unread bytes resets the connection instead of ending it.
+            let mut request = Vec::new();
+            let mut byte = [0];
+            while !request.ends_with(b"\r\n\r\n") {
+                stream.read_exact(&mut byte).unwrap();
+                request.extend(byte);
+            }
             stream.write_all(b"HTTP/1.1 200 OK\r\nContent-Length: 9\r\n\r\n{}").unwrap();
         });
         assert!(why.contains("ends after 2 of 9 bytes"), "{why}");
