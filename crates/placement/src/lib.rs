@@ -288,7 +288,8 @@ fn for_good(facts: &HostFacts, wanted: &Wanted<'_>) -> Option<Refusal> {
         Some(Refusal::Gpu { wanted: kind.gpus, has: facts.gpus })
     } else if kind.instance_store_gb > 0 {
         Some(Refusal::InstanceStore { wanted: kind.instance_store_gb })
-    } else if wanted.volume_gib > facts.disk_gib {
+    } else if wanted.volume_gib > facts.disk_gib && facts.disk_gib > 0 {
+        // A host whose disk is below its reserve reports 0 for as long as that lasts.
         Some(Refusal::Disk { wanted: wanted.volume_gib, has: facts.disk_gib })
     } else {
         None

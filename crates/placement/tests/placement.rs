@@ -74,6 +74,17 @@ fn too_large_even_for_an_empty_host_is_unsupported_with_the_reason() {
 }
 
 #[test]
+fn a_disk_below_its_reserve_is_a_lack_of_capacity_not_of_support() {
+    let mut full = host(1, 2, 4000);
+    full.facts.disk_gib = 0;
+    let hosts = [full];
+    assert_eq!(unsupported(&hosts, &wanted(&kind(1, 100))), None);
+    let error = place(&hosts, &wanted(&kind(1, 100)), 1, 1).unwrap_err();
+    assert!(!matches!(error, PlacementError::Unsupported { .. }), "{error}");
+    assert!(error.to_string().contains("disk"), "{error}");
+}
+
+#[test]
 fn full_or_silent_hosts_are_a_lack_of_capacity_not_of_support() {
     let small = kind(1, 100);
     let mut full = host(1, 2, 4000);
