@@ -58,13 +58,13 @@ async fn import(context: &Context, path: &Path, name: Option<String>, replace: b
         default_user: manifest.default_user,
         ssh: manifest.ssh,
     };
-    if replace {
-        match client.call(&DeregisterImage { image: name.clone() }).await {
-            Err(error) if !error.is_api(ErrorCode::InvalidAmiIdNotFound) => return Err(error),
-            _ => {}
-        }
+    let mut registered = client.call(&request).await;
+    // The same image again is the one that is there; only another one takes its place.
+    if replace && registered.as_ref().is_err_and(|error| error.is_api(ErrorCode::InvalidAmiNameDuplicate)) {
+        client.call(&DeregisterImage { image: name.clone() }).await?;
+        registered = client.call(&request).await;
     }
-    let image = client.call(&request).await.map_err(|error| {
+    let image = registered.map_err(|error| {
         let advice = "give another --name, or take the old one's place with --replace";
         error.with_advice(ErrorCode::InvalidAmiNameDuplicate, advice)
     })?;

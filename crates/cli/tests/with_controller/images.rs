@@ -28,6 +28,8 @@ fn another_image_of_the_same_name_is_refused_or_takes_its_place() {
     stack.roost(&["image", "import", &folder]).fails(6, &["InvalidAMIName.Duplicate", "tiny", "--replace"]);
     let second = stack.json(&["image", "import", &folder, "--replace"]);
     assert_ne!(first["image_id"], second["image_id"]);
+    let same = stack.json(&["image", "import", &folder, "--replace"]);
+    assert_eq!(same["image_id"], second["image_id"], "the same image has its own place already");
     let named = stack.json(&["image", "import", &folder, "--name", "other"]);
     assert_eq!(named["name"], "other");
 
