@@ -111,6 +111,8 @@ pub struct Task<H: Host> {
     records: Records,
     shared: Shared,
     pace: Pace,
+    /// When this task began: the time before, without an agent, delayed no monitor.
+    begun_ns: u64,
     asked: Option<Asked>,
     saw_alive: bool,
     /// When a look last showed its monitor alive, nanoseconds of CLOCK_BOOTTIME.
@@ -128,6 +130,7 @@ impl<H: Host> Task<H> {
     /// A task; [`Task::run`] does the work.
     pub fn new(host: Arc<H>, records: Records, shared: Shared, pace: Pace) -> Self {
         Self {
+            begun_ns: host.now_ns(),
             host,
             records,
             shared,
@@ -354,7 +357,7 @@ impl<H: Host> Task<H> {
 
     /// What went wrong last, if the new monitor of a reboot is overdue.
     fn restart_overdue(&self, run: &Run) -> Option<String> {
-        let waited = self.host.now_ns().saturating_sub(run.restart_ns?);
+        let waited = self.host.now_ns().saturating_sub(run.restart_ns?.max(self.begun_ns));
         let last =
             self.shared.live().trouble.clone().unwrap_or_else(|| "its monitor did not run in time".into());
         (u128::from(waited) >= self.pace.restart.as_nanos())
