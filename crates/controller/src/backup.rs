@@ -3,12 +3,12 @@
 //! ```text
 //! FILE (0600, tar): backup.json      format, program, schema, moment
 //!                   roost.db         a copy of one moment; a controller may run meanwhile
-//!                   blobs/SHA256 …   uploaded files, no fewer than that database names
+//!                   blobs/SHA256 …   uploaded files that were there when they were read
 //!                   ca.pem …         every file of the state directory
 //!                   SHA256SUMS       of all before it, for `sha256sum -c`; last, so that a file cut short shows
 //! ```
 //! `restore` takes it only whole, only into an empty directory, and puts `controller.json` there last. It raises
-//! [`Store::epoch`], by which agents and controller learn that hosts may be ahead of the rows.
+//! [`Store::epoch`]; nothing reads that yet, as a host that is ahead of a row is known by its incarnation.
 
 use crate::config::{BLOBS, DATABASE, FILES, StartError, StateDir, file_error};
 use crate::engine::{Clock, SystemClock};
