@@ -108,7 +108,7 @@ _caller_home() {
 }
 roost_cache_dir() { printf '%s/roost\n' "${XDG_CACHE_HOME:-$(_caller_home)/.cache}"; }
 roost_state_dir() { printf '%s/roost\n' "${XDG_STATE_HOME:-$(_caller_home)/.local/state}"; }
-# As scripts/virtual-host has it, which knows nothing of sudo.
+# As in scripts/virtual-host, which does not know sudo.
 virtual_host_dir() { printf '%s/roost/virtual-hosts/%s\n' "${XDG_STATE_HOME:-${HOME:-/root}/.local/state}" "$1"; }
 
 # Ends the script unless it is root or can become it.

@@ -1,4 +1,5 @@
-//! The image `debian-12`: cloud-init finds our metadata service, does what cloud-config says and runs scripts.
+//! The image `debian-12`: cloud-init finds our metadata service, applies cloud-config and runs
+//! scripts.
 //!
 //! `scripts/test --full` builds and imports the image and runs this.
 #![allow(clippy::unwrap_used, missing_docs)]

@@ -17,7 +17,7 @@ fn a_guest_that_boots_while_the_agent_is_away_has_its_address_and_is_ready_once_
     typed.enter("(sleep 8; reboot) & echo leaves-$((6 * 7))");
     typed.wait_text("leaves-42", SOON);
     rig.host(&format!("systemctl stop {}-agent", rig.units)).ok();
-    // Nobody answers: it says so, and asks on.
+    // The console states that nobody answers, and the guest keeps asking.
     let console = format!("{}/agent/instances/{id}/console", rig.state.display());
     let asks = format!(
         "for n in $(seq 90); do ! grep -aq 'no address for eth0' {console} || exit 0; sleep 1; done; exit 1"

@@ -35,7 +35,7 @@ fn a_debian_instance_can_be_entered_keeps_its_disk_and_knows_itself() {
 
     // In by key, with the host key that the console showed; the host name, the user data and the tags are there.
     assert_eq!(ssh(&tenant, &id, key, "id -un").ok().trim(), "debian");
-    // It runs when everything is up, which is after the first login can be.
+    // The script runs after the rest of the boot, which may be after the first login.
     let proof = "while [ $(systemctl is-active roost-user-data) = activating ] || [ $(systemctl is-active multi-user.target) != active ]; \
                  do sleep 0.2; done; sudo cat /root/proof";
     assert_eq!(ssh(&tenant, &id, key, proof).ok(), user_data::TOLD);

@@ -82,7 +82,7 @@ fn a_full_disk_is_said_and_over_when_there_is_room() {
     tenant.roost(&["start", &runs, "--wait"]).ok();
     assert_eq!(tenant.describe(&runs)["incarnation"], 2);
 
-    // The host's disk: it says so and takes no launch, until there is room.
+    // The host reports its full disk, and takes no launch until there is room.
     leave(&host, volumes, 0);
     wait_for("the host to say that its disk is full", SOON, || {
         let seen = own.admin(&["hosts", "--output", "json"]).stdout;

@@ -49,7 +49,7 @@ fn installed_on_a_bare_host_used_without_root_updated_and_taken_away_again() {
     // As `sudo scripts/install` by ann.
     let install =
         "ROOST_NO_BUILD=1 SUDO_USER=ann /root/checkout/scripts/install --yes --image /opt/roost/images/tiny";
-    // Another user of the machine, who reads what can be read all the time.
+    // Another user of the machine, who reads every readable file all the time.
     host.ssh(
         "setsid setpriv --reuid=nobody --regid=nogroup --clear-groups sh -c '
             while :; do cat /tmp/*/admin.json /tmp/*/*/admin.json; sleep 0.2; done' > /tmp/seen 2>/tmp/refused < /dev/null &

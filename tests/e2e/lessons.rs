@@ -1,13 +1,14 @@
-//! The pages that a reader types from, typed.
+//! Runs the `console` blocks of the pages.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_e2e::lesson::{self, Section};
 use roost_e2e::{Rig, Tenant};
 use std::process::Command;
 
-/// A shell as the page's reader has it: in a folder of his own, with the programs and the administrator's profile.
+/// A shell as the page's reader has it: in a directory of its own, with the programs and the
+/// administrator's profile.
 fn shell(rig: &Rig, folder: &std::path::Path) -> Command {
-    // What waits for ever in vain is a failure, too.
+    // A command that waits for ever is a failure, too.
     let mut command = Command::new("timeout");
     command.args(["200", "bash"]);
     let path = std::env::var("PATH").unwrap_or_default();
@@ -20,7 +21,7 @@ fn shell(rig: &Rig, folder: &std::path::Path) -> Command {
     command
 }
 
-/// The sections of a page that have something to type, and a rig with the image that the pages name.
+/// The sections of a page with commands, and a rig with the images that the pages name.
 fn page(rig: &Rig, name: &str) -> Vec<Section> {
     let tiny = rig.images["tiny-fast"].to_str().unwrap();
     rig.admin(&["image", "import", tiny, "--name", "tiny"]).ok();
@@ -28,7 +29,7 @@ fn page(rig: &Rig, name: &str) -> Vec<Section> {
     lesson::sections(&page)
 }
 
-/// Types each section; the error names every one that shows something else than the page.
+/// Types each section. The error names every section whose output differs from the page.
 fn type_all(rig: &Rig, sections: &[Section]) -> Result<(), String> {
     let folder = std::env::temp_dir().join(format!("roost-e2e-lessons-{}", std::process::id()));
     std::fs::create_dir_all(&folder).unwrap();
@@ -49,7 +50,7 @@ fn each_lesson_of_teach_shows_what_it_says() {
     let rig = Rig::get();
     let sections = page(&rig, "docs/teach.md");
     assert_eq!(sections.len(), 8, "the preparation and seven lessons");
-    // However it ends, nothing of theirs goes on.
+    // No instance of a section survives it, however it ends.
     let _tenants = ["anna", "ben"].map(|name| Tenant { rig: &rig, profile: name.to_owned() });
     let (setup, lessons) = sections.split_first().unwrap();
     let whole: Vec<Section> = lessons

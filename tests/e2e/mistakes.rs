@@ -144,7 +144,7 @@ fn a_second_agent_on_the_same_state_is_refused() {
     assert!(ran.stderr.contains("in use") || ran.stderr.contains("already"), "{}", ran.stderr);
 }
 
-/// Its root is a file system without an init: the kernel panics and restarts, as often as it is let.
+/// The root is a file system without an init: the kernel panics and restarts without end.
 #[test]
 fn a_guest_that_cannot_boot_stops_by_itself_with_the_reason() {
     let rig = Rig::get();

@@ -1,4 +1,4 @@
-//! Instances that are made at once can all be reached, with udev running beside the agent as on every host.
+//! Instances that are launched at once can all be reached, while udev runs beside the agent.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_e2e::Rig;
@@ -22,7 +22,8 @@ fn ten_instances_launched_at_once_can_all_be_reached() {
     for id in &ids {
         tenant.wait_console(id, "roost-guest: ready", Duration::from_secs(240));
         let public = tenant.describe(id)["public_ip"].as_str().unwrap().to_owned();
-        // The default security group allows ICMP. A guest behind a link with another address hears nothing at all.
+        // The default security group allows ICMP. A guest behind a link with another hardware
+        // address receives nothing.
         rig.host(&format!("ping -c 1 -w 20 {public}")).ok();
     }
 }

@@ -111,7 +111,7 @@ fn a_host_that_reboots_or_loses_its_power_brings_its_instances_back_and_bills_on
         assert!(all[index + 1].open > close, "nothing is billed twice");
     }
     assert!(all[2].close.unwrap() >= ended);
-    // One start was asked for: its parts share one begun second and one minimum.
+    // The owner asked for one start: its parts share one begun second and one minimum.
     let length: i64 = all.iter().map(|interval| interval.close.unwrap() - interval.open).sum();
     let used = (length + 999_999) / 1_000_000;
     let billed = used.max(60);

@@ -1,19 +1,21 @@
-//! Ten minutes of a host that is not left in peace. Once a minute its firewall is reloaded, its clock is stepped by an
-//! hour and back, and its name servers change, while one tenant uses all that it can get. Another tenant's guest stays
-//! reachable, gains no way to the host, and is billed for the seconds that it ran.
+//! A host that is disturbed for ten minutes. Once a minute its firewall is reloaded, its clock is
+//! stepped by an hour and back, and its name servers change. One tenant uses every resource that it
+//! can get. Another tenant's guest stays reachable, gains no way to the host, and is billed for the
+//! seconds that it ran.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_e2e::{OwnHost, Rig, TempFile, Tenant, wait_for};
 use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(120);
-/// How long a wall or a way may be away after the host's firewall was reloaded, and new name servers may be unknown.
+/// Longest time without the tables or a route after a reload of the firewall, and until new name
+/// servers are known.
 const REPAIRED: Duration = Duration::from_secs(15);
-/// Reports come every 5 s, and an emulated CPU takes its time.
+/// Reports come every 5 s, and an emulated CPU is slow.
 const REPORT_SECONDS: f64 = 8.0;
 
-/// Serves a line on port 22, the one that is open by default, and tries the host's own ports once a second. A tick
-/// proves that the attempts go on.
+/// Serves a line on port 22, which is open by default, and tries the host's own ports once a
+/// second. A tick proves that the attempts continue.
 const GUARD: &str = "#!/bin/sh
 ( while :; do echo alive | nc -l -p 22 -w 2; done ) 2> /dev/null &
 gateway=$(ip route | sed -n 's/^default via \\([0-9.]*\\).*/\\1/p')
@@ -27,7 +29,7 @@ while :; do
   n=$((n+1)); [ $((n % 5)) != 0 ] || echo \"tick $n\"
 done
 ";
-/// Uses its CPU, its disk, its network and the console as fast as they go.
+/// Uses CPU, disk, network and console at full speed.
 const NOISE: &str = "#!/bin/sh
 ( while :; do :; done ) &
 ( while :; do dd if=/dev/urandom of=/noise bs=64k count=16 2> /dev/null; sync; done ) &

@@ -1,4 +1,4 @@
-//! What the virtual host and the guests in it can reach of the machine outside.
+//! What the virtual host and its guests can reach of the machine outside.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_e2e::{Rig, TempFile};
@@ -9,7 +9,7 @@ use std::time::Duration;
 
 const SOON: Duration = Duration::from_secs(90);
 
-/// Asks the name server and the package archive, which stay as reachable as they are from outside.
+/// Queries the name server and the package archive, which stay reachable.
 const WAY_OUT: &str = "getent hosts deb.debian.org > /dev/null && echo named
     curl -sI --max-time 20 http://deb.debian.org/ > /dev/null && echo answered
     true";
@@ -28,7 +28,7 @@ fn nobody_in_the_virtual_host_reaches_the_loopback_of_the_machine_outside() {
     tcp.set_nonblocking(true).unwrap();
     udp.set_nonblocking(true).unwrap();
 
-    // QEMU's own address, and the name server's beside the one port where names are asked.
+    // QEMU's own address, and every port of the name server but DNS.
     let host = format!(
         "for address in 192.0.2.2 192.0.2.3; do
            timeout 5 bash -c \"echo x > /dev/tcp/$address/{port}\"

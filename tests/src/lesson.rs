@@ -1,26 +1,27 @@
-//! Runs a page as its reader would: the commands of its `console` blocks, in order, in one shell for each section, with the
-//! output that the page shows.
+//! Runs the `console` blocks of a page in order, with one shell per section, and compares their
+//! output with the page's.
 //!
-//! In a block, `$ ` begins a command, `> ` goes on with it, and the lines below are what it prints (standard output and
-//! error). In those, `…` stands for anything within a line, and a line that is `…` for any number of lines.
+//! In a block, `$ ` begins a command and `> ` continues it. The lines below are its output (stdout
+//! and stderr). There, `…` stands for any text within a line, and a line `…` for any number of
+//! lines.
 
 use std::process::{Command, Stdio};
 
-/// A section of a page: its heading and what is typed in it.
+/// A section of a page: its heading and its commands.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Section {
     pub heading: String,
     pub steps: Vec<Step>,
 }
 
-/// A command and what it prints.
+/// A command and its output.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Step {
     pub command: String,
     pub expected: Vec<String>,
 }
 
-/// The sections of a page that have something to type.
+/// The sections of a page that have commands.
 #[must_use]
 pub fn sections(page: &str) -> Vec<Section> {
     let mut sections: Vec<Section> = vec![Section { heading: String::new(), steps: Vec::new() }];
@@ -51,7 +52,7 @@ pub fn sections(page: &str) -> Vec<Section> {
     sections
 }
 
-/// Whether a line is what the page shows, where `…` stands for anything.
+/// Returns true if a line matches the page's, where `…` stands for any text.
 fn line_matches(pattern: &str, line: &str) -> bool {
     let Some((before, rest)) = pattern.split_once('…') else { return pattern == line };
     let Some(mut line) = line.strip_prefix(before) else { return false };
@@ -66,7 +67,7 @@ fn line_matches(pattern: &str, line: &str) -> bool {
     line.ends_with(last)
 }
 
-/// Whether lines are what the page shows.
+/// Returns true if lines match the page's.
 #[must_use]
 pub fn matches(expected: &[String], lines: &[&str]) -> bool {
     match (expected.split_first(), lines.split_first()) {
@@ -79,13 +80,13 @@ pub fn matches(expected: &[String], lines: &[&str]) -> bool {
     }
 }
 
-/// Between the outputs of two commands; no program prints it.
+/// Separates the outputs of two commands; no program prints it.
 const END: &str = "\u{1e}";
 
-/// Runs a section in a `bash` that the caller has prepared (directory, environment). Says what came out differently.
+/// Runs a section in a `bash` that the caller has prepared (directory, environment).
 ///
 /// # Errors
-/// The first command whose output is not what the page shows, with both.
+/// The first command whose output differs from the page, with both.
 #[track_caller]
 pub fn run(section: &Section, shell: &mut Command) -> Result<(), String> {
     let mut script = String::from("exec 2>&1\n");
@@ -126,7 +127,7 @@ mod tests {
         wrong.steps[1].expected[0] = "a 4".to_owned();
         let told = run(&wrong, &mut Command::new("bash")).unwrap_err();
         assert!(told.contains("the page shows:\na 4\nb\nit printed:\na 3\nb"), "{told}");
-        // What prints although the page shows nothing.
+        // Output that the page does not show.
         wrong = sections[0].clone();
         wrong.steps[0].command = "echo loud".to_owned();
         assert!(run(&wrong, &mut Command::new("bash")).is_err());

@@ -196,7 +196,7 @@ impl Tenant<'_> {
         let mut args = vec!["launch", "--output", "json", "--image", image, "--type", instance_type];
         args.extend(more);
         if more.contains(&"--wait") && !more.contains(&"--wait-for") {
-            // What the guest does then is each test's own matter.
+            // The guest's further behaviour is each test's own matter.
             args.extend(["--wait-for", "running"]);
         }
         let reservation = self.roost(&args).json();

@@ -1,9 +1,10 @@
-//! User data that tells where it runs, and where that must be on every image: where cloud-init runs it.
+//! User data that reports its environment. Every image must run it in cloud-init's place and
+//! environment.
 
 use std::io::Write;
 use std::process::{Command, Stdio};
 
-/// Writes what a script may rely on to the file, and to standard output.
+/// Writes what a script may rely on to the file and to stdout.
 pub fn tells(file: &str) -> String {
     format!(
         "#!/bin/sh
@@ -19,7 +20,7 @@ cat {file}
     )
 }
 
-/// What [`tells`] finds on a system with systemd.
+/// The result of [`tells`] on a system with systemd.
 pub const TOLD: &str = "told user 0 in / umask 0022
 told path /usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
 told home unset
@@ -27,10 +28,10 @@ told input is none
 told boot active
 ";
 
-/// As an editor on Windows saves it, packed as people pack what is too long.
+/// As an editor on Windows saves it, packed by gzip.
 pub fn dos_gzip(script: &str) -> Vec<u8> {
     let mut child = Command::new("gzip").stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
-    // Less than a pipe holds.
+    // Fits into a pipe.
     child.stdin.take().unwrap().write_all(script.replace('\n', "\r\n").as_bytes()).unwrap();
     child.wait_with_output().unwrap().stdout
 }

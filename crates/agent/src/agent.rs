@@ -32,9 +32,9 @@ pub struct Agent<H: Host> {
     entries: Mutex<BTreeMap<InstanceId, Entry>>,
     /// What could not be taken in, such as on a full disk: its incarnation, and why.
     unwritten: Mutex<BTreeMap<InstanceId, (u64, String)>>,
-    /// What the newest `Desired` names; nothing before the first.
+    /// Instances that the newest `Desired` names; `None` before the first `Desired`.
     named: Mutex<Option<BTreeSet<InstanceId>>>,
-    /// Instances whose records could not be read, and why. Nothing here acts on them.
+    /// Quarantined instances, each with the reason. No task reconciles them.
     quarantined: BTreeMap<InstanceId, String>,
     changed: Arc<watch::Sender<u64>>,
     runtime: Handle,
@@ -69,7 +69,7 @@ impl<H: Host> Agent<H> {
         let mut seen = BTreeSet::new();
         for (mut accepted, mut run) in instances {
             if !seen.insert(accepted.slot) {
-                // One that came back from quarantine: its number was given away meanwhile.
+                // The slot of an instance that came back from quarantine was given away meanwhile.
                 accepted.slot = record::free_slot(slots.iter().copied());
                 slots.insert(accepted.slot);
                 agent.records.save_spec(&accepted)?;
@@ -210,7 +210,8 @@ impl<H: Host> Agent<H> {
             Verdict::Accept => {
                 let slot = current.map_or_else(
                     || {
-                        // Also those that processes have which no record names: no two guests share a user id.
+                        // Slots that only processes hold count as taken too: no two guests share a
+                        // user id.
                         let known = entries.values().map(|entry| entry.shared.live().accepted.slot);
                         record::free_slot(known.chain(self.host.slots_in_use()))
                     },
@@ -247,7 +248,7 @@ impl<H: Host> Agent<H> {
         self.changed.subscribe()
     }
 
-    /// Is marked changed whenever what is wrong with the host changes.
+    /// The receiver is marked changed whenever the host's troubles change.
     pub fn host_troubles(&self) -> watch::Receiver<()> {
         self.host.troubles().changes()
     }
@@ -269,7 +270,7 @@ impl<H: Host> Agent<H> {
             match instances.iter_mut().find(|known| known.instance_id == *id) {
                 Some(known) => known.trouble = Some(why.clone()),
                 None => {
-                    // One that is quarantined may well run.
+                    // A quarantined instance may still run.
                     let state = match self.quarantined.contains_key(id) {
                         true => Observed::Preparing,
                         false => Observed::Absent,
@@ -352,14 +353,14 @@ impl<H: Host> Drop for Agent<H> {
     }
 }
 
-/// The observation of an instance that was not taken in. Its generation is that of nothing, so that nobody takes it for
-/// the end of anything.
+/// The observation of an instance that the agent did not accept. Generation 0 keeps the controller
+/// from reading it as the end of a run.
 fn nothing_known(id: &InstanceId, incarnation: u64, state: Observed, why: &str) -> Observation {
     let trouble = Some(why.to_owned());
     Observation { trouble, ..Observation::new(id.clone(), 0, incarnation, state) }
 }
 
-/// What the owner of the host is told of quarantined records.
+/// The sentence about quarantined records, for the host's owner.
 fn quarantine_trouble(quarantined: &BTreeMap<InstanceId, String>, folder: &Path) -> Option<String> {
     let (id, why) = quarantined.first_key_value()?;
     let ids: Vec<_> = quarantined.keys().take(5).map(InstanceId::as_str).collect();

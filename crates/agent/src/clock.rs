@@ -8,9 +8,9 @@ use std::time::Duration;
 
 /// How often the wall clock is compared with CLOCK_BOOTTIME.
 const LOOK: Duration = Duration::from_secs(5);
-/// A larger jump between two looks is no drift: somebody set the clock.
+/// A larger difference between two looks is a step of the clock, not drift.
 const STEP_NS: i128 = 2_000_000_000;
-/// How long a step is told.
+/// How long a step is reported, in nanoseconds.
 const TOLD_NS: i128 = 10 * 60 * 1_000_000_000;
 
 /// CLOCK_BOOTTIME now, in nanoseconds.
@@ -38,17 +38,18 @@ const fn nanos(at: Timespec) -> i128 {
     at.tv_sec as i128 * 1_000_000_000 + at.tv_nsec as i128
 }
 
-/// Notices that CLOCK_REALTIME was set.
+/// Detects steps of CLOCK_REALTIME.
 #[derive(Debug, Default)]
 struct Steps {
     /// CLOCK_REALTIME less CLOCK_BOOTTIME at the last look.
     offset: Option<i128>,
-    /// How far the clock was set within the last minutes, and when last.
+    /// Sum of the recent steps, and the time of the newest one.
     step: Option<(i128, i128)>,
 }
 
 impl Steps {
-    /// Compares the two clocks; returns what to tell the host's owner, if anything.
+    /// Compares the two clocks. Returns the sentence for the host's owner if a step is being
+    /// reported.
     fn look(&mut self, wall_ns: i128, boottime_ns: i128) -> Option<String> {
         let offset = wall_ns - boottime_ns;
         let jump = self.offset.replace(offset).map_or(0, |before| offset - before);
@@ -68,7 +69,7 @@ impl Steps {
     }
 }
 
-/// Tells the host's owner for ten minutes when somebody sets the clock. Runs for ever.
+/// Reports each step of the clock to the host's owner for ten minutes. Never returns.
 pub async fn watch(troubles: &Troubles) {
     let mut steps = Steps::default();
     loop {

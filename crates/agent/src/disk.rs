@@ -1,5 +1,6 @@
-//! The host's disk: volumes are thin and grow while their guests write, beside the records of the agent and, where both
-//! stand on one file system, the controller's database. Below the reserve nothing new is put on it.
+//! The host's disk. Volumes are thin and grow while their guests write. The agent's records, and
+//! often the controller's database, share the file system. The agent puts nothing new on it below
+//! the reserve.
 
 use crate::error::{Error, Result};
 use crate::names::Folders;
@@ -21,7 +22,8 @@ impl Disk {
         Self { folders, reserve, low: AtomicBool::new(false) }
     }
 
-    /// Looks; gives the owner's sentence if less than the reserve is free. It is over when a quarter more is.
+    /// Reads the free space. Returns the sentence for the owner if less than the reserve is free;
+    /// the sentence ends once a quarter more is free.
     ///
     /// # Errors
     /// The state folder is gone.
@@ -43,24 +45,24 @@ impl Disk {
         }))
     }
 
-    /// Whether less than the reserve was free at the last look.
+    /// Returns true if less than the reserve was free at the last look.
     pub fn is_low(&self) -> bool {
         self.low.load(Ordering::Relaxed)
     }
 
-    /// Looks before something new is put on the disk.
+    /// Checks the reserve before something new is put on the disk.
     ///
     /// # Errors
-    /// The reserve is not free.
+    /// Less than the reserve is free.
     pub fn has_room(&self) -> Result<()> {
         require(&self.folders.state, self.reserve)
     }
 }
 
-/// Whether the disk of a folder has this much free.
+/// Checks that a folder's disk has this many bytes free.
 ///
 /// # Errors
-/// It has not, which is worth another try.
+/// The disk has fewer; the error is worth a retry.
 pub fn require(folder: &Path, reserve: u64) -> Result<()> {
     let free = free(folder)?;
     if free >= reserve { Ok(()) } else { Err(Error::NotNow(full(free, reserve))) }
@@ -70,18 +72,18 @@ const fn is_low(free: u64, reserve: u64, was: bool) -> bool {
     free < if was { reserve.saturating_add(reserve / 4) } else { reserve }
 }
 
-/// Why something has to wait, for the tenant.
+/// The tenant's sentence about an operation that waits for disk space.
 pub fn full(free: u64, reserve: u64) -> String {
     format!("the host's disk is full: {} MiB are free, and {} MiB are kept free", free >> 20, reserve >> 20)
 }
 
-/// Bytes that are free for whoever is not root.
+/// Bytes that are free for unprivileged users.
 fn free(folder: &Path) -> Result<u64> {
     let disk = rustix::fs::statvfs(folder).map_err(|error| Error::file("measure", folder)(error.into()))?;
     Ok(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
-/// Bytes that the files of a folder take on the disk.
+/// Bytes of disk that the files of a folder occupy.
 pub fn taken(folder: &Path) -> u64 {
     use std::os::unix::fs::MetadataExt;
     let Ok(entries) = std::fs::read_dir(folder) else { return 0 };

@@ -72,7 +72,7 @@ pub fn measure(identity: &Identity, shares: &Shares, folders: &Folders) -> Resul
         cpus,
         cpu_milli: milli(cpus, shares.cpu_overcommit),
         memory_mib: total_mib(&meminfo).saturating_sub(shares.reserve_memory_mib),
-        // Volumes are claimed by their full size, so what they take already counts as free here.
+        // Volumes are claimed by their full size: the blocks that they occupy count as free here.
         disk_gib: claimable_gib(
             volume.f_bavail.saturating_mul(volume.f_frsize).saturating_add(disk::taken(&folders.volumes())),
             shares.disk_overcommit,

@@ -42,7 +42,8 @@ pub enum MonitorFact {
     Alive {
         /// Since when its vCPUs run, if they do.
         ran_ns: Option<u64>,
-        /// When its guest reset itself, oldest first; the monitor starts it again in the same process.
+        /// Times of the guest's resets, oldest first. The monitor restarts the guest in the same
+        /// process.
         resets_ns: Vec<u64>,
     },
     /// The recorded one is gone.
@@ -81,11 +82,11 @@ pub trait Host: Send + Sync + 'static {
     fn boot_id(&self) -> String;
     /// What the host can hold.
     fn facts(&self) -> HostFacts;
-    /// The slots whose user ids some process has.
+    /// Slots whose user ids are in use by a process.
     fn slots_in_use(&self) -> BTreeSet<u32>;
-    /// What is wrong with the host itself.
+    /// Troubles of the host itself.
     fn troubles(&self) -> &Troubles;
-    /// What is wrong with an instance's network though it is as it was made.
+    /// Trouble of an instance's network whose objects are as they were made.
     fn network_trouble(&self, _: &InstanceId) -> Option<String> {
         None
     }

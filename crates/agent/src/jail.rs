@@ -79,13 +79,14 @@ pub fn start(program: &Path, spec: &JailSpec, handed: &[&OwnedFd]) -> Result<i32
 
 const OOM_SCORE: &std::ffi::CStr = c"/proc/self/oom_score_adj";
 
-/// Returns true if the kernel ends others before this process where memory is short, as the agent's unit asks it to.
+/// Returns true if the kernel's OOM killer prefers other processes to this one (`OOMScoreAdjust=`
+/// of the agent's unit).
 fn is_spared_by_the_oom_killer() -> bool {
     let score = std::fs::read_to_string("/proc/self/oom_score_adj");
     score.is_ok_and(|score| score.trim().parse::<i32>().is_ok_and(|score| score < 0))
 }
 
-/// A monitor is not spared for being the agent's child.
+/// Resets a monitor's OOM score, which it inherits from the agent.
 fn be_as_likely_as_others() -> std::io::Result<()> {
     // SAFETY: the path is a null-terminated string.
     let file = unsafe { libc::open(OOM_SCORE.as_ptr(), libc::O_WRONLY | libc::O_CLOEXEC) };

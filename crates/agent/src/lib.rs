@@ -24,7 +24,7 @@
 //! | [`trouble`] | what is wrong with the host itself, for its owner |
 //! | [`names`], [`clock`], [`durable`], [`error`] | the ground |
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 pub mod agent;

@@ -1,6 +1,6 @@
 //! `roost-agent`: the host's agent.
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 use clap::{Args, Parser, Subcommand};
@@ -206,7 +206,7 @@ fn run(serve: &Serve) -> Result<()> {
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
-        // It would panic where the log cannot be written.
+        // The subscriber's own error output panics where stderr cannot be written.
         .log_internal_errors(false)
         .with_ansi(false)
         .init();
@@ -249,7 +249,7 @@ fn run(serve: &Serve) -> Result<()> {
         mtu: Surroundings::look(&serve.uplink).mtu,
     };
     let unpacker = Unpacker {
-        // This very program, also when its file was replaced meanwhile.
+        // The program that runs now, even if its file was replaced meanwhile.
         program: "/proc/self/exe".into(),
         user: serve.uid_base.saturating_sub(1),
         reserve: serve.reserve_disk_mib << 20,

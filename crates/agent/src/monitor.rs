@@ -391,8 +391,9 @@ fn resets(events: &[Event]) -> Vec<u64> {
     events.iter().filter_map(at).collect()
 }
 
-/// When vCPUs began to run by their monitor's word, if that is possible: not before it was started, and not after now. Of another
-/// word nothing is believed: they count as running from the monitor's own start, so that no lie makes a run shorter.
+/// Returns when vCPUs began to run, as the monitor dates it, if that lies between the monitor's
+/// start and now. Any other date is replaced by the monitor's own start, so that no lie shortens a
+/// run.
 fn began(monitor: &MonitorId, word: u64) -> u64 {
     let started = monitor.start_ticks.saturating_mul(1_000_000_000 / TICKS_PER_SECOND);
     if (started..=clock::boottime_ns()).contains(&word) { word } else { started }
@@ -411,9 +412,9 @@ fn part(name: &str, took: Duration) -> TimedPart {
     TimedPart { part: name.to_owned(), took_us: u64::try_from(took.as_micros()).unwrap_or(u64::MAX) }
 }
 
-/// Bytes of the longest file that a monitor may make: its volume written all over and the tables of an overlay (1/8192 for
-/// clusters, 1/32768 for their counts), with room for clusters that a monitor lost when it was killed. A volume that is there
-/// already is as long as it is.
+/// Bytes of the longest file that a monitor may make: the full volume and the overlay's tables
+/// (1/8192 for clusters, 1/32768 for reference counts). Clusters that a killed monitor lost have
+/// room too. A volume that already exists may keep its length.
 fn longest_file(spec: &InstanceSpec, folders: &Folders) -> Result<u64> {
     let path = folders.volume(&spec.root_volume.volume_id);
     let length = fs::metadata(&path).map_err(Error::file("look at", &path))?.len();

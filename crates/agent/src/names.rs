@@ -55,7 +55,7 @@ impl Folders {
         self.state.join("lock")
     }
 
-    /// What is wrong with the host itself, a line each, for `roost doctor`; anybody may read it.
+    /// The file of the host's troubles, a line each, for `roost doctor`. Any user may read it.
     pub fn troubles(&self) -> PathBuf {
         self.run.join("trouble")
     }
@@ -70,7 +70,7 @@ impl Folders {
         self.instances().join(id.as_str())
     }
 
-    /// Folder of the instances whose records could not be read.
+    /// Folder of quarantined instances.
     pub fn quarantine(&self) -> PathBuf {
         self.state.join("quarantine")
     }

@@ -1,5 +1,5 @@
-//! The files that a monitor writes, read and kept within bounds: a monitor may be a tenant's by now, and can append to them, write
-//! and lengthen them as it likes.
+//! Files that a monitor writes, read and truncated within bounds. A compromised monitor can append
+//! to them, overwrite them and lengthen them.
 
 use crate::error::{Error, Result};
 use crate::names::Folders;
@@ -10,7 +10,7 @@ use std::fs::{self, File};
 use std::io::{self, Read, Seek, SeekFrom, Write};
 use std::path::Path;
 
-/// Bytes that are read of a file's beginning: where a status file says when its vCPUs began.
+/// Bytes that are read of a file's beginning, where a status file dates the begin of its vCPUs.
 const HEAD: u64 = 4 << 10;
 /// Bytes that are read of a file's end.
 const TAIL: u64 = 60 << 10;
@@ -19,7 +19,8 @@ pub const LONGEST: u64 = 1 << 20;
 /// Most bytes of a sentence that a monitor adds to a report.
 pub const MESSAGE: usize = 1 << 10;
 
-/// The events of a status file: those in its first 4 KiB and its last 60 KiB. A line that is no event is left out.
+/// Reads the events in the first 4 KiB and the last 60 KiB of a status file. A line that is no
+/// event is skipped.
 pub fn read_status(path: &Path) -> Vec<Event> {
     let text = ends(path).unwrap_or_default();
     let text = String::from_utf8_lossy(&text);
@@ -53,7 +54,7 @@ enum Keep {
     End,
 }
 
-/// At most [`MESSAGE`] bytes of a text; what is left out is marked by `…`.
+/// Cuts a text to at most [`MESSAGE`] bytes; `…` marks the cut.
 fn clip(text: String, keep: Keep) -> String {
     if text.len() <= MESSAGE {
         return text;
@@ -65,7 +66,7 @@ fn clip(text: String, keep: Keep) -> String {
     }
 }
 
-/// A file's beginning and end; all of it, if it is short. The line that the gap falls into is left out.
+/// A file's beginning and end, or the whole of a short file. The line at the gap is skipped.
 fn ends(path: &Path) -> io::Result<Vec<u8>> {
     let mut file = File::open(path)?;
     let length = file.metadata()?.len();
@@ -84,7 +85,8 @@ fn ends(path: &Path) -> io::Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// Cuts the instance's status file, log and console to what is read of them, if its monitor made them longer.
+/// Cuts the instance's status file, log and console to the bytes that are read, if its monitor made
+/// them longer.
 ///
 /// # Errors
 /// A file that is there cannot be cut.
@@ -109,7 +111,7 @@ fn length(path: &Path) -> u64 {
     fs::metadata(path).map_or(0, |meta| meta.len())
 }
 
-/// The monitor appends on: what it writes meanwhile may be lost, and stands behind what was kept otherwise.
+/// The monitor keeps appending. Bytes written during the cut may be lost.
 fn cut(path: &Path) -> io::Result<()> {
     let kept = ends(path)?;
     let mut file = File::options().append(true).open(path)?;
@@ -164,7 +166,7 @@ mod tests {
         let path = folders.status(&id);
         fs::write(&path, "{\"event\":\"guest_reset\",\"boottime_ns\":7}\n".repeat(1_000_000)).unwrap();
         assert!(read_status(&path).len() < 2000);
-        // Longer than what is read: no event at all, and nothing else is lost.
+        // A line longer than the bound is no event, and no other line is lost.
         fs::write(&path, format!("{BEGAN}{}", exited(&"x".repeat(17 << 20)))).unwrap();
         assert_eq!(read_status(&path), [Event::VcpusRunning { boottime_ns: 5 }]);
         fs::write(&path, format!("{BEGAN}{}", exited(&"ü".repeat(20 << 10)))).unwrap();
@@ -203,7 +205,7 @@ mod tests {
         monitor.write_all(exited("after the cut").as_bytes()).unwrap();
         assert_eq!(read_status(&status).len(), 2);
 
-        // What is short stays as it is.
+        // A short file stays unchanged.
         let before = fs::read(&status).unwrap();
         keep_short(&folders, &id).unwrap();
         assert_eq!(fs::read(&status).unwrap(), before);

@@ -1,5 +1,5 @@
-//! What to do next about one instance: a pure function of what is wanted (spec), what is remembered (run) and what
-//! a look at the host showed (facts).
+//! Decides the next action for one instance: a pure function of the spec, the remembered run and
+//! the facts of a look at the host.
 //!
 //! ```text
 //! wanted running:  begin → fetch → disk → network → cgroup → start monitor → let run → rest(running)
@@ -21,9 +21,10 @@ use roost_vmm::status::ExitReason;
 /// Monitors that may end before their vCPUs ran; then the start has failed.
 pub const START_ATTEMPTS: u32 = 3;
 
-/// A guest that was never ready and resets itself so often within [`RESETS_WITHIN_NS`] cannot boot: its run ends.
+/// A guest that resets itself this many times within [`RESETS_WITHIN_NS`] without ever being ready
+/// cannot boot: its run ends.
 pub const RESETS: usize = 5;
-/// 300 s: five boots of a slow guest that fails late take less.
+/// 300 s: five failing boots of a slow guest take less.
 pub const RESETS_WITHIN_NS: u64 = 300_000_000_000;
 
 /// The next thing to do.
@@ -76,12 +77,12 @@ pub enum Power {
     Overdue,
 }
 
-/// What the time that has passed means for the decision.
+/// Elapsed times that the decision depends on.
 #[derive(Debug, Clone, Copy)]
 pub struct Deadlines<'a> {
-    /// Of a guest that was asked to power off.
+    /// Progress of a requested power-off.
     pub power: Power,
-    /// A reboot's new monitor is overdue; what went wrong last.
+    /// Set if a reboot's new monitor is overdue: the last error.
     pub restart: Option<&'a str>,
 }
 
@@ -103,7 +104,8 @@ pub fn plan(spec: &InstanceSpec, run: &Run, facts: &Facts, deadlines: Deadlines<
     }
 }
 
-/// Whether a reboot has taken the monitor of a wanted run down and no vCPU of the next one runs yet.
+/// Returns true if a reboot ended the monitor of a wanted run and no vCPU of the next monitor runs
+/// yet.
 pub fn restarts(spec: &InstanceSpec, run: &Run, facts: &Facts) -> bool {
     let waits = match &facts.monitor {
         MonitorFact::None | MonitorFact::Stray => true,
@@ -230,8 +232,8 @@ pub fn why(death: &Death) -> StateReason {
     }
 }
 
-/// The end of a run whose guest resets itself over and over and was never ready. The monitor still lives: once the
-/// end is noted, it is a stray and killed.
+/// Ends a run whose guest resets itself over and over and was never ready. Its monitor still lives:
+/// once the end is recorded, the monitor is a stray and is killed.
 fn cannot_boot(spec: &InstanceSpec, run: &Run, resets_ns: &[u64]) -> Option<Ended> {
     let ours = spec.desired == DesiredState::Running && run.incarnation == spec.incarnation && run.is_open();
     let first = resets_ns.len().checked_sub(RESETS).filter(|_| ours && !run.guest_ready)?;
@@ -245,14 +247,15 @@ fn cannot_boot(spec: &InstanceSpec, run: &Run, resets_ns: &[u64]) -> Option<Ende
     (took <= RESETS_WITHIN_NS).then_some(Ended { at_ns: None, reason, failed: false })
 }
 
-/// The end of a run whose reboot got no new monitor. It ended when its last one went down.
+/// Ends a run whose reboot got no new monitor. The run ended with its last monitor.
 pub fn not_restarted(run: &Run, why: &str) -> Ended {
     let message = format!("a reboot ended the guest, and it could not be started again: {why}");
     let reason = Some(StateReason { code: "Server.InternalError".into(), message });
     Ended { at_ns: run.restart_ns, reason, failed: false }
 }
 
-/// The end of an instance whose volume was made before and is gone: an empty one in its place would hide the loss.
+/// Ends an instance whose volume was made before and is gone: an empty volume in its place would
+/// hide the loss.
 fn volume_lost(spec: &InstanceSpec, run: &Run) -> Ended {
     let message = format!(
         "volume {} is not on this host, where it was made before; it is not replaced by an empty one. Once the owner \

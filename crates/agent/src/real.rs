@@ -29,7 +29,7 @@ use std::time::Duration;
 
 /// How often the free disk is looked at.
 const DISK_EVERY: Duration = Duration::from_secs(5);
-/// Name servers of guests where the host's own are reached by nobody else.
+/// Name servers for guests if only the host reaches its own (loopback resolvers).
 const FALLBACK_DNS: [Ipv4Addr; 2] = [Ipv4Addr::new(9, 9, 9, 9), Ipv4Addr::new(1, 1, 1, 1)];
 /// How often the host's network is looked at.
 const TEND_EVERY: Duration = Duration::from_secs(1);
@@ -40,16 +40,16 @@ pub struct HostSettings {
     pub folders: Folders,
     /// What it can hold.
     pub facts: HostFacts,
-    /// Name servers that guests are told; none: the host's own.
+    /// Name servers for guests; empty: the host's own.
     pub dns: Vec<Ipv4Addr>,
-    /// Bytes of its disk that are kept free.
+    /// Bytes of the disk that stay free.
     pub reserve_disk: u64,
-    /// Links that guests may leave by beside those of the host's default routes.
+    /// Uplinks beside those of the host's default routes.
     pub uplinks: Vec<String>,
 }
 
 impl HostSettings {
-    /// Name servers that guests are told. The host's own change while it runs.
+    /// Name servers for guests. The host's own may change while the agent runs.
     fn name_servers(&self) -> Vec<Ipv4Addr> {
         if self.dns.is_empty() { facts::name_servers(&FALLBACK_DNS) } else { self.dns.clone() }
     }
@@ -66,7 +66,7 @@ pub struct RealHost {
     token_key: [u8; 32],
     networks: Mutex<BTreeMap<InstanceId, Network>>,
     walls: Arc<Walls>,
-    /// Name servers that guests are told now.
+    /// The current name servers for guests.
     dns: Mutex<Vec<Ipv4Addr>>,
     troubles: Troubles,
 }
@@ -104,8 +104,8 @@ impl RealHost {
         &self.images
     }
 
-    /// Looks at the free disk now and then, for ever. While the reserve is not free, the host says that it has no disk for
-    /// volumes.
+    /// Reads the free disk periodically. Below the reserve, the host reports no disk for volumes.
+    /// Never returns.
     pub async fn watch_disk(&self) {
         loop {
             let trouble = self.disk.look().unwrap_or_else(|error| Some(error.chain()));
@@ -148,7 +148,7 @@ impl RealHost {
         self.dns.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
-    /// Follows the host's network for as long as the agent runs: walls that were taken away, links, name servers.
+    /// Follows the host's network until the agent ends: removed tables, links and name servers.
     pub async fn tend_network(self: Arc<Self>) {
         loop {
             let host = Arc::clone(&self);
@@ -169,7 +169,7 @@ impl RealHost {
         }
     }
 
-    /// What a network is made for: all that its links, lease and metadata are made from.
+    /// A digest of everything that an instance's links, lease and metadata depend on.
     fn made_for(&self, of: &Accepted) -> String {
         let spec = of.spec();
         let host = (self.walls.around().mtu, self.name_servers());
@@ -242,7 +242,7 @@ impl Host for RealHost {
         let (id, spec) = (of.id(), of.spec());
         let (monitors, accepted, known) = (self.monitors.clone(), of.clone(), run.clone());
         let boot_id = self.boot_id.clone();
-        // What a monitor wrote is read where a slow disk holds up nobody else.
+        // A slow disk with a monitor's files must not block other tasks.
         let monitor = blocking(move || Ok(monitors.look(&accepted, &known, &boot_id))).await?;
         let wanted = self.made_for(of);
         let network = self.links(of).stand(self.folders())

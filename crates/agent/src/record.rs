@@ -5,9 +5,10 @@
 //! | `spec.json` | whoever takes in `ensure` | the newest accepted `ensure`, durable *before* anything acts on it |
 //! | `run.json` | the instance's own task | what became of the incarnation at hand |
 //!
-//! Each file says the version of its form (`"v"`); one of an older version is brought forward when it is read. What
-//! cannot be read, damaged or of a newer version, goes to `quarantine/<id>/` as a whole: nothing acts on that instance
-//! until a person has seen to it, and all others go on.
+//! Each file states the version of its format (`"v"`). A file of an older version is migrated when
+//! it is read. A damaged file, or one of a newer version, moves its whole folder to
+//! `quarantine/<id>/`. No task acts on a quarantined instance until a person restores it; all other
+//! instances continue.
 //!
 //! The refusal rules are pure: [`verdict`].
 
@@ -55,8 +56,8 @@ impl Accepted {
     }
 }
 
-/// SHA-256 over the spec's JSON, as hex, without what an older controller does not send: the same spec from a newer one
-/// is the same.
+/// SHA-256 over the spec's JSON, as hex, without `root_bytes`: an older controller does not send
+/// that field, and the hash must not change.
 pub fn spec_hash(spec: &InstanceSpec) -> String {
     let mut spec = spec.clone();
     spec.image.root_bytes = None;
@@ -147,21 +148,23 @@ pub struct Run {
     pub guest_ready: bool,
     /// The guest's host key, kept over incarnations.
     pub ssh_host_key: Option<String>,
-    /// User data that the guest did not run. It belongs to the instance, and so does this.
+    /// User data that the guest did not run. The value belongs to the instance, as user data does.
     #[serde(default)]
     pub user_data_not_run: Option<UserDataForm>,
     /// CPU time at the end, microseconds.
     pub cpu_usage_us: Option<u64>,
     /// Parts of the latest start.
     pub timing: Vec<TimedPart>,
-    /// When a reboot took the monitor down; until the next one's vCPUs run.
+    /// When a reboot took the monitor down; `None` once the next monitor's vCPUs run.
     pub restart_ns: Option<u64>,
-    /// The root volume was made, and a monitor may have written to it; kept over incarnations.
+    /// Set once the root volume was made: a monitor may have written to it. Kept across
+    /// incarnations.
     pub volume_made: bool,
 }
 
 impl Run {
-    /// A fresh incarnation. The host key stays: it is on the disk. So does the mark of that disk.
+    /// Creates the run of a new incarnation. The host key and the volume's mark stay: the disk
+    /// keeps both.
     pub fn begin(spec: &InstanceSpec, boot_id: &str, before: &Run) -> Self {
         Self {
             incarnation: spec.incarnation,
@@ -181,7 +184,7 @@ impl Run {
     }
 }
 
-/// A record with the version of its form.
+/// A record with the version of its format.
 #[derive(Serialize)]
 struct Stored<'a, T> {
     v: u64,
@@ -189,7 +192,8 @@ struct Stored<'a, T> {
     record: &'a T,
 }
 
-/// Reads a record of this version or an older one, which `forward` brings to this one; `None` if there is no file.
+/// Reads a record. `forward` migrates one of an older version. Returns `None` if the file does not
+/// exist.
 fn read<T: DeserializeOwned>(path: &Path, forward: fn(u64, &mut Value)) -> Result<Option<T>> {
     let Some(mut value) = durable::read_json::<Value>(path)? else { return Ok(None) };
     let version = value.get("v").map_or(Some(1), Value::as_u64);
@@ -203,14 +207,14 @@ fn read<T: DeserializeOwned>(path: &Path, forward: fn(u64, &mut Value)) -> Resul
     serde_json::from_value(value).map(Some).map_err(|source| Error::Damaged { path: path.to_owned(), source })
 }
 
-/// Brings a run of an older version to this one.
+/// Migrates a run of an older version.
 fn run_from(version: u64, run: &mut Value) {
     let Some(run) = run.as_object_mut().filter(|_| version < 2) else { return };
     let began = run.get("began_ns").is_some_and(Value::is_u64);
     let again = run.get("incarnation").and_then(Value::as_u64) > Some(1);
     let rebooting = began && run.get("ended").is_none_or(Value::is_null);
     let monitor = run.get("monitor").is_some_and(Value::is_object);
-    // A first start may have made its volume without a monitor's having run: then nothing was written to it.
+    // A volume whose monitor never ran holds no writes yet.
     run.insert("volume_made".into(), (began || again || monitor).into());
     let since = run.get("last_seen_ns").cloned().filter(|_| rebooting && !monitor).unwrap_or_default();
     run.insert("restart_ns".into(), since);
@@ -219,9 +223,9 @@ fn run_from(version: u64, run: &mut Value) {
 /// What the state folder holds.
 #[derive(Debug, Default)]
 pub struct Loaded {
-    /// Every instance that can be read.
+    /// Instances whose records can be read.
     pub instances: Vec<(Accepted, Run)>,
-    /// Every one that cannot, and why.
+    /// Instances whose records cannot be read, each with the reason.
     pub quarantined: BTreeMap<InstanceId, String>,
 }
 
@@ -270,8 +274,9 @@ impl Records {
         Ok(read(&self.run_path(id), run_from)?.unwrap_or_default())
     }
 
-    /// Reads every instance; one that cannot be read is quarantined. A folder without a spec is left of a removal or of
-    /// an acceptance that was cut short: nothing was made for it yet or all is gone, so it goes too.
+    /// Reads every instance, and quarantines those that cannot be read. A folder without a spec
+    /// remains from an interrupted removal or acceptance. No object of that instance exists, so the
+    /// folder is removed.
     ///
     /// # Errors
     /// The folder of all instances cannot be read.
@@ -307,23 +312,24 @@ impl Records {
         Ok(Some((accepted, self.load_run(id)?)))
     }
 
-    /// Takes an instance's files out of the way, open ones of a running monitor included: they keep their content.
+    /// Moves an instance's files to the quarantine. Files that a running monitor has open keep
+    /// their content.
     fn quarantine(&self, id: &InstanceId, error: &Error) {
         let (from, to) = (self.folders.instance(id), self.folders.quarantine().join(id.as_str()));
         tracing::error!(instance = %id, error = %error.chain(), ?to, "a record cannot be read; it is quarantined");
         let moved = durable::make_folder(&self.folders.quarantine())
-            // Of one instance the newest is kept.
+            // The newest quarantined copy of an instance is kept.
             .and_then(|()| durable::remove_folder(&to))
             .and_then(|()| std::fs::rename(&from, &to).map_err(Error::file("move", &from)))
             .and_then(|()| durable::write(&to.join("why"), error.chain().as_bytes()))
             .and_then(|()| durable::sync_parent(&from));
         if let Err(error) = moved {
-            // It is found again, and kept out again, at the next start.
+            // The next start finds the record again, and tries again.
             tracing::error!(instance = %id, error = %error.chain(), "a record cannot be quarantined");
         }
     }
 
-    /// What is quarantined, and why.
+    /// Quarantined instances, each with the reason.
     fn quarantined(&self) -> BTreeMap<InstanceId, String> {
         let folder = self.folders.quarantine();
         let why = |id: InstanceId| {

@@ -1,5 +1,5 @@
-//! Reads a guest's console for the three things that it may say about itself: that it is ready, its ssh host key, and
-//! that it did not run its user data.
+//! Scans a guest's console for its three reports: the guest is ready, its ssh host key, and user
+//! data that it did not run.
 //!
 //! The guest is hostile: lines are cut at [`LINE_MAX`], only one exact form of each line counts, and a key must look
 //! like one, so that nothing a guest prints can be more than a claim about that guest.
@@ -12,7 +12,8 @@ use roost_types::UserDataForm;
 pub const LINE_MAX: usize = 1024;
 /// What a ready guest prints at the start of a line.
 const READY: &[u8] = b"roost-guest: ready";
-/// What a guest prints before the form of user data that it does not run (`guest-images/shared/user-data`).
+/// The console line's prefix before the form of user data that the guest does not run
+/// (`guest-images/shared/user-data`).
 const NOT_RUN: &[u8] = b"roost-guest: user data not run: ";
 const KEY_KIND: &[u8] = b"ssh-ed25519 ";
 const KEYS_BEGIN: &[u8] = b"-----BEGIN SSH HOST KEY KEYS-----";
@@ -25,7 +26,7 @@ pub enum Said {
     Ready,
     /// Its ed25519 host key: `ssh-ed25519 AAAA…`, without a comment.
     HostKey(String),
-    /// It did not run user data of this form.
+    /// The guest did not run user data of this form.
     UserDataNotRun(UserDataForm),
 }
 

@@ -1,8 +1,9 @@
 //! Images and volumes.
 //!
-//! An image is fetched once: its compressed bytes are hashed and unpacked in one pass ([`crate::unpack`]), with holes
-//! where it is empty, and take their name only when the hash is right. A volume is a qcow2 overlay on such an image; nothing is copied.
-//! The name of its base inside the overlay is a mere word: the monitor gets both as open files and opens nothing.
+//! An image is fetched once. Its compressed bytes are hashed and unpacked in one pass
+//! ([`crate::unpack`]), with holes for zeroes. The file gets its name only after the hash matched.
+//! A volume is a qcow2 overlay on such an image, without a copy. The base's name inside the overlay
+//! is unused: the monitor gets both as open files.
 
 use crate::durable;
 use crate::error::{Error, Result};
@@ -20,7 +21,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, SystemTime};
 use tokio::io::AsyncRead;
 
-/// Largest unpacked root disk of an image whose controller does not say its size.
+/// Largest unpacked root disk of an image whose size the controller does not state.
 const ROOT_MAX: u64 = 1 << 40;
 /// Largest unpacked kernel or initial RAM disk: guest memory holds both.
 const BOOT_FILE_MAX: u64 = 1 << 30;

@@ -20,13 +20,13 @@ pub struct Pace {
     /// How long until the power button is pressed again: a guest that is still booting does not hear it, and neither
     /// the monitor nor the guest remembers that it was pressed.
     pub press_again: Duration,
-    /// How long a monitor may take to answer; its own client gives up before.
+    /// Time limit of a call to a monitor; the client's own limit is shorter.
     pub answer: Duration,
     /// How often a running guest is looked after.
     pub tick: Duration,
-    /// From the end of one monitor to the vCPUs of the next, in a reboot.
+    /// Longest time from a monitor's end to the next monitor's vCPUs, in a reboot.
     pub restart: Duration,
-    /// Between two host keys that are taken from one run's console.
+    /// Least time between two host keys of one run.
     pub host_key: Duration,
     /// First pause after a failure; doubles up to `retry_max`.
     pub retry_first: Duration,
@@ -115,14 +115,14 @@ pub struct Task<H: Host> {
     begun_ns: u64,
     asked: Option<Asked>,
     saw_alive: bool,
-    /// When a look last showed its monitor alive, nanoseconds of CLOCK_BOOTTIME.
+    /// CLOCK_BOOTTIME of the last look that showed the monitor alive, in nanoseconds.
     seen_ns: u64,
     failures: u32,
     scan: Scan,
     scanned: Option<u64>,
-    /// When this run's newest host key was taken.
+    /// When this run's newest host key was recorded.
     key_taken: Option<Instant>,
-    /// The newest host key that the guest printed, until it is taken.
+    /// The newest host key that the guest printed, until it is recorded.
     key_said: Option<String>,
 }
 
@@ -183,8 +183,8 @@ impl<H: Host> Task<H> {
     fn failed(&mut self, accepted: &Accepted, run: &mut Run, error: &Error) -> Duration {
         let text = error.chain();
         tracing::warn!(instance = %accepted.id(), error = %text, "a step failed");
-        // What can never work ends the start, or the run whose reboot it is; what is being cleared up is tried for
-        // ever.
+        // A permanent error ends the start, or the run that is being rebooted. A clean-up is
+        // retried without limit.
         let starting = accepted.spec().desired == DesiredState::Running
             && run.incarnation == accepted.spec().incarnation
             && (!run.is_open() || run.restart_ns.is_some());
@@ -241,7 +241,7 @@ impl<H: Host> Task<H> {
                 // It has just said that its machine is built.
                 self.saw_alive = true;
                 run.console_from = started.console_from;
-                // Durable before the guest can write a first byte.
+                // The mark is durable before the guest can write its first byte.
                 run.volume_made = true;
                 run.guest_ready = false;
                 for part in started.timing {
@@ -317,8 +317,9 @@ impl<H: Host> Task<H> {
 
     fn note_ended(&mut self, accepted: &Accepted, run: &mut Run, mut ended: Ended) -> Result<()> {
         let now = self.host.now_ns();
-        // Without a word of the monitor's own, its end is now if this agent started it or saw it alive; else nobody knows. Its
-        // word is believed as far as it can be true: not before an agent saw it alive, and not after now.
+        // The end is dated by the monitor, between the last look that showed it alive and now.
+        // Without a date of the monitor's, the end is now if this agent started it or saw it alive.
+        // Otherwise nobody knows the end.
         let seen = self.seen_ns.max(run.last_seen_ns.unwrap_or(0));
         ended.at_ns = ended.at_ns.map(|at| at.max(seen).min(now)).or_else(|| self.saw_alive.then_some(now));
         if run.ended.is_none() {
@@ -328,7 +329,8 @@ impl<H: Host> Task<H> {
         run.monitor = None;
         self.over();
         self.records.save_run(accepted.id(), run)?;
-        // An end and its reason are told at once: whoever hears of an end without a reason takes it for the guest's own.
+        // An end and its reason are reported together: an end without a reason reads as the guest's
+        // own.
         let spec = accepted.spec();
         let state =
             if run.incarnation == spec.incarnation { Observed::Stopping } else { self.shared.live().state };
@@ -355,7 +357,7 @@ impl<H: Host> Task<H> {
         }
     }
 
-    /// What went wrong last, if the new monitor of a reboot is overdue.
+    /// The last error, if a reboot's new monitor is overdue.
     fn restart_overdue(&self, run: &Run) -> Option<String> {
         let waited = self.host.now_ns().saturating_sub(run.restart_ns?.max(self.begun_ns));
         let last =
@@ -369,11 +371,12 @@ impl<H: Host> Task<H> {
         let wanted = accepted.spec().desired;
         let mut asked = *self.asked.get_or_insert(Asked { wanted, since: now, pressed: None });
         if asked.pressed.is_none_or(|at| at.elapsed() >= self.pace.press_again) {
-            // Noted before: a press that is not answered counts as one.
+            // Recorded before the call: a press without an answer counts as one.
             asked.pressed = Some(now);
             self.asked = Some(asked);
             let left = self.pace.stop_grace.saturating_sub(asked.since.elapsed());
-            // A monitor that refuses is asked again after the usual pause, and killed when the grace is over.
+            // A monitor that refuses the press is asked again after the usual pause, and killed
+            // after the grace.
             match self.answer(left.min(self.pace.answer), self.host.press_power(accepted)).await {
                 Ok(Some(())) => {}
                 Ok(None) => return Ok(Next::Again),
@@ -387,8 +390,8 @@ impl<H: Host> Task<H> {
         Ok(Next::Rest(left.max(Duration::from_millis(1))))
     }
 
-    /// A monitor's answer. Returns `None` if there is news of the instance first, or no answer within the limit: a monitor may be
-    /// a tenant's by now, and nothing that it does not do must keep it from being killed.
+    /// A monitor's answer. Returns `None` if the instance has news first, or the limit passes
+    /// without an answer. A compromised monitor must not delay its own kill.
     async fn answer<T>(&self, limit: Duration, call: impl Future<Output = Result<T>>) -> Result<Option<T>> {
         tokio::select! {
             biased;
@@ -448,8 +451,9 @@ impl<H: Host> Task<H> {
         news | self.take_key(run)
     }
 
-    /// Takes the host key that the guest printed last: its first in a run at once, later ones now and then, as each costs
-    /// this host and the controller a flush of their disks.
+    /// Records the host key that the guest printed last. The first key of a run is recorded at
+    /// once. Later keys are rate-limited, as each costs the host and the controller a flush of
+    /// their disks.
     fn take_key(&mut self, run: &mut Run) -> bool {
         if self.key_taken.is_some_and(|at| at.elapsed() < self.pace.host_key) {
             return false;
@@ -492,7 +496,7 @@ impl<H: Host> Task<H> {
         self.set_state(state, reason(spec, run, state), None);
     }
 
-    /// Makes a state visible, with the run that it is of.
+    /// Publishes a state with the run that it belongs to.
     fn set_state(&self, state: Observed, reason: Option<StateReason>, run: Option<&Run>) {
         let changed = {
             let mut live = self.shared.live();
@@ -528,7 +532,7 @@ pub fn state(spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) -> 
     if spec.desired != DesiredState::Running {
         return Observed::Stopping;
     }
-    // An end that cannot be noted, as on a full disk, is an end all the same.
+    // An end is an end even if it cannot be recorded, as on a full disk.
     if current && (run.ended.is_some() || matches!(action, Action::NoteEnded(_))) {
         return Observed::Stopping;
     }
@@ -541,7 +545,7 @@ pub fn state(spec: &InstanceSpec, run: &Run, facts: &Facts, action: &Action) -> 
     Observed::Preparing
 }
 
-/// Why an instance is in a state that it came to by its run's end.
+/// The reason for a state that the end of the run caused.
 pub fn reason(spec: &InstanceSpec, run: &Run, state: Observed) -> Option<StateReason> {
     let over = matches!(state, Observed::Stopping | Observed::Stopped | Observed::Failed);
     let ended = run.ended.as_ref().filter(|_| over && run.incarnation == spec.incarnation);

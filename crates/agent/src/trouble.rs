@@ -1,7 +1,8 @@
-//! What is wrong with the host itself, for its owner: a sentence by subject, from whoever watches that subject.
+//! Troubles of the host itself, for its owner: one sentence per subject, set by the subject's
+//! watcher.
 //!
-//! The sentences go to the controller with every report (`roost hosts`), and into a file of the run folder, where
-//! `roost doctor` finds them without a controller.
+//! The sentences go to the controller with every report (`roost hosts`), and into a file of the run
+//! folder, where `roost doctor` finds them without a controller.
 
 use crate::names::Folders;
 use roost_types::agent::{TROUBLES, bounded};
@@ -14,14 +15,14 @@ use tokio::sync::watch;
 /// The host's troubles, by subject.
 #[derive(Debug, Default)]
 pub struct Troubles {
-    /// Where they are written; nowhere in tests.
+    /// The file of the sentences; `None` in tests.
     file: Option<PathBuf>,
     by_subject: Mutex<BTreeMap<String, String>>,
     changed: watch::Sender<()>,
 }
 
 impl Troubles {
-    /// None so far.
+    /// Creates an empty set.
     pub fn new(folders: &Folders) -> Self {
         let troubles = Self { file: Some(folders.troubles()), ..Self::default() };
         troubles.write(&troubles.lock());
@@ -32,7 +33,8 @@ impl Troubles {
         self.by_subject.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Sets what is wrong with `subject` (`firewall`, `clock`, `records` …), or that nothing is. A change is logged.
+    /// Sets or clears the trouble of `subject` (`firewall`, `clock`, `records` …). A change is
+    /// logged.
     pub fn set(&self, subject: &str, trouble: Option<String>) {
         let mut by_subject = self.lock();
         let before = by_subject.get(subject);
@@ -51,12 +53,13 @@ impl Troubles {
         self.changed.send_replace(());
     }
 
-    /// The sentences, by subject: at most [`TROUBLES`] of at most [`roost_types::agent::SENTENCE_BYTES`] each.
+    /// The sentences, by subject: at most [`TROUBLES`] of at most
+    /// [`roost_types::agent::SENTENCE_BYTES`] each.
     pub fn sentences(&self) -> Vec<String> {
         self.lock().values().take(TROUBLES).map(|sentence| bounded(sentence)).collect()
     }
 
-    /// Is marked changed whenever a sentence comes, changes or goes.
+    /// The receiver is marked changed whenever a sentence is added, changed or removed.
     pub fn changes(&self) -> watch::Receiver<()> {
         self.changed.subscribe()
     }
@@ -66,7 +69,8 @@ impl Troubles {
             .values()
             .map(|sentence| format!("{}\n", bounded(sentence).replace('\n', " ")))
             .collect();
-        // Written aside and renamed: a reader never sees a half. What cannot be written is in the log and the reports.
+        // Written aside and renamed: a reader never sees half a file. After a failed write, the
+        // sentences are still in the log and the reports.
         let Some(file) = &self.file else { return };
         let aside = file.with_extension("new");
         if let Err(error) = fs::write(&aside, text).and_then(|()| fs::rename(&aside, file)) {

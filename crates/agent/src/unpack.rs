@@ -1,12 +1,13 @@
-//! Unpacks a blob, which is a tenant's, in a short-lived process without privilege.
+//! Unpacks a blob of a tenant in a short-lived process without privilege.
 //!
 //! ```text
 //!   roost-agent serve (root)              roost-agent unpack (nobody's user, no files, no network)
 //!   blob ── SHA-256 ── pipe ────────────▶ 0   zstd ── holes ──▶ 1 ──▶ images/….part
 //!   outcome, at most ANSWER bytes ◀─────── 2
 //! ```
-//! The process has these three descriptors and can get no other: its filter allows reading, writing, memory and the
-//! end. It writes no more than the image says that it unpacks to, and leaves the host's reserve of free disk alone.
+//! The process has these three descriptors and can get no other. Its filter allows reading,
+//! writing, memory and exit. The process writes at most the image's unpacked size, and leaves the
+//! host's disk reserve free.
 
 use crate::disk;
 use crate::error::{Error, Result};
@@ -28,27 +29,28 @@ use tokio::time::timeout;
 
 /// Unit of holes.
 const BLOCK: usize = 64 * 1024;
-/// How much is written between two looks at the free disk, bytes.
+/// Bytes that are written between two checks of the free disk.
 const LOOK_EVERY: u64 = 16 << 20;
-/// Most memory that the process may map, bytes: a window of zstd, and itself.
+/// Most memory that the process may map, in bytes: a zstd window and the program itself.
 const MEMORY: u64 = 1 << 30;
-/// Largest window of zstd, as a power of two: 128 MiB, what `zstd --ultra` and `--long` make by default.
+/// Largest window of zstd, as a power of two: 128 MiB, what `zstd --ultra` and `--long` make by
+/// default.
 const WINDOW_LOG_MAX: u32 = 27;
 /// Most bytes of an answer.
 const ANSWER: u64 = 1024;
-/// Longest that the process may take for one piece of a blob, which may unpack to gigabytes.
+/// Time limit for one piece of a blob, which may unpack to gigabytes.
 const STALL: Duration = Duration::from_secs(300);
 
-/// What the process says by its exit code, beside success; the sentence is on descriptor 2.
+/// Exit codes of the process beside success; descriptor 2 carries the message.
 const NO_IMAGE: i32 = 3;
 const NO_ROOM: i32 = 4;
 
 /// Starts unpacking processes.
 #[derive(Debug, Clone)]
 pub struct Unpacker {
-    /// The agent's own program.
+    /// Path of the agent's own program.
     pub program: PathBuf,
-    /// User and group id of the process. Only root can give it another one than its own.
+    /// User and group id of the process. Only root can set another id than its own.
     pub user: u32,
     /// Bytes of the disk that stay free.
     pub reserve: u64,
@@ -58,7 +60,7 @@ impl Unpacker {
     /// Hashes and unpacks a blob in one pass, to a file of at most `most` bytes.
     ///
     /// # Errors
-    /// The blob came damaged, is no zstd file or unpacks to more than `most`; or the disk has no room for it.
+    /// The blob is damaged, no zstd file, or unpacks to more than `most`; or the disk has no room.
     pub async fn unpack(
         &self,
         mut bytes: impl AsyncRead + Send + Unpin,
@@ -85,8 +87,8 @@ impl Unpacker {
                 break;
             }
             digest.update(&piece[..count]);
-            // The rest of a blob that does not unpack is hashed too: the hash says whether it came damaged or is no
-            // image at all.
+            // The rest of a blob that does not unpack is hashed too. The hash tells a damaged blob
+            // from a file that is no image.
             if !feed(&mut input, &piece[..count]).await? {
                 input = None;
             }
@@ -129,7 +131,7 @@ impl Unpacker {
     }
 }
 
-/// Returns false if the process takes no more.
+/// Returns false if the process reads no more.
 async fn feed(input: &mut Option<ChildStdin>, piece: &[u8]) -> Result<bool> {
     let Some(pipe) = input else { return Ok(false) };
     match timeout(STALL, pipe.write_all(piece)).await {
@@ -142,7 +144,7 @@ fn stalled() -> Error {
     Error::NotNow(format!("the unpacking process did nothing for {} s", STALL.as_secs()))
 }
 
-/// How the process ended, and what it said, in printable characters.
+/// The exit status and the message of the process, in printable characters.
 async fn outcome(child: &mut Child) -> Result<(ExitStatus, String)> {
     let mut said = Vec::new();
     if let Some(answer) = child.stderr.take() {
@@ -155,18 +157,18 @@ async fn outcome(child: &mut Child) -> Result<(ExitStatus, String)> {
     Ok((status, text.trim().chars().filter(|letter| !letter.is_control()).collect()))
 }
 
-/// What the process is told.
+/// Parameters of the process.
 #[derive(Debug, Clone, Copy)]
 pub struct Order {
-    /// Most bytes that it writes.
+    /// Most bytes that the process writes.
     pub most: u64,
     /// Bytes of the disk that stay free.
     pub reserve: u64,
-    /// User and group id that it gives itself if it is root.
+    /// User and group id of the process if it starts as root.
     pub user: u32,
 }
 
-/// The process: gives up what it does not need, unpacks descriptor 0 to descriptor 1, and ends.
+/// The process itself: drops its privileges, unpacks descriptor 0 to descriptor 1, and ends.
 pub fn run(order: Order) -> ! {
     let code = match lock_down(order).and_then(|()| copy(order)) {
         Ok(()) => 0,
@@ -212,7 +214,8 @@ fn lock_down(order: Order) -> Outcome<()> {
     seccomp::install(&filter).map_err(failed("lock itself down"))
 }
 
-/// All that the process may call from then on. No call takes a path, makes a descriptor or starts anything.
+/// Every system call that the process may make from then on. No call takes a path, makes a
+/// descriptor or starts a program.
 fn calls() -> Vec<(i64, Only)> {
     let any = [
         libc::SYS_lseek,
@@ -243,7 +246,7 @@ fn calls() -> Vec<(i64, Only)> {
 
 /// Unpacks, with holes for zeroes.
 fn copy(order: Order) -> Outcome<()> {
-    // Never closed, as nothing else is.
+    // Never closed, like every other descriptor here.
     // SAFETY: whoever started this process has handed it this descriptor.
     let input = ManuallyDrop::new(unsafe { File::from_raw_fd(0) });
     // SAFETY: and this one.

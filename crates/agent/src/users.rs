@@ -1,16 +1,17 @@
-//! The user ids that monitors run as: one each, and nobody else's.
+//! User ids of monitors: one per monitor, used by nothing else on the host.
 
 use std::fs;
 
-/// First of them by default. systemd's `UIDS-GIDS.md` names 0x7000_0000 to 0x7fff_ffff as used by nobody; `useradd` hands out ranges
-/// for user namespaces from 100,000 on, in which their owner may kill whoever has such an id.
+/// Default of the first id. systemd's `UIDS-GIDS.md` lists 0x7000_0000 to 0x7fff_ffff as unused.
+/// `useradd` allocates ranges for user namespaces from 100,000 on; their owner may kill every
+/// process with an id in the range.
 pub const FIRST: u32 = 0x7000_0000;
-/// How many there may be: more instances than a host can hold.
+/// Number of ids: more than the instances of any host.
 const COUNT: u64 = 1 << 16;
-/// Who may use which ids in user namespaces (subuid(5)).
+/// Files that allocate ids for user namespaces (subuid(5)).
 const HANDED_OUT: [&str; 2] = ["/etc/subuid", "/etc/subgid"];
 
-/// Says whose range the monitors' ids lie in, if there is one.
+/// Returns the sentence about a subordinate range that overlaps the monitors' ids, if there is one.
 pub fn trouble(first: u32) -> Option<String> {
     HANDED_OUT.iter().find_map(|path| overlap(first, path, &fs::read_to_string(path).ok()?))
 }
@@ -44,7 +45,8 @@ mod tests {
         }
         assert_eq!(overlap(34_464, "/etc/subuid", text), None, "ends where alice's range begins");
         assert_eq!(overlap(231_072, "/etc/subuid", text), None, "begins where bob's range ends");
-        // All that `useradd` hands out by itself (SUB_UID_MIN to SUB_UID_MAX of login.defs(5)), and LXD's.
+        // Every range that `useradd` allocates (SUB_UID_MIN to SUB_UID_MAX of login.defs(5)), and
+        // LXD's.
         assert_eq!(overlap(FIRST, "/etc/subuid", "any:100000:600000001\nroot:1000000:1000000000"), None);
         assert!(overlap(FIRST, "/etc/subgid", "all:0:4294967295").unwrap().contains("/etc/subgid"));
     }

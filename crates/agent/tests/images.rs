@@ -128,7 +128,7 @@ async fn a_volume_is_an_empty_overlay_of_the_asked_size_and_is_made_once() {
     assert!(make_volume(&folders, &spec).unwrap_err().to_string().contains("smaller than its image"));
 }
 
-/// A few kilobytes claim any size: neither the disk nor the memory of the host pays for it.
+/// A few kilobytes unpack to any size: neither the disk nor the memory of the host pays for it.
 #[tokio::test]
 async fn a_blob_that_unpacks_to_more_than_its_image_says_is_refused_for_good_and_leaves_nothing() {
     const SAYS: usize = 4 << 20;
@@ -163,7 +163,7 @@ async fn nothing_is_unpacked_into_the_reserve_of_the_disk() {
     assert_eq!(fs::read_dir(folders.images()).unwrap().count(), 0);
 }
 
-/// The process that unpacks has its three descriptors, another user where there is root, and can get nothing else.
+/// The process has its three descriptors, another user if the test is root, and nothing else.
 #[test]
 fn the_unpacking_process_is_locked_down_while_it_reads_its_first_byte() {
     let folder = tempfile::tempdir().unwrap();

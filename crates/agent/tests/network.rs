@@ -73,7 +73,7 @@ impl Bench {
             run: folder.path().join("run"),
             netns: folder.path().join("netns"),
         };
-        // The host: a loopback, and an address of its own that guests must not reach. It is no router.
+        // The host: a loopback, and an address that guests must not reach. Its forwarding is off.
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "0").unwrap();
         run("ip", "link set lo up");
         run("ip", "addr add 10.99.0.1/32 dev lo");
@@ -155,7 +155,8 @@ impl Bench {
         netns::enter(&self.guest, move || Ok(work())).unwrap()
     }
 
-    /// The host's uplink and a server beyond it, to tell "nothing works" from "the host is closed".
+    /// The host's uplink and a server beyond it, which tell "nothing works" from "the host is
+    /// closed".
     fn uplink(&mut self) -> (PathBuf, TcpListener) {
         let beyond = self.beside("uplink", "192.0.2.1/24", "192.0.2.9/24");
         self.walls.tend(&self.troubles);
@@ -163,7 +164,7 @@ impl Bench {
         (beyond, server)
     }
 
-    /// A namespace beside the host, at the other end of a link of it.
+    /// A namespace at the other end of a link of the host.
     fn beside(&self, link: &str, address: &str, theirs: &str) -> PathBuf {
         let beside = self.folders.netns.join(link);
         netns::make(&beside).unwrap();
@@ -257,7 +258,7 @@ fn reaches(to: &str) -> bool {
     TcpStream::connect_timeout(&to, Duration::from_millis(700)).is_ok()
 }
 
-/// [`reaches`], for walls that are many: on a wire of this machine an answer takes a millisecond.
+/// As [`reaches`], for long lists of closed targets: an answer takes a millisecond here.
 fn reaches_soon(to: &str) -> bool {
     TcpStream::connect_timeout(&to.parse().unwrap(), Duration::from_millis(200)).is_ok()
 }
@@ -412,7 +413,8 @@ fn connections() -> usize {
     text.trim().parse().unwrap()
 }
 
-/// Opens as many connections at once, and keeps them; gives how many come about until none does for a while.
+/// Opens this many connections at once, and keeps them open. Returns how many succeed until none
+/// does for a while.
 fn open_many(to: &'static str, count: usize) -> (usize, Vec<TcpStream>) {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
     let streams: Vec<TcpStream> = runtime.block_on(async {
@@ -426,7 +428,7 @@ fn open_many(to: &'static str, count: usize) -> (usize, Vec<TcpStream>) {
     (streams.len(), streams)
 }
 
-/// Accepts and keeps whatever comes, for as long as the test runs.
+/// Accepts and keeps every connection until the test ends.
 fn accept_all(server: TcpListener) {
     std::thread::spawn(move || server.incoming().collect::<Vec<_>>());
 }
@@ -452,7 +454,7 @@ fn a_guest_at_its_limit_of_connections_leaves_the_host_and_its_neighbours_theirs
         netns::enter(&bench.netns(), move || firewall::apply("again", &again)).unwrap();
         assert!(!bench.in_guest(|| reaches_soon("192.0.2.9:443")), "new rules count what there is");
 
-        // The second wall, by public address, which a neighbour runs into.
+        // The second table, by public address, which limits a neighbour.
         let neighbour = Bench::neighbour(&bench);
         neighbour.configure_guest();
         let public = [&bench, &neighbour].map(|one| (one.links.id.clone(), one.links.interface.public_ip));
@@ -461,7 +463,7 @@ fn a_guest_at_its_limit_of_connections_leaves_the_host_and_its_neighbours_theirs
         assert_eq!(theirs, 100, "a neighbour has all of its own");
         assert!(reaches("192.0.2.9:443"), "the host itself still connects");
 
-        // What is left of it goes with the instance.
+        // The connections that are left go with the instance.
         let before = connections();
         links::remove(&bench.folders, &neighbour.links.id).unwrap();
         bench.walls.take_down(&neighbour.links.id).unwrap();
@@ -482,7 +484,7 @@ fn a_guest_that_opens_connections_without_end_is_slowed_down() {
         bench.in_guest(|| {
             let socket = UdpSocket::bind("0.0.0.0:0").unwrap();
             for port in 1000..20_000_u16 {
-                // A port that refuses is said to the socket at the next call.
+                // The error of a refused port reaches the socket at its next call.
                 while socket.send_to(b"x", ("192.0.2.9", port)).is_err() {}
             }
         });
@@ -541,7 +543,7 @@ fn arp_of_senders_that_are_not_the_guest_fills_no_table_of_the_kernel() {
                 let head = [0, 1, 8, 0, 6, 4, 0, 1];
                 frame(mac, 0x0806, &[&head[..], &mac, &sender, &[0; 6], &[172, 31, 0, 1]].concat())
             }));
-            // Comes after them on the same wire.
+            // This frame follows the others on the same wire.
             get("/latest/meta-data/", "", "GET");
         });
         let known = netns::enter(&bench.netns(), || {
@@ -569,7 +571,7 @@ fn a_guest_reaches_the_uplink_and_no_other_network_of_the_host() {
             Ok(["0.0.0.0:80", "0.0.0.0:5432"].map(|at| TcpListener::bind(at).unwrap()))
         })
         .unwrap();
-        // As Docker publishes a port.
+        // A published port as Docker makes it.
         let publish = "table ip nat { chain pre { type nat hook prerouting priority dstnat; \
             fib daddr type local tcp dport 8080 dnat to 172.17.0.2:80; }; }";
         firewall::apply("publish a port", publish).unwrap();
@@ -582,12 +584,12 @@ fn a_guest_reaches_the_uplink_and_no_other_network_of_the_host() {
         assert!(reaches("172.17.0.2:80"), "the host itself reaches its container");
         assert_eq!(reached(&bench), Vec::<&str>::new());
 
-        // The host's table alone.
+        // Only the host's table.
         let open = firewall::instance_table(&bench.links.interface, &[]);
         netns::enter(&bench.netns(), move || firewall::apply("no wall inside", &open)).unwrap();
         assert_eq!(reached(&bench), Vec::<&str>::new());
 
-        // And the table inside alone, as it is after a firewall of the host was loaded anew.
+        // Only the table in the namespace, as after a reload of the host's firewall.
         bench.make();
         run("nft", "flush ruleset");
         firewall::apply("publish a port", publish).unwrap();
@@ -620,7 +622,7 @@ fn a_host_with_instances_is_no_router_between_its_other_networks() {
         let (out, into) = (|| Ok(reaches_soon("192.0.2.9:443")), || Ok(reaches_soon("172.17.0.2:80")));
         assert!(!netns::enter(&container, out).unwrap(), "no way from a container");
         assert!(!netns::enter(&beyond, into).unwrap(), "no way to a container");
-        // Its owner makes it one: the walls follow.
+        // The owner turns forwarding on: the tables follow.
         std::fs::write("/proc/sys/net/ipv4/ip_forward", "1").unwrap();
         bench.walls.tend(&bench.troubles);
         assert!(netns::enter(&container, out).unwrap() && netns::enter(&beyond, into).unwrap());
@@ -641,7 +643,7 @@ fn walls_that_another_program_flushes_are_set_again_and_told() {
         let id = bench.links.id.clone();
         bench.walls.tend(&bench.troubles);
         assert_eq!((bench.troubles.sentences(), bench.walls.trouble_of(&id)), (vec![], None));
-        // A table of another program is no trouble.
+        // Another program's table is no trouble.
         firewall::apply("another's", "table ip other { chain c { type filter hook input priority 0; }; }")
             .unwrap();
         bench.walls.tend(&bench.troubles);
@@ -656,7 +658,7 @@ fn walls_that_another_program_flushes_are_set_again_and_told() {
         assert!(told.len() == 1 && told[0].contains("host's firewall"), "{told:?}");
         assert_eq!(bench.walls.trouble_of(&id).as_ref(), told.first());
 
-        // One rule of ours is as good as all.
+        // Losing one rule counts as losing all.
         firewall::apply("a rule less", "flush chain inet roost_host input\n").unwrap();
         bench.walls.tend(&bench.troubles);
         let listed = firewall::host_rules(&firewall::ruleset().unwrap());
@@ -694,7 +696,7 @@ fn a_forward_chain_that_begins_to_drop_lets_instances_pass_or_is_named() {
             (bench.in_guest(|| reaches_soon("192.0.2.9:443")), into)
         };
         assert_eq!(both_ways(&bench), (true, true));
-        // As Docker leaves it, with the wide rule of an earlier agent.
+        // A chain as Docker leaves it, with the wide rule of an earlier agent.
         let docker = "table ip filter {
             chain DOCKER-USER {
                 iifname \"rv*\" counter accept
@@ -713,7 +715,7 @@ fn a_forward_chain_that_begins_to_drop_lets_instances_pass_or_is_named() {
         let docker = roost_types::forward::barriers(&rules, "roost_host").remove(0);
         assert!(roost_types::forward::too_wide(&rules, &docker).is_empty(), "the wide rule is gone");
 
-        // Another program's chain is its own affair: named, with the command.
+        // Another program's chain is reported with the command that opens it, and left alone.
         let other = "table inet site {
             chain guard {
                 type filter hook forward priority 10; policy drop;
@@ -724,7 +726,7 @@ fn a_forward_chain_that_begins_to_drop_lets_instances_pass_or_is_named() {
         let told = bench.troubles.sentences();
         assert!(told.len() == 1 && told[0].contains("chain guard of table inet site"), "{told:?}");
         assert_eq!(bench.walls.trouble_of(&bench.links.id).as_ref(), told.first());
-        // Its fixes, typed as they stand.
+        // The reported commands, run as they stand.
         for fix in told[0].split('\'').filter(|part| part.starts_with("insert rule")) {
             firewall::apply("the fix", &format!("{fix}\n")).unwrap();
         }
@@ -749,7 +751,7 @@ fn links_are_born_with_their_hardware_addresses_and_get_them_back() {
         assert!(bench.links.stand(&bench.folders));
         assert_eq!(links::hardware_address(&veth), Some(address));
 
-        // Many at once: each is right as it is born, whoever else is making one.
+        // Many pairs at once: each has its address from birth, whoever else makes links.
         let all: Vec<Links> = (0..60_u8)
             .map(|n| {
                 let ensure = ensure_of(10 + n, 1);
@@ -811,7 +813,8 @@ fn nothing_but_ipv4_and_arp_leaves_a_guest() {
         let mac = links::mac(&bench.links.interface.mac).unwrap();
         bench.in_guest(move || {
             let all = [0xff, 2, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1];
-            // Router advertisement, neighbour solicitation, UDP; then VLAN, QinQ, LLDP, PPPoE and STP.
+            // Router advertisement, neighbour solicitation, UDP; then VLAN, QinQ, LLDP, PPPoE and
+            // STP.
             let sixes = [(58, 134), (58, 135), (17, 0)].map(|(next, kind)| {
                 let head = [0x60, 0, 0, 0, 0, 16, next, 255];
                 let own = [0xfe, 0x80, 0, 0, 0, 0, 0, 0, 4, 0, 0xa, 0xff, 0xfe, 0, 0, 5];

@@ -1,4 +1,4 @@
-//! The program itself, as far as no root is needed.
+//! The agent's program, in what needs no root.
 
 #![allow(clippy::unwrap_used, reason = "a failing test is what an unwrap is for here")]
 

@@ -179,7 +179,7 @@ async fn one_record_that_cannot_be_read_is_quarantined_and_its_guest_runs_on_as_
         bench.crash_agent().await;
         std::fs::write(bench.folders.file(&id, file), content).unwrap();
         bench.shared.world().slots = [0, 1].into();
-        // Also after one more start, when it lies in quarantine already.
+        // One more start, with the record in quarantine already, changes nothing.
         for _ in 0..2 {
             bench.start_agent();
             let seen = bench.until(&id, "trouble", |seen| seen.trouble.is_some()).await;
@@ -197,12 +197,12 @@ async fn one_record_that_cannot_be_read_is_quarantined_and_its_guest_runs_on_as_
             assert!(bench.shared.world().machines[&id].monitor_alive, "it was killed as a stray");
             bench.crash_agent().await;
         }
-        // A new one does not get the user id of the guest that nobody looks after.
+        // A new instance does not get the user id of the quarantined guest.
         bench.start_agent();
         let new = ensure_of(8, 1);
         bench.want(new.clone());
         assert_eq!(bench.agent.as_ref().unwrap().accepted(&new.instance_id).unwrap().slot, 2);
-        // Its folder is moved back once it is mended, and the guest has not noticed.
+        // A repaired folder is moved back, and the guest has not noticed.
         bench.crash_agent().await;
         let kept = bench.folders.quarantine().join(id.as_str());
         if file == "run.json" {
@@ -238,7 +238,8 @@ async fn an_instance_that_comes_back_from_quarantine_shares_its_user_id_with_no_
     assert_eq!(slots(&bench), [0, 1], "that is written down");
 }
 
-/// `tests/data/records-v1` holds what version 1 wrote, one folder per instance; each later version gets its own.
+/// `tests/data/records-v1` holds the records of version 1, one folder per instance. Each later
+/// version gets a folder of its own.
 #[test]
 fn records_of_every_older_version_are_read() {
     let data = std::path::Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/records-v1");
@@ -270,11 +271,11 @@ fn records_of_every_older_version_are_read() {
         (0, 1, true, None),
         (1, 1, true, Some(1_000_009_000)),
         (2, 3, true, None),
-        // Its volume may still be made.
+        // The volume may still be made.
         (3, 0, false, None),
     );
     assert_eq!(seen, [running, rebooting, stopped, taken_in]);
-    // Read and written, they are of the version of today.
+    // Records that were read and written have the current version.
     for (accepted, run) in &loaded.instances {
         records.save_spec(accepted).unwrap();
         records.save_run(accepted.id(), run).unwrap();
@@ -356,7 +357,7 @@ async fn how_a_guest_ended_is_told() {
     }
 }
 
-/// Such as one whose root is no file system: its kernel panics and restarts every second.
+/// One such guest has a root that is no file system: its kernel panics and restarts every second.
 #[tokio::test]
 async fn a_guest_that_restarts_itself_over_and_over_and_was_never_ready_is_stopped_with_the_reason() {
     const SECOND: u64 = 1_000_000_000;
@@ -401,7 +402,7 @@ async fn five_resets_over_a_day_are_an_owners_own() {
     assert_eq!(bench.observation(&id).unwrap().state, Observed::Running);
 }
 
-/// The controller takes an end without a reason for the guest's own.
+/// The controller reads an end without a reason as the guest's own.
 #[tokio::test]
 async fn a_killed_monitor_is_told_as_killed_from_the_first_moment_on() {
     let mut bench = Bench::new();
@@ -409,7 +410,7 @@ async fn a_killed_monitor_is_told_as_killed_from_the_first_moment_on() {
     let id = launch.instance_id.clone();
     bench.want(launch);
     bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
-    // What is taken down takes its time.
+    // Taking the objects down takes time.
     bench.shared.world().fails = Some(("tear down", false));
     let killed = |seen: &Observation| {
         let reason = seen.reason.as_ref().map(|reason| reason.code.as_str());
@@ -543,7 +544,7 @@ async fn a_monitor_that_never_answers_is_killed_when_the_grace_is_over() {
     assert!(bench.shared.world().log.iter().any(|line| line.ends_with(" kill")));
 }
 
-/// The button's press is not waited for, and neither is a start.
+/// Neither the press of the power button nor a start delays it.
 #[tokio::test]
 async fn a_terminate_overtakes_a_monitor_that_never_answers() {
     for hangs_at_start in [false, true] {
@@ -573,7 +574,7 @@ async fn a_terminate_overtakes_a_monitor_that_never_answers() {
     }
 }
 
-/// A monitor writes its own status file, and may be a tenant's by now.
+/// A monitor writes its own status file, and may be compromised.
 #[tokio::test]
 async fn a_monitors_own_date_of_its_end_counts_only_where_it_can_be_true() {
     for forged in [0, 1, u64::MAX] {
@@ -585,7 +586,7 @@ async fn a_monitors_own_date_of_its_end_counts_only_where_it_can_be_true() {
             bench.until(&id, "running", |seen| seen.state == Observed::Running).await;
             let (seen_alive, looks) = (bench.shared.now(), bench.shared.world().looks);
             let shared = bench.shared.clone();
-            // The one that was going on, and one from now.
+            // The call that was in progress, and one from now.
             bench.until(&id, "looked at", |_| shared.world().looks >= looks + 2).await;
             if agent_is_away {
                 bench.crash_agent().await;
@@ -598,7 +599,7 @@ async fn a_monitors_own_date_of_its_end_counts_only_where_it_can_be_true() {
             let text = std::fs::read(bench.folders.file(&id, "run.json")).unwrap();
             let run: Run = serde_json::from_slice(&text).unwrap();
             let ended = run.ended.unwrap().at_ns.unwrap();
-            // An agent that was away knows no more than its last durable sign.
+            // An agent that was away knows only its last durable proof.
             let least = if agent_is_away { run.last_seen_ns.unwrap() } else { seen_alive };
             assert!((least..=bench.shared.now()).contains(&ended), "{forged}: {ended}, seen at {least}");
         }
@@ -674,7 +675,7 @@ async fn a_volume_that_was_made_before_is_never_made_again() {
     let expected = format!("volume {} is not on this host", launch.spec.root_volume.volume_id);
     assert!(reason.code == "Server.VolumeNotFound" && reason.message.starts_with(&expected), "{reason:?}");
     assert!(!bench.shared.world().machines[&id].disk);
-    // Its file is put back: it starts again.
+    // The file is put back: the instance starts again.
     bench.shared.poke(&id, |machine| machine.disk = true);
     bench.want(next(&start, |e| e.spec.incarnation = 3));
     bench.until(&id, "running", |seen| seen.state == Observed::Running && seen.incarnation == 3).await;
@@ -743,7 +744,7 @@ async fn a_reboot_that_takes_two_tries_is_one_run() {
     assert!(after.run_began_age_us > before.run_began_age_us);
 }
 
-/// Nothing on the host knows of the volume any more, but the controller has seen its guest run.
+/// The host has no trace of the volume, but the controller has seen the guest run.
 #[tokio::test]
 async fn a_volume_that_the_controller_knows_is_not_made_on_a_host_with_an_empty_state_folder() {
     let mut bench = Bench::new();
@@ -824,7 +825,7 @@ async fn a_guest_that_prints_another_host_key_all_the_time_is_heard_now_and_then
     }
     let periods = begin.elapsed().as_millis() / Bench::pace().host_key.as_millis();
     assert!(keys.len() as u128 <= periods + 2, "{} keys in {periods} periods", keys.len());
-    // The newest is not lost.
+    // The newest key is not lost.
     bench.until(&id, "the last key", |seen| seen.ssh_host_key.as_ref() == Some(&last)).await;
 }
 

@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 /// Fewest seconds that a start of an instance is charged for, as on EC2.
 pub const MINIMUM_SECONDS: u64 = 60;
 
-/// One stretch of usage: one start of an instance or a part of it, or the life of a volume.
+/// One stretch of usage: one start of an instance, a part of such a start, or the life of a volume.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub(crate) struct Interval<'a> {
     pub account: &'a AccountId,
@@ -20,7 +20,7 @@ pub(crate) struct Interval<'a> {
     pub start: Micros,
     /// Never before `start`.
     pub end: Micros,
-    /// How long the earlier parts of the same start lasted; `None` for the first part.
+    /// Length of the earlier parts of the same start; `None` for the first part.
     pub before: Option<Micros>,
 }
 
@@ -29,7 +29,7 @@ impl Interval<'_> {
         Micros(self.end.min(until).0.saturating_sub(self.start.0).max(0))
     }
 
-    /// Seconds used that began before `until`. A begun second counts once for all parts of a start.
+    /// Seconds used before `until`. A begun second counts once for all parts of a start.
     pub fn used_before(&self, until: Micros) -> u64 {
         let before = self.before.unwrap_or_default();
         begun(sum(before, self.length(until))) - begun(before)
@@ -61,13 +61,13 @@ fn sum(a: Micros, b: Micros) -> Micros {
 
 /// Joins the events of a log into intervals.
 ///
-/// Events come in any order and may come twice. An interval without its end goes on to where its resource was
-/// last seen, never past `now`; an instance that nobody saw after its start has run for no time at all. A volume
-/// is there because the controller keeps it, not because somebody sees it: without a proof it lasts to `now`.
-/// An end before the start (a clock that stepped back) is taken as the start.
-///
-/// A start may have several parts: a sequence of opens and closes under one incarnation, and the incarnations that
-/// continue it. They share one minimum, and one begun second.
+/// Events come in any order and may come twice. An interval without its end goes on to where its
+/// resource was last seen, never past `now`; an instance that nobody saw after its start has run
+/// for no time at all. A volume is there because the controller keeps it, not because somebody sees
+/// it: without a proof it lasts to `now`. An end before the start (a clock that stepped back) is
+/// taken as the start.  A start may have several parts: a sequence of opens and closes under one
+/// incarnation, and the incarnations that continue it. All parts share one minimum and one begun
+/// second.
 pub(crate) fn intervals<'a>(events: &'a [UsageEvent], proofs: &Proofs, now: Micros) -> Vec<Interval<'a>> {
     type Key<'k> = (&'k str, Meter, u64, u64);
     let mut opens: BTreeMap<Key<'_>, &UsageEvent> = BTreeMap::new();
@@ -78,7 +78,8 @@ pub(crate) fn intervals<'a>(events: &'a [UsageEvent], proofs: &Proofs, now: Micr
             UsageKind::Open => opens.entry(key).or_insert(event),
             UsageKind::Close => closes.entry(key).or_insert(event),
         };
-        // The store's key is unique; should two be handed in under one, the choice must not hang on their order.
+        // The store's key is unique. Should two events share one key, their order must not decide
+        // the result.
         let rank = |e: &'a UsageEvent| (e.at, &e.account, &e.sku, e.quantity, e.continues);
         if rank(event) < rank(held) {
             *held = event;

@@ -14,10 +14,10 @@
 //!                  ▼
 //!               groups: sums of lines, so that every grouping has the same total
 //! ```
-//! Whatever is cut (a window in two, a month from the next) adds up again exactly in seconds, because each piece
-//! is the difference of one cumulative count at its two ends. What a log charges up to a moment changes only by what is
-//! dated before it, or proved later of an interval that is open: the controller seals a month, and from then on
-//! writes neither.
+//! Whatever is cut (a window in two, a month from the next) adds up again exactly in seconds,
+//! because each piece is the difference of one cumulative count at its two ends. The charge up to a
+//! moment changes only by events before it, or by later proofs of open intervals. The controller
+//! seals a month, and writes neither after that.
 
 #![forbid(unsafe_code)]
 

@@ -93,7 +93,7 @@ fn log() -> impl Strategy<Value = Log> {
     })
 }
 
-/// Every second start that can go on with the one before it does: that one ended before.
+/// Every second start that can continue the one before it does so, as that one ended before.
 fn continue_some(events: &mut [UsageEvent]) {
     let ends: Vec<_> = events
         .iter()
@@ -138,7 +138,7 @@ fn by_counting(log: &Log, window: (Micros, Micros)) -> (BTreeMap<String, (u128, 
     let mut amount = 0.0;
     let mut opens: Vec<_> = log.events.iter().filter(|event| event.kind == UsageKind::Open).collect();
     opens.sort_by_key(|open| (&open.resource, open.incarnation));
-    // How long the start has lasted before this part of it.
+    // Length of the start before this part.
     let mut lasted = 0;
     for open in opens {
         let close = log.events.iter().find(|event| {
@@ -168,7 +168,7 @@ fn by_counting(log: &Log, window: (Micros, Micros)) -> (BTreeMap<String, (u128, 
             if used && within(begins) {
                 sum.0 += quantity;
             }
-            // The minimum is charged at the start, and not again where the start goes on.
+            // The minimum is charged at the start, and not again for a later part.
             if within(charged_at) && !(in_minimum && open.continues) {
                 sum.1 += quantity;
                 amount += if volume {

@@ -108,7 +108,8 @@ pub fn check_profile_name(name: &str) -> Result<()> {
     )))
 }
 
-/// A folder that the environment names; an empty or relative one counts as unset.
+/// Returns the folder that an environment variable names, if it is absolute: an empty or relative
+/// path counts as unset.
 pub fn variable(name: &str) -> Option<PathBuf> {
     std::env::var_os(name).map(PathBuf::from).filter(|path| path.is_absolute())
 }

@@ -20,7 +20,7 @@ pub struct Context {
     pub output: Output,
     /// What to say if the user interrupts now.
     interruption: Mutex<String>,
-    /// A program of the user's runs, and signals are its own matter.
+    /// A child program is running, and handles signals itself.
     hands_on_signals: AtomicBool,
 }
 
@@ -77,12 +77,12 @@ impl Context {
         *self.interruption.lock().unwrap_or_else(std::sync::PoisonError::into_inner) = note.into();
     }
 
-    /// From now on a command passes signals to the program that it runs, instead of being ended by them.
+    /// From now on signals go to the child program instead of ending the command.
     pub fn hand_on_signals(&self) {
         self.hands_on_signals.store(true, Ordering::Relaxed);
     }
 
-    /// Whether the running command passes signals on.
+    /// Returns true if the running command passes signals on.
     pub fn hands_on_signals(&self) -> bool {
         self.hands_on_signals.load(Ordering::Relaxed)
     }

@@ -10,7 +10,7 @@
 //! ```
 
 #![forbid(unsafe_code)]
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 mod args;

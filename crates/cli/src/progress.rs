@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 /// Waits shorter than this are not worth a spinner.
 const SILENT: Duration = Duration::from_secs(1);
 
-/// After so long without a change, a line is said again.
+/// A line is repeated after this long without a change.
 const REPEATED: Duration = Duration::from_secs(5);
 
 enum Shown {
@@ -38,7 +38,8 @@ impl Progress {
         Self { shown, began: now, said: now, last: String::new() }
     }
 
-    /// Says where things stand; the same is said again only after a while, so that a log shows that it goes on.
+    /// Prints the current step. An unchanged step is repeated only after a while, which shows in a
+    /// log that the wait continues.
     pub fn set(&mut self, text: &str) {
         let text = harmless::text(text);
         match &mut self.shown {

@@ -1,11 +1,11 @@
-//! Holds every `roost …` that a page, a help text or a message names to the command line that there is.
+//! Checks every `roost …` that a page, a help text or a message names against the command line.
 
 use crate::args::Cli;
 use clap::{Arg, Command, CommandFactory};
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// A piece of text, and where it stands.
+/// A piece of text, and its place.
 struct Said {
     place: String,
     text: String,
@@ -29,11 +29,11 @@ fn files(folder: &Path, ending: &str, found: &mut Vec<PathBuf>) {
     }
 }
 
-/// What stands between backticks, and whole lines of code blocks.
+/// Code spans, and whole lines of code blocks.
 fn code(place: &str, text: &str) -> Vec<Said> {
     let mut found = Vec::new();
     let mut fenced = false;
-    // A paragraph at a time: a backtick that is not closed spoils no other.
+    // One paragraph at a time: an unclosed backtick spoils no other paragraph.
     for paragraph in text.split("\n\n") {
         let mut prose = String::new();
         for line in paragraph.lines() {
@@ -51,7 +51,8 @@ fn code(place: &str, text: &str) -> Vec<Said> {
     found
 }
 
-/// The same of a program's source: strings that go on in the next line are one, and each line is a paragraph.
+/// Code spans of a program's source. A string over several lines is joined, and each line is a
+/// paragraph.
 fn code_in_source(place: &str, text: &str) -> Vec<Said> {
     let mut joined = String::new();
     for line in text.lines() {
@@ -67,7 +68,7 @@ fn code_in_source(place: &str, text: &str) -> Vec<Said> {
     code(place, &joined.replace("\\n", "\n\n"))
 }
 
-/// All texts: pages, this program's sources with its messages, and every help text.
+/// All texts: pages, the programs' sources with their messages, and every help text.
 fn all() -> Vec<Said> {
     let mut said = Vec::new();
     let mut pages = vec![root().join("README.md"), root().join("guest-images/README.md")];
@@ -107,7 +108,7 @@ fn option<'a>(commands: &'a [Command], word: &str) -> Option<&'a Arg> {
         })
 }
 
-/// What is wrong with the words behind `roost`.
+/// Returns the fault of the words after `roost`, if there is one.
 fn fault(words: &[&str]) -> Option<String> {
     let mut path = vec![Cli::command()];
     let mut words = words.iter().copied();
@@ -132,7 +133,7 @@ fn fault(words: &[&str]) -> Option<String> {
                 Some(next) => path.push(next),
                 // A placeholder, such as COMMAND.
                 None if word.chars().any(char::is_uppercase) => return None,
-                // It has arguments of its own beside subcommands.
+                // The command has arguments of its own beside subcommands.
                 None if !here.is_subcommand_required_set() => {}
                 None => return Some(format!("{} has no command {word}", here.get_name())),
             }
@@ -141,7 +142,7 @@ fn fault(words: &[&str]) -> Option<String> {
     None
 }
 
-/// The commands of a line of shell, each in words; what the reader is to fill in stays a word.
+/// The commands of a line of shell, each as words. A placeholder stays a word.
 fn commands(line: &str) -> Vec<Vec<String>> {
     let line = line.split(" #").next().unwrap_or_default();
     line.replace("$(", " ; ")

@@ -13,9 +13,9 @@ use tokio::time::Instant;
 pub enum Goal {
     /// Virtual CPUs run.
     Running,
-    /// It can be used.
+    /// Ready for use.
     Ready {
-        /// Whether its image runs an ssh server, where that is known.
+        /// Whether the image runs an ssh server; `None` if the image does not state it.
         ssh: Option<bool>,
     },
     /// The guest's ssh host key is known.
@@ -34,7 +34,7 @@ enum Verdict {
     Never(String),
 }
 
-/// What is done in this step, in words.
+/// Description of this step's work.
 fn doing(step: Step) -> &'static str {
     match step {
         Step::Place => "its host is asked whether it answers",

@@ -20,9 +20,11 @@ use tokio_util::io::ReaderStream;
 
 /// Longest wait of a long poll.
 const LONG_POLL: Duration = Duration::from_secs(10);
-/// Most bytes of a report: room for some ten thousand instances, and for a long word of a few of them, which is cut.
+/// Most bytes of a report: some ten thousand instances, a few of them with long texts, which are
+/// cut.
 const MAX_BODY: usize = 64 << 20;
-/// Most bytes that are kept of a text in an observation: a host's monitors add to them, and one of those may be a tenant's.
+/// Most bytes that are kept of a text in an observation. Monitors add to these texts, and may be
+/// compromised.
 const MAX_TEXT: usize = 4 << 10;
 /// Most parts that are kept of an instance's start.
 const MAX_PARTS: usize = 64;
@@ -71,7 +73,8 @@ pub async fn handle(
     }
 }
 
-/// Cuts the texts of an observation. One that is too long must not silence the host with all that are on it.
+/// Cuts the texts of an observation. One long text must not silence the host with all its
+/// instances.
 fn shorten(seen: &mut Observation) {
     let parts = seen.timing.iter_mut().map(|part| &mut part.part);
     let reason = seen.reason.iter_mut().flat_map(|reason| [&mut reason.code, &mut reason.message]);

@@ -1,4 +1,4 @@
-//! `backup` and `restore`: all that a controller is, in one file.
+//! `backup` and `restore`: a controller's whole state in one file.
 //!
 //! ```text
 //! FILE (0600, tar): backup.json      format, program, schema, moment
@@ -7,8 +7,9 @@
 //!                   ca.pem …         every file of the state directory
 //!                   SHA256SUMS       of all before it, for `sha256sum -c`; last, so that a file cut short shows
 //! ```
-//! `restore` takes it only whole, only into an empty directory, and puts `controller.json` there last. It raises
-//! [`Store::epoch`]; nothing reads that yet, as a host that is ahead of a row is known by its incarnation.
+//! `restore` accepts only an intact file and an empty directory, and writes `controller.json` last.
+//! It raises [`Store::epoch`]. Nothing reads the epoch yet: a host that is ahead of a row is known
+//! by its incarnation.
 
 use crate::config::{BLOBS, DATABASE, FILES, StartError, StateDir, file_error};
 use crate::engine::{Clock, SystemClock};
@@ -27,12 +28,12 @@ use std::time::{Duration, Instant};
 const FORMAT: u32 = 1;
 const ABOUT: &str = "backup.json";
 const SUMS: &str = "SHA256SUMS";
-/// Where `restore` puts things together, in the state directory.
+/// Where `restore` assembles the files, in the state directory.
 const STAGE: &str = ".restore";
 /// Most bytes of a file of the backup that is read into memory.
 const MOST_TEXT: u64 = 64 << 20;
 
-/// What a backup says of itself.
+/// Metadata of a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct About {
     /// The format, 1.
@@ -41,31 +42,31 @@ pub struct About {
     pub program: String,
     /// Schema of the database in it.
     pub schema: i64,
-    /// When it was begun, in microseconds since 1970 UTC: what was committed before is in it.
+    /// When the backup began, in microseconds since 1970 UTC. Every earlier commit is in it.
     pub made_at: Micros,
 }
 
-/// What was backed up or restored.
+/// Result of a backup or a restore.
 #[derive(Debug, Clone)]
 pub struct Summary {
-    /// What the backup says of itself.
+    /// Metadata of the backup.
     pub about: About,
     /// Size of the database in bytes.
     pub database_bytes: u64,
     /// Uploaded files.
     pub blobs: usize,
-    /// Size of everything in bytes.
+    /// Size of all files in bytes.
     pub bytes: u64,
     /// How long it took.
     pub took: Duration,
 }
 
-/// A file or folder that goes away unless it is kept.
+/// A file or folder that is removed on drop unless it is kept.
 struct Scratch(PathBuf);
 
 impl Drop for Scratch {
     fn drop(&mut self) {
-        // What was renamed is no longer there under this name.
+        // A renamed path no longer exists under this name.
         if self.0.is_dir() {
             let _ = std::fs::remove_dir_all(&self.0);
         } else {
@@ -80,7 +81,7 @@ fn beside(path: &Path, suffix: &str) -> PathBuf {
     PathBuf::from(name)
 }
 
-/// Makes a file for its owner only, in place of what an earlier try left.
+/// Creates a file that only its owner may read. A leftover of an earlier attempt is replaced.
 fn fresh(path: &Path) -> Result<File, StartError> {
     match std::fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(file_error(path)(error)),
@@ -100,7 +101,7 @@ fn sync_folder(of: &Path) -> Result<(), StartError> {
     File::open(folder).and_then(|folder| folder.sync_all()).map_err(file_error(folder))
 }
 
-/// Hashes and counts what is read through it.
+/// Hashes and counts the bytes that are read through it.
 struct Hashing<R> {
     inner: R,
     hash: Sha256,
@@ -127,7 +128,7 @@ impl<R: Read> Read for Hashing<R> {
     }
 }
 
-/// The archive on its way to the disk, and the sums of what is in it.
+/// The archive being written, and the checksums of its members.
 struct Archive {
     path: PathBuf,
     tar: tar::Builder<BufWriter<File>>,
@@ -161,11 +162,12 @@ impl Archive {
     }
 }
 
-/// Writes everything that the controller on `state` is to a new file. The controller may run meanwhile, and is not
-/// held up.
+/// Writes the whole state of the controller on `state` to a new file. The controller may run
+/// meanwhile, and is not delayed.
 ///
 /// # Errors
-/// [`StartError`]: a file of that name, a directory that is not whole, a damaged database, no room.
+/// [`StartError`]: the file exists, the directory is incomplete, the database is damaged, or the
+/// disk is full.
 pub fn backup(state: &StateDir, to: &Path) -> Result<Summary, StartError> {
     let began = Instant::now();
     let made_at = SystemClock::new().now();
@@ -175,7 +177,7 @@ pub fn backup(state: &StateDir, to: &Path) -> Result<Summary, StartError> {
         return Err(StartError::Value(text));
     }
     let copy = Scratch(beside(to, ".partial-db"));
-    // The database takes the mode of the empty file.
+    // SQLite takes the mode of the empty file.
     fresh(&copy.0)?;
     let schema = SqliteStore::copy(&state.database(), &copy.0, || ())?;
     SqliteStore::verify(&copy.0)?;
@@ -192,12 +194,12 @@ pub fn backup(state: &StateDir, to: &Path) -> Result<Summary, StartError> {
     let text = serde_json::to_vec(&about).map_err(|error| StartError::Other(error.to_string()))?;
     archive.add(ABOUT, text.len() as u64, text.as_slice())?;
     let database_bytes = archive.add_file(DATABASE, &copy.0)?;
-    // After the database: a file is there before a row names it.
+    // Blobs follow the database: a file exists before a row names it.
     let mut blobs = 0;
     for name in blob_names(&state.path(BLOBS))? {
         let path = state.path(BLOBS).join(&name);
         let file = match File::open(&path) {
-            // No image needs it any more.
+            // No image needs this blob any more.
             Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
             file => file.map_err(file_error(&path))?,
         };
@@ -217,7 +219,8 @@ pub fn backup(state: &StateDir, to: &Path) -> Result<Summary, StartError> {
     let file =
         archive.tar.into_inner().and_then(|file| file.into_inner().map_err(io::IntoInnerError::into_error));
     file.and_then(|file| file.sync_all()).map_err(&say)?;
-    // Fails where somebody made the file meanwhile; file systems without links have only the check above.
+    // Fails if the file was created meanwhile. A file system without hard links has only the check
+    // above.
     match std::fs::hard_link(&partial.0, to) {
         Ok(()) => {}
         Err(error) if error.kind() == io::ErrorKind::AlreadyExists => return Err(file_error(to)(error)),
@@ -227,7 +230,7 @@ pub fn backup(state: &StateDir, to: &Path) -> Result<Summary, StartError> {
     Ok(Summary { about, database_bytes, blobs, bytes, took: began.elapsed() })
 }
 
-/// Names of uploaded files that are whole.
+/// Names of complete uploaded files.
 fn blob_names(folder: &Path) -> Result<Vec<String>, StartError> {
     let entries = match std::fs::read_dir(folder) {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
@@ -244,11 +247,11 @@ fn blob_names(folder: &Path) -> Result<Vec<String>, StartError> {
     Ok(names)
 }
 
-/// Puts a backup into an empty state directory, which then belongs to whoever owns the directory.
+/// Restores a backup into an empty state directory. The files belong to the directory's owner.
 ///
 /// # Errors
-/// [`StartError`]: a directory that is not empty, a file that is no backup or a damaged one, no room. The directory is
-/// as empty then as before.
+/// [`StartError`]: the directory is not empty, the file is no backup or is damaged, or the disk is
+/// full. The directory is as empty then as before.
 pub fn restore(state: &StateDir, from: &Path) -> Result<Summary, StartError> {
     let began = Instant::now();
     let unusable = |detail: String| StartError::Unusable { path: from.to_owned(), detail };
@@ -268,7 +271,7 @@ pub fn restore(state: &StateDir, from: &Path) -> Result<Summary, StartError> {
     let lacks: Vec<_> = FILES
         .map(|(name, _)| name)
         .into_iter()
-        // `init` makes another one of it.
+        // `init` makes this file again.
         .filter(|name| *name != "admin.json")
         .chain([DATABASE])
         .filter(|name| !stage.0.join(name).exists())
@@ -279,7 +282,7 @@ pub fn restore(state: &StateDir, from: &Path) -> Result<Summary, StartError> {
     let database = stage.0.join(DATABASE);
     let store = SqliteStore::open(&database)?;
     store.check()?;
-    // Not just one more: the same backup may be restored twice.
+    // An increment alone is not enough: the same backup may be restored twice.
     store.begin_epoch(SystemClock::new().now().floor_secs())?;
     drop(store);
     let database_bytes = std::fs::metadata(&database).map_err(file_error(&database))?.len();
@@ -303,13 +306,13 @@ fn is_empty(state: &StateDir) -> Result<(), StartError> {
     Ok(())
 }
 
-/// Unpacks a backup into a folder and checks every byte of it.
+/// Unpacks a backup into a folder and verifies every byte.
 fn unpack(from: &Path, file: File, into: &Path) -> Result<(About, u64), StartError> {
     let unusable = |detail: String| StartError::Unusable { path: from.to_owned(), detail };
     let damaged = |what: &str| unusable(format!("the backup is damaged ({what}): take another one"));
     let mut archive = tar::Archive::new(BufReader::with_capacity(1 << 20, file));
     let broken = |error: io::Error| match error.kind() {
-        // What is no archive at all says so at its first header.
+        // A file that is no archive fails at its first header.
         io::ErrorKind::UnexpectedEof => damaged("it is cut short"),
         _ => damaged(&error.to_string()),
     };
@@ -373,7 +376,7 @@ fn unpack(from: &Path, file: File, into: &Path) -> Result<(About, u64), StartErr
     about.map(|about| (about, bytes)).ok_or_else(|| damaged(&format!("{ABOUT} is missing")))
 }
 
-/// The name of a file that a backup may hold.
+/// Returns the name if a backup may hold a file of that name.
 fn plain_name(path: &Path) -> Option<String> {
     let parts: Vec<_> = path
         .components()
@@ -406,7 +409,8 @@ fn copy(
     }
 }
 
-/// Moves everything from the stage to its place, for the owner of the directory; the settings last.
+/// Moves every file from the stage to its place and gives it to the directory's owner; the settings
+/// last.
 fn settle(state: &StateDir, stage: &Path) -> Result<(), StartError> {
     let dir = state.dir();
     let owner = std::fs::metadata(dir).map_err(file_error(dir))?;

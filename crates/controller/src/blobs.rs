@@ -7,8 +7,8 @@
 //! receive: grant (account's cap, disk's reserve) ─→ write ─→ … ─→ verify ─→ keep: rename, note in the database
 //! collect: release what no image names ─→ remove files that the database does not know
 //! ```
-//! A file has its name only once its bytes are those of the name. Bytes are granted before they are written, so
-//! that uploads at the same time, announced or chunked, never take what is kept for the database.
+//! A file gets its name only after its bytes match the hash. Bytes are granted before they are
+//! written. Concurrent uploads, announced or chunked, therefore never take the database's reserve.
 
 use http_body_util::BodyExt;
 use hyper::body::{Body, Bytes};
@@ -27,18 +27,18 @@ use tokio::time::Instant;
 /// What every zstd file begins with.
 const ZSTD_MAGIC: [u8; 4] = [0x28, 0xb5, 0x2f, 0xfd];
 
-/// What uploads may take.
+/// Limits of uploads.
 #[derive(Debug, Clone)]
 pub struct BlobLimits {
     /// Most bytes of one file.
     pub file_bytes: u64,
-    /// Most bytes of one account: its files and what it is uploading.
+    /// Most bytes of one account: stored files and uploads in progress.
     pub account_bytes: u64,
     /// Most uploads of one account at once.
     pub account_uploads: usize,
     /// Bytes kept free for the database, which may share the disk.
     pub reserve: u64,
-    /// An upload must bring `progress` bytes, or its end, in this time of waiting for it.
+    /// An upload must bring `progress` bytes, or end, within this time of waiting for the client.
     pub patience: Duration,
     /// See `patience`.
     pub progress: u64,
@@ -60,7 +60,7 @@ impl Default for BlobLimits {
     }
 }
 
-/// Tells how many bytes are free where the files lie.
+/// Returns the free bytes of the blobs' disk.
 pub type Free = Box<dyn Fn() -> io::Result<u64> + Send + Sync>;
 
 /// The folder of uploaded files.
@@ -69,14 +69,14 @@ pub struct BlobStore {
     limits: BlobLimits,
     free: Free,
     under_way: Arc<Mutex<UnderWay>>,
-    /// Held while a file gets or loses its name together with its row in the database.
+    /// Held while a file and its row in the database appear or disappear together.
     naming: tokio::sync::Mutex<()>,
 }
 
-/// Bytes that uploads were granted.
+/// Bytes granted to uploads in progress.
 #[derive(Default)]
 struct UnderWay {
-    /// Granted and not written yet: the disk still shows them as free.
+    /// Bytes granted and not yet written, which the disk still reports as free.
     unwritten: u64,
     accounts: BTreeMap<AccountId, Share>,
 }
@@ -87,7 +87,7 @@ struct Share {
     bytes: u64,
 }
 
-/// A whole, verified file that has no name yet; gone when this is dropped.
+/// A complete, verified file without a name; removed on drop.
 pub struct Received {
     incoming: Incoming,
     grant: Grant,
@@ -108,10 +108,10 @@ impl BlobStore {
         Self::open_with(dir, limits, Box::new(free))
     }
 
-    /// The same, told how much of the disk is free by somebody else.
+    /// As [`Self::open`], with a function that reports the free disk.
     ///
     /// # Errors
-    /// Those of [`Self::open`].
+    /// Errors of [`Self::open`].
     pub fn open_with(dir: PathBuf, limits: BlobLimits, free: Free) -> io::Result<Self> {
         let incoming = dir.join("incoming");
         match std::fs::remove_dir_all(&incoming) {
@@ -132,11 +132,13 @@ impl BlobStore {
         std::fs::metadata(self.path(id)).ok().filter(std::fs::Metadata::is_file).map(|meta| meta.len())
     }
 
-    /// Receives a blob for an account that has `stored` bytes already. It has no name until [`Self::keep`].
+    /// Receives a blob for an account that has `stored` bytes already. The file has no name until
+    /// [`Self::keep`].
     ///
     /// # Errors
-    /// `InvalidParameterValue` if the bytes are not those of the id, not zstd, or too many; `MalformedQueryString`
-    /// if they stop coming; `RequestLimitExceeded` if the account has too many; `Unavailable` if the disk is full.
+    /// `InvalidParameterValue` if the bytes are not those of the id, not zstd, or too many;
+    /// `MalformedQueryString` if they stop coming; `RequestLimitExceeded` if the account has too
+    /// many; `Unavailable` if the disk is full.
     pub async fn receive<B>(
         &self,
         id: &BlobId,
@@ -156,11 +158,10 @@ impl BlobStore {
         Ok(Received { incoming, grant, id: id.clone() })
     }
 
-    /// Gives a received file its name, has `note` note it, and answers its size. `note` gets the size, and refuses
-    /// if the account's other uploads have taken its room meanwhile.
+    /// Names a received file, records it through `note`, and returns its size. `note` gets the
+    /// size, and refuses if the account's other uploads have taken its room meanwhile.
     ///
-    /// # Errors
-    /// Those of `note`; `InternalError` or `Unavailable` if the disk refuses.
+    /// Errors of `note`; `InternalError` or `Unavailable` if the disk fails.
     pub async fn keep<N, F>(&self, received: Received, note: N) -> Result<u64, ApiError>
     where
         N: FnOnce(u64) -> F,
@@ -173,15 +174,16 @@ impl BlobStore {
             File::open(&self.dir).await?.sync_all().await
         };
         rename.await.map_err(|error| disk_error(&error))?;
-        // A file whose row is refused is removed by the next `collect`.
+        // The next `collect` removes a file whose row was refused.
         note(size).await?;
         Ok(size)
     }
 
-    /// Runs `release`, which forgets rows of the database, and then removes the files that `known` does not know.
+    /// Runs `release`, which deletes rows of the database. Then removes the files that `known` does
+    /// not list.
     ///
     /// # Errors
-    /// Those of both; `InternalError` if the folder cannot be read.
+    /// Errors of `release` and `known`; `InternalError` if the folder cannot be read.
     pub async fn collect<R>(
         &self,
         release: impl Future<Output = Result<R, ApiError>>,
@@ -208,7 +210,7 @@ impl BlobStore {
         Ok(released)
     }
 
-    /// Refuses an account that has `stored` bytes if `more` would be too many.
+    /// Refuses `more` bytes for an account that has `stored` bytes if the sum exceeds its limit.
     ///
     /// # Errors
     /// `RequestLimitExceeded`.
@@ -245,7 +247,7 @@ impl BlobStore {
         Ok(Grant { under_way, account: account.clone(), stored, bytes: 0, unwritten: 0 })
     }
 
-    /// Grants an upload `more` bytes, if file, account and disk may have them.
+    /// Grants an upload `more` bytes if the file's, the account's and the disk's limits allow.
     fn grow(&self, grant: &mut Grant, more: u64) -> Result<(), ApiError> {
         let size = grant.bytes.saturating_add(more);
         if size > self.limits.file_bytes {
@@ -291,7 +293,7 @@ impl BlobStore {
         let disk = |error: io::Error| disk_error(&error);
         let mut file = File::create_new(path).await.map_err(disk)?;
         let (mut hash, mut size, mut head) = (Sha256::new(), 0_u64, Vec::with_capacity(4));
-        // Time spent waiting for the client, and what it brought in it: our own disk's time is not the client's.
+        // Only time and bytes of waiting for the client count, not the time of our own disk.
         let (mut waited, mut brought) = (Duration::ZERO, 0_u64);
         loop {
             let from = Instant::now();
@@ -339,11 +341,11 @@ impl BlobStore {
 }
 
 fn lock(under_way: &Mutex<UnderWay>) -> MutexGuard<'_, UnderWay> {
-    // Nothing panics while it holds the lock; and if it did, the sums would still be sums.
+    // No code panics while it holds the lock. After a panic, the sums would still be sums.
     under_way.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// What one upload was granted; given back when dropped.
+/// Bytes granted to one upload; returned on drop.
 struct Grant {
     under_way: Arc<Mutex<UnderWay>>,
     account: AccountId,

@@ -9,8 +9,8 @@
 //!            blobs/            uploaded files
 //!            lock              held by the running controller
 //! ```
-//! `init` makes them in the order of [`MADE`]. A directory that lacks one of the earlier and has a later one has lost
-//! something: nothing here makes a new identity beside what is left.
+//! `init` makes them in the order of [`MADE`]. A directory that has a later file without an earlier
+//! one has lost data. No code makes a new identity in such a directory.
 
 use crate::auth::seal::KEY_BYTES;
 use crate::tls::{Identity, TlsError};
@@ -26,8 +26,8 @@ use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use zeroize::Zeroizing;
 
-/// The files of the directory that are small and that nothing else can make again as they were, and whether each is
-/// for its owner only. With the database and `blobs/` they are all that a controller is.
+/// Small files of the directory that cannot be made again, and whether each is for its owner only.
+/// Together with the database and `blobs/` they are the controller's whole state.
 pub const FILES: [(&str, bool); 7] = [
     ("ca.pem", false),
     ("ca-key.pem", true),
@@ -42,16 +42,17 @@ pub const DATABASE: &str = "roost.db";
 /// The folder of uploaded files, in the directory.
 pub const BLOBS: &str = "blobs";
 
-/// What a controller's directory gets, in order, and whether `init` must not make it again where later ones are there.
+/// Files of a controller's directory in the order of creation. The flag marks a file that `init`
+/// must not make again if later ones exist.
 const MADE: [(&str, bool); 9] = [
     ("ca.pem", true),
     ("ca-key.pem", true),
-    // The authority makes another one.
+    // The authority can issue another one.
     ("server.pem", false),
     ("server-key.pem", false),
     ("sealing.key", true),
     (DATABASE, true),
-    // The first account gets another key.
+    // The first account can get another key.
     ("admin.json", false),
     ("controller.json", true),
     (BLOBS, false),
@@ -73,7 +74,7 @@ pub enum StartError {
     Half {
         /// The state directory.
         dir: PathBuf,
-        /// What is missing.
+        /// Missing files.
         lost: Vec<&'static str>,
     },
     /// A value that was given is not allowed.
@@ -230,8 +231,8 @@ impl StateDir {
         self.path(DATABASE)
     }
 
-    /// Checks that nothing is missing that was there before what is there: true of a whole directory, of an empty
-    /// one, and of one whose `init` was cut short.
+    /// Checks that no file is missing whose successors exist. The check passes for a complete
+    /// directory, for an empty one, and after an interrupted `init`.
     ///
     /// # Errors
     /// [`StartError::Half`].
@@ -255,7 +256,8 @@ impl StateDir {
     /// Settings of a controller that was made.
     ///
     /// # Errors
-    /// [`StartError::NotInitialized`] if it was not, [`StartError::Half`] if files are missing.
+    /// [`StartError::NotInitialized`] if `init` never completed, [`StartError::Half`] if files are
+    /// missing.
     pub fn made(&self) -> Result<Settings, StartError> {
         let settings = self.settings()?;
         self.lost_nothing()?;

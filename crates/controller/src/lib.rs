@@ -12,10 +12,10 @@
 //!
 //! config.rs  the state directory      setup.rs    init, agent-identity      tls.rs  certificates
 //! serve.rs   puts it all together     offline.rs  usage log and bills without a running controller
-//! backup.rs  the state directory in one file, and back
+//! backup.rs  backup and restore of the state directory
 //! ```
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 #![forbid(unsafe_code)]
 

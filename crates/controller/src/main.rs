@@ -1,6 +1,6 @@
 //! `roost-controller`: the one writer of truth. Unprivileged; serves users on one port and agents on another.
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 #![forbid(unsafe_code)]
 
@@ -245,12 +245,12 @@ fn main() -> ExitCode {
     }
 }
 
-/// Says a line on standard error; one that is closed changes nothing.
+/// Prints a line on stderr; a closed stderr changes nothing.
 fn say(text: &str) {
     let _ = writeln!(std::io::stderr(), "{text}");
 }
 
-/// Prints on standard output; whoever closed it has had enough.
+/// Prints on stdout; a closed stdout is no error.
 fn print(text: &str) -> Result<(), StartError> {
     match std::io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => {
@@ -270,7 +270,7 @@ fn log_to_stderr() -> Result<(), StartError> {
         .with_env_filter(filter)
         .with_ansi(colours)
         .with_writer(std::io::stderr)
-        // It would panic where the log cannot be written.
+        // The subscriber's own error output panics where stderr cannot be written.
         .log_internal_errors(false)
         .init();
     Ok(())

@@ -1,5 +1,6 @@
-//! What the database tells without a running controller: the usage log, and bills made of it anew. It is read only,
-//! so a controller may run on it, of another release too: then the schema is refused, never changed.
+//! The usage log, and bills computed from it, without a running controller. The database is opened
+//! read-only, so a controller may run on it. A schema of another release is refused and never
+//! changed.
 
 use crate::config::{StartError, StateDir, file_error};
 use roost_billing::PriceBook;
@@ -63,7 +64,7 @@ pub fn recompute_bill(
 fn read(state: &StateDir, account_id: Option<AccountId>) -> Result<(Vec<UsageEvent>, Proofs), StartError> {
     let path = state.database();
     if !path.exists() {
-        // Says of a lost database that it is lost.
+        // A missing database is reported as missing.
         state.made()?;
         return Err(StartError::Unusable { path, detail: "there is no database".to_owned() });
     }

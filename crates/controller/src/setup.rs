@@ -42,8 +42,8 @@ fn today(now: Micros) -> (i32, u8, u8) {
 /// anew when its names change.
 ///
 /// # Errors
-/// [`StartError`]: a value that contradicts what is there, a running controller, files that were lost or cannot be
-/// written.
+/// [`StartError`]: a value contradicts the existing state, a controller is running, or files are
+/// missing or cannot be written.
 pub fn init(state: &StateDir, options: &InitOptions) -> Result<AdminFile, StartError> {
     let (clock, random) = (SystemClock::new(), SystemRandom);
     state.lost_nothing()?;
@@ -344,7 +344,7 @@ mod tests {
                 assert!(!state.path(lost).exists(), "{lost} was made anew");
             }
         }
-        // Settings that a controller has served with are not guessed either.
+        // Settings of a controller that has served are not guessed either.
         let dir = tempfile::tempdir().unwrap();
         let state = StateDir::new(dir.path());
         init(&state, &InitOptions::default()).unwrap();

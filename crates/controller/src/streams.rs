@@ -20,9 +20,9 @@ use tokio::sync::{oneshot, watch};
 /// Most streams at once.
 #[derive(Debug, Clone, Copy)]
 pub struct StreamLimits {
-    /// In all.
+    /// Most streams.
     pub streams: usize,
-    /// Of one account.
+    /// Most streams of one account.
     pub per_account: usize,
 }
 
@@ -68,7 +68,7 @@ pub struct Opened {
 }
 
 impl Broker {
-    /// A broker of so many streams.
+    /// Creates a broker with these limits.
     pub fn new(limits: StreamLimits) -> Self {
         Self { limits, inner: Mutex::default(), queued: watch::Sender::new(0) }
     }
@@ -81,7 +81,7 @@ impl Broker {
     /// Asks a host's agent to dial in for an instance.
     ///
     /// # Errors
-    /// `RequestLimitExceeded` if the account, or all together, have too many streams.
+    /// `RequestLimitExceeded` if the account, or the controller, has too many streams.
     pub fn open(
         self: &Arc<Self>,
         account: &AccountId,

@@ -254,7 +254,8 @@ fn check_bill(world: &World, id: &InstanceId, owner: &Owner, controller_lost: bo
         assert!(intervals.iter().any(|(n, ..)| *n == run.incarnation), "{what}: {run:?} was not billed");
     }
     let shown = world.show(id);
-    // One minimum for each start that its owner asked for: what a reboot of the host adds has none.
+    // Each start that the owner asked for has one minimum. A part that a host's reboot added has
+    // none.
     let starts: Vec<_> =
         world.starts(id).iter().map(|start| u64::try_from(start.ceil_secs()).unwrap()).collect();
     let used: u64 = starts.iter().sum();

@@ -584,7 +584,7 @@ fn the_last_starts_end_does_not_fail_the_next_start() {
     world.wait(&id, InstanceState::Running);
 }
 
-/// A monitor dates its own end, and may be a tenant's by then.
+/// A monitor dates its own end, and may be compromised.
 #[test]
 fn an_end_dated_before_the_last_proof_of_life_is_that_proof() {
     let mut world = World::new();
@@ -616,7 +616,7 @@ fn volumes_are_claimed_from_launch_to_removal_while_their_instances_are_stopped_
     let error = world.engine().run_instances(&caller("bob"), third.clone()).unwrap_err();
     assert_eq!(error.code, ErrorCode::InsufficientInstanceCapacity);
     assert!(error.message.contains("too little disk free on 1 of 1 hosts"), "{}", error.message);
-    // What is there needs no more of it.
+    // A volume on the host needs no more disk.
     world.start(&ids[0]).unwrap();
     world.wait(&ids[0], InstanceState::Running);
     world.terminate(&ids[1]).unwrap();

@@ -1,5 +1,5 @@
-//! What goes wrong around a controller: clocks that somebody sets, rows that cannot be written, databases from a
-//! backup. Every run is billed for what it ran all the same.
+//! Mishaps around a controller: stepped clocks, rows that cannot be written, databases from a
+//! backup. Every run is billed for its length all the same.
 #![allow(clippy::unwrap_used, reason = "a test fails by panicking")]
 
 mod world;
@@ -129,7 +129,7 @@ fn administrators_are_told_of_a_clock_that_was_set() {
 fn a_row_that_cannot_be_written_holds_up_no_other_on_its_host_and_is_told() {
     let mut world = World::new();
     let bad = world.one();
-    // As if a defect had written an interval for it before.
+    // A row as a defect would leave it: an interval of the instance exists already.
     world.tamper(
         "INSERT INTO usage_events
             (account_id, resource, meter, incarnation, sequence, kind, at, sku, quantity, is_open)
@@ -179,7 +179,7 @@ fn rows_that_cannot_be_written_hold_up_no_other_in_the_worker() {
     world.wait(&ids[6], InstanceState::Running);
     world.hosts[0].kill_agent();
     for id in &ids[..6] {
-        // Their step closes an interval that the log does not have.
+        // The next step closes an interval that the log does not have.
         world.tamper(&format!("DELETE FROM usage_events WHERE resource = '{id}'"));
         world.tamper(&format!(
             "UPDATE instances SET step = 'terminate', state = 'shutting-down', not_before = 0,
@@ -212,7 +212,7 @@ fn a_dry_run_never_answers_with_what_a_used_client_token_launched() {
 
 #[test]
 fn a_database_from_before_a_start_takes_the_start_over_and_bills_it() {
-    // When the backup is taken, and what happens after it, before it is put back.
+    // Time of the backup, and the events between it and its restore.
     #[derive(Debug, Clone, Copy, PartialEq, Eq)]
     enum Backup {
         Running,

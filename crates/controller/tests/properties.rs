@@ -253,7 +253,8 @@ proptest! {
 
     #[test]
     fn any_sequence_of_calls_and_events_keeps_every_promise(events in prop::collection::vec(event(), 1..60)) {
-        // A clock that is set ahead must not hide what is gone: every instance is looked at up to the end.
+        // A clock that is ahead must not hide ended instances: every instance is checked to its
+        // end.
         let settings = EngineSettings { show_terminated: Micros::from_secs(10_000_000), ..Default::default() };
         let world = World::with(settings, &[(2, 1200), (4, 2500)]);
         let mut player = Player {

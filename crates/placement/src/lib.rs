@@ -33,7 +33,7 @@ pub struct Host {
 pub struct Wanted<'a> {
     /// Its type.
     pub instance_type: &'a InstanceType,
-    /// The volume to be made for it in GiB; 0 if it has one there already.
+    /// Size of the volume that the instance still needs on the host in GiB; 0 if the host has it.
     pub volume_gib: u64,
     /// The zone that it must be in, if any.
     pub zone: Option<&'a str>,
@@ -115,11 +115,11 @@ pub enum Refusal {
         /// MiB that are free.
         free: u64,
     },
-    /// Its disk is claimed by others.
+    /// The host's disk is claimed.
     DiskFull {
         /// GiB wanted.
         wanted: u64,
-        /// GiB that are free.
+        /// GiB free.
         free: u64,
     },
 }
@@ -135,7 +135,7 @@ impl Refusal {
 }
 
 impl Refusal {
-    /// What the host has too little of, without figures: for those who may not see the host.
+    /// The resource that the host lacks, without figures, for callers who may not see the host.
     pub const fn reason(&self) -> &'static str {
         match self {
             Refusal::Zone { .. } => "another zone",
@@ -153,24 +153,23 @@ impl Refusal {
     }
 }
 
-/// Why hosts do not take an instance, host by host. Displayed with the hosts' names and room, which is for
-/// administrators.
+/// The refusals of all hosts. The display names hosts and their room, for administrators only.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Refusals(Vec<(String, Refusal)>);
 
 impl Refusals {
-    /// Most hosts that are named.
+    /// Most hosts in a message.
     const NAMED: usize = 10;
 
     fn new<'a>(refusals: impl Iterator<Item = (&'a Host, Refusal)>) -> Self {
         let mut refusals: Vec<_> =
             refusals.map(|(host, refusal)| (host.facts.hostname.clone(), refusal)).collect();
-        // The same hosts in any order are the same answer.
+        // The order of the hosts must not change the message.
         refusals.sort_by_cached_key(|(name, refusal)| (name.clone(), refusal.to_string()));
         Self(refusals)
     }
 
-    /// How many hosts refuse for which reason, and nothing that tells one host from another: for tenants.
+    /// How many hosts refuse for which reason, without details of any host, for tenants.
     pub fn counted(&self) -> String {
         let mut counts = BTreeMap::new();
         for (_, refusal) in &self.0 {
@@ -258,7 +257,7 @@ pub enum PlacementError {
 }
 
 impl PlacementError {
-    /// The same sentence without the names and the room of hosts: for tenants.
+    /// The message for tenants, without names and room of hosts.
     pub fn for_tenants(&self) -> String {
         match self {
             Self::Unsupported { instance_type, why } => {

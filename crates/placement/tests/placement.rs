@@ -127,7 +127,7 @@ fn a_disk_is_full_by_the_sizes_of_the_volumes_on_it() {
     let error = place(&[full.clone()], &wanted(&small), 1, 1).unwrap_err();
     assert!(matches!(error, PlacementError::Insufficient { .. }), "{error}");
     assert!(error.to_string().contains("7 GiB of disk free for volumes, 8 GiB are needed"), "{error}");
-    // One that has its volume there needs no more.
+    // An instance whose volume is on the host needs no more disk.
     assert_eq!(refusal(&full, &Wanted { volume_gib: 0, ..wanted(&small) }), None);
     let larger = Wanted { volume_gib: 101, ..wanted(&small) };
     assert!(matches!(place(&[full], &larger, 1, 1), Err(PlacementError::Unsupported { .. })));

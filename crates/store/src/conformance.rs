@@ -303,7 +303,7 @@ fn blobs(empty: Factory<'_>) {
     gone.row.terminated_at = Some(NOW);
     store.commit(&[gone], NOW).unwrap();
     assert_eq!(store.release_unnamed_blobs(later, NOW).unwrap(), 1);
-    // Withdrawn images still name it; uploaded again it is there again.
+    // Withdrawn images still name the blob, and a new upload restores it.
     put(&shared, &two, NOW);
     assert!(store.owns_blob(&two, &shared).unwrap() && !store.owns_blob(&one, &shared).unwrap());
 }
@@ -433,7 +433,7 @@ fn addresses(empty: Factory<'_>) {
     release(1);
     let old = store.instance(&instance_id(1)).unwrap().unwrap();
     assert_eq!((old.interface.released_at, old.volume.state), (Some(NOW), VolumeState::Deleted));
-    // What was released is not the next one's, nor is it while it rests.
+    // A released address is not the next one, nor any one while it rests.
     let Launched::New(records) = launch(&[2, 3], NOW + Micros(1)).unwrap() else { panic!("new") };
     assert_eq!(public(&records), ["100.64.0.5", "100.64.0.6"]);
     let after =

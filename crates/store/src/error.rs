@@ -45,7 +45,7 @@ pub enum StoreError {
         /// Newest schema number that this program knows.
         known: i64,
     },
-    /// It was written by an older program, and was opened to be read only.
+    /// A database of an older program that was opened read-only.
     #[error(
         "the database {path} has schema {found}, this program reads schema {known}: start this release's \
          controller on it once, or use the program of the release that runs on it"
@@ -53,9 +53,9 @@ pub enum StoreError {
     TooOld {
         /// The database file.
         path: String,
-        /// Schema number in the file.
+        /// Schema number of the file.
         found: i64,
-        /// The one schema number that this program reads.
+        /// The only schema number that this program reads.
         known: i64,
     },
     /// Somebody changed the instance since it was read: read it again and decide again.

@@ -84,20 +84,20 @@ pub struct BlobRow {
     pub blob_id: BlobId,
     /// Bytes as stored.
     pub bytes: u64,
-    /// Who uploaded it.
+    /// Account that uploaded the file.
     pub account_id: AccountId,
     /// When.
     pub created_at: Micros,
 }
 
-/// What came of giving up an uploaded file.
+/// Result of giving up an uploaded file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Released {
-    /// The account has no such file.
+    /// The account does not have the file.
     Absent,
-    /// An image of the account is made of it and is registered or has instances: nothing changed.
+    /// Nothing changed: an image of the account that is registered or has instances needs the file.
     Named,
-    /// It is no longer the account's.
+    /// The account no longer has the file.
     Done,
 }
 
@@ -118,7 +118,7 @@ pub struct HostRow {
     pub claimed_memory_mib: u64,
     /// Number of its claims.
     pub claims: u64,
-    /// Sum of the sizes of the volumes on it in GiB, those of stopped instances too.
+    /// Sum of the sizes of the host's volumes in GiB, those of stopped instances included.
     pub claimed_disk_gib: u64,
 }
 
@@ -243,9 +243,11 @@ pub struct InstanceRow {
     pub open_since: Option<Micros>,
     /// When it last began to run.
     pub running_since: Option<Micros>,
-    /// Sequence of the event that opens the open interval: 0, 2 for the second part of this start, and so on.
+    /// Sequence of the event that opens the open interval: 0, 2 for the second part of this start,
+    /// and so on.
     pub segment: u64,
-    /// Whether this start goes on with the one before: nobody asked for it, as the host had rebooted.
+    /// Whether this start continues the one before: the host rebooted, and nobody asked for a
+    /// start.
     pub continues: bool,
     /// When its end was asked for: an open interval ends here at the latest.
     pub bill_until: Option<Micros>,
@@ -271,7 +273,7 @@ pub struct InstanceRow {
     pub user_data: Option<String>,
     /// Tags.
     pub tags: Tags,
-    /// How the metadata service answers it.
+    /// Options of the instance's metadata service.
     pub metadata_options: MetadataOptions,
     /// The client token of its launch.
     pub client_token: Option<String>,
@@ -368,7 +370,7 @@ pub struct Launch {
     pub instances: Vec<NewInstance>,
     /// Public addresses come from here: network and prefix length.
     pub public_pool: (Ipv4Addr, u8),
-    /// How long a released address is nobody's.
+    /// How long a released address stays unassigned.
     pub address_rest: Micros,
 }
 
@@ -417,7 +419,7 @@ pub enum ClaimChange {
     Keep,
     /// It is taken; it must fit.
     Take(Claim),
-    /// It is taken whether it fits or not: what it stands for is there already.
+    /// Claims without a check of room: the claimed object exists already.
     Hold(Claim),
     /// It is given back; giving back none is fine.
     Release,

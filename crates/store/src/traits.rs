@@ -56,23 +56,25 @@ pub trait Store: Send + Sync {
 
     // Images and blobs --------------------------------------------------------------------------------------
 
-    /// Notes an uploaded file as the account's; several accounts may have the same one.
+    /// Records an uploaded file for the account; several accounts may have the same file.
     fn put_blob(&self, row: &BlobRow) -> Result<(), StoreError>;
-    /// An uploaded file, whoever has it; the row names whoever uploaded it first.
+    /// Returns an uploaded file of any account; the row names its first uploader.
     fn blob(&self, id: &BlobId) -> Result<Option<BlobRow>, StoreError>;
     /// Returns true if the account itself uploaded the file.
     fn owns_blob(&self, account: &AccountId, id: &BlobId) -> Result<bool, StoreError>;
     /// The sum of the sizes of an account's files.
     fn blob_bytes(&self, account: &AccountId) -> Result<u64, StoreError>;
-    /// Gives up an account's file, unless an image of the account needs it. A file that nobody has left is no longer
-    /// found by `blob`.
+    /// Gives up an account's file, unless an image of the account needs it. `blob` no longer finds
+    /// a file that no account has.
     fn release_blob(&self, account: &AccountId, id: &BlobId, at: Micros) -> Result<Released, StoreError>;
-    /// Does the same for every account's files that were uploaded before a moment; how many files nobody has left.
+    /// Gives up every account's unneeded files from before a moment. Returns how many files no
+    /// account has any more.
     fn release_unnamed_blobs(&self, before: Micros, at: Micros) -> Result<u64, StoreError>;
     /// Registers an image.
     ///
     /// # Errors
-    /// `Duplicate` if the account has a registered one of that name; `Missing` if a blob is not the account's.
+    /// `Duplicate` if the account has a registered one of that name; `Missing` if a blob is not the
+    /// account's.
     fn register_image(&self, row: &ImageRow) -> Result<(), StoreError>;
     /// Registered images that an account may launch (its own and public ones), by name.
     fn images(&self, account: &AccountId) -> Result<Vec<ImageRow>, StoreError>;
@@ -120,7 +122,7 @@ pub trait Store: Send + Sync {
     fn instance(&self, id: &InstanceId) -> Result<Option<InstanceRecord>, StoreError>;
     /// Instances, oldest first, then by launch index.
     fn instances(&self, filter: &InstanceFilter) -> Result<Vec<InstanceRecord>, StoreError>;
-    /// The same, without those that cannot be read; these by id and fault.
+    /// As `instances`, without rows that cannot be read; those are returned by id and fault.
     #[expect(clippy::type_complexity, reason = "a list, and what is missing from it")]
     fn readable_instances(
         &self,
@@ -159,13 +161,13 @@ pub trait Store: Send + Sync {
 
     // Care --------------------------------------------------------------------------------------------------
 
-    /// Up to when bills do not change any more.
+    /// End of the newest sealed month.
     fn sealed(&self) -> Result<Micros, StoreError>;
 
-    /// From now on, bills up to `until` do not change any more. It never goes back.
+    /// Makes bills up to `until` final. The value never decreases.
     fn seal(&self, until: Micros) -> Result<(), StoreError>;
 
-    /// The newest time that anything was written at: a clock that is behind it is wrong.
+    /// Newest time of any commit: a clock behind it is wrong.
     fn clock_high(&self) -> Result<Micros, StoreError>;
 
     /// Reads everything and checks that nothing contradicts itself.
@@ -173,16 +175,16 @@ pub trait Store: Send + Sync {
     /// # Errors
     /// `Corrupt` with what was found.
     fn check(&self) -> Result<(), StoreError>;
-    /// Which life of the store this is: 1 at first, and larger after each restore from a backup. What agents were told
-    /// in another epoch may be ahead of the rows.
+    /// Epoch of the store: 1 at first, larger after each restore from a backup. Agents may be ahead
+    /// of the rows in what they learnt in another epoch.
     fn epoch(&self) -> Result<i64, StoreError>;
 
-    /// Begins another epoch, at least this one, and returns it.
+    /// Begins a new epoch, at least this one, and returns it.
     fn begin_epoch(&self, at_least: i64) -> Result<i64, StoreError>;
 
-    /// Writes a consistent copy of the whole store to a new or empty file; writers go on meanwhile.
+    /// Writes a consistent copy of the store to a new or empty file. Writers continue meanwhile.
     ///
     /// # Errors
-    /// `Unusable` if the file holds something or cannot be written.
+    /// `Unusable` if the file is not empty or cannot be written.
     fn backup(&self, to: &std::path::Path) -> Result<(), StoreError>;
 }

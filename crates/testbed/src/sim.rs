@@ -153,7 +153,7 @@ pub struct SimHost {
 struct Agent {
     run: String,
     greeted: bool,
-    /// What the newest `Desired` names; nothing before the first.
+    /// Instances that the newest `Desired` names; `None` before the first `Desired`.
     named: Option<Vec<InstanceId>>,
     /// Monitors that this agent has itself seen alive: it dates their end.
     watched: BTreeMap<InstanceId, u64>,

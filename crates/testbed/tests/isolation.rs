@@ -1,4 +1,4 @@
-//! `docs/isolation.md` names a test for each attempt; this holds that those tests exist.
+//! Checks that every test that `docs/isolation.md` names exists.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::collections::BTreeSet;

@@ -1,12 +1,12 @@
-//! What pages tell a reader to type of scripts and daemons is there, and so is every file that a script names. What they tell of
-//! `roost` is held by that crate.
+//! Checks the options of scripts and daemons that pages name, and the files that scripts name. The
+//! CLI's crate checks the commands of `roost`.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use roost_testbed::repository_root;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-/// The folder or file whose text has every option of a program.
+/// The folder or file whose source names every option of a program.
 fn source_of(program: &str) -> Option<PathBuf> {
     let source = match program {
         "roost-agent" => "crates/agent/src",
@@ -28,7 +28,7 @@ fn text_of(path: &Path) -> String {
     files.iter().map(|file| text_of(file)).collect()
 }
 
-/// README, the pages of docs/ and of guest-images/: where a reader is told what to type.
+/// The pages that tell a reader what to type: README, `docs/` and `guest-images/`.
 fn pages() -> Vec<PathBuf> {
     let root = repository_root();
     let mut pages = vec![root.join("README.md"), root.join("guest-images/README.md")];
@@ -58,8 +58,8 @@ fn commands(page: &str) -> Vec<String> {
     found
 }
 
-/// The options of a command of ours, each with the program that must know it. Words behind ` -- ` are somebody else's, and so is
-/// what follows a pipe.
+/// The options of a command of ours, each with its program. Words after ` -- ` or a pipe belong to
+/// other programs.
 fn options(command: &str) -> Vec<(String, String)> {
     let words: Vec<&str> = command.split(" #").next().unwrap_or("").split_whitespace().collect();
     let begin = words.iter().position(|word| source_of(word).is_some());
@@ -75,7 +75,8 @@ fn options(command: &str) -> Vec<(String, String)> {
     found
 }
 
-/// Whether the text of a program has the option: as written, or as the field that becomes it.
+/// Returns true if the source of a program has the option, verbatim or as the clap field of that
+/// name.
 fn knows(source: &str, option: &str) -> bool {
     let field = option.replace('-', "_");
     source.contains(&format!("--{option}"))

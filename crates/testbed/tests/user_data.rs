@@ -1,4 +1,4 @@
-//! The script that images without cloud-init turn user data into a program with.
+//! The script that makes a program of user data in images without cloud-init.
 #![allow(clippy::unwrap_used, missing_docs)]
 
 use std::fs;
@@ -6,7 +6,7 @@ use std::io::Write;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Stdio};
 
-/// What the script printed, and the program that it made.
+/// The script's output, and the program that it made.
 fn prepare(user_data: &[u8]) -> (String, Option<Vec<u8>>) {
     let folder = tempfile::tempdir().unwrap();
     let (raw, program) = (folder.path().join("raw"), folder.path().join("program"));

@@ -52,7 +52,8 @@ pub struct HostFacts {
     pub cpu_milli: u64,
     /// Memory that instances may claim, in MiB: the host's memory less what it keeps for itself.
     pub memory_mib: u64,
-    /// Disk that volumes may claim by their full size, in GiB (what is free for them × the owner's overcommit).
+    /// Disk that volumes may claim by their full size, in GiB (what is free for them × the owner's
+    /// overcommit).
     pub disk_gib: u64,
     /// Most vCPUs that one instance can have here.
     pub max_vcpus: u32,
@@ -77,7 +78,7 @@ pub struct Desired {
     pub version: u64,
     /// Every instance that the controller has placed on this host and that is not gone.
     pub instances: Vec<Ensure>,
-    /// Orphans that an administrator ends: the agent removes them with their disks.
+    /// Orphans to end: the agent removes them with their disks.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub end: Vec<InstanceId>,
 }
@@ -91,8 +92,8 @@ pub struct Ensure {
     pub generation: u64,
     /// What to make of it.
     pub spec: InstanceSpec,
-    /// The root volume was made before, as the controller knows it; the agent never makes such a volume. No part of
-    /// the spec: it may change under one generation.
+    /// The root volume was made before, as the controller knows: the agent must not make it again.
+    /// Not part of the spec: the value may change within one generation.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub volume_made: bool,
 }
@@ -154,7 +155,8 @@ pub struct ImageSpec {
     pub root: BlobId,
     /// Kernel command line.
     pub boot_args: String,
-    /// Bytes that the root disk unpacks to; a host unpacks no more. No part of what a spec is compared by.
+    /// Unpacked size of the root disk in bytes, which is the host's limit. Not part of the spec's
+    /// comparison.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub root_bytes: Option<u64>,
 }
@@ -236,17 +238,17 @@ pub struct MetadataSpec {
     pub user_data: Option<String>,
     /// Tags.
     pub tags: BTreeMap<String, String>,
-    /// Who may ask.
+    /// Options of the metadata service.
     #[serde(default, skip_serializing_if = "MetadataOptions::is_default")]
     pub options: MetadataOptions,
 }
 
 named_enum! {
-    /// Whether a question needs a session token.
+    /// Whether a request to the metadata service needs a session token.
     HttpTokens, "value of http_tokens" {
-        /// It may have one (IMDSv1 and v2).
+        /// Requests with and without a token are answered (IMDSv1 and IMDSv2).
         Optional = "optional",
-        /// It must have one (IMDSv2 only).
+        /// Requests need a token (IMDSv2 only).
         Required = "required",
     }
 }
@@ -254,20 +256,20 @@ named_enum! {
 named_enum! {
     /// Whether the metadata service answers at all.
     HttpEndpoint, "value of http_endpoint" {
-        /// It does.
+        /// The service answers.
         Enabled = "enabled",
-        /// Every question is refused: the guest gets no keys, no name and no user data.
+        /// The service refuses every request: the guest gets no keys, no name and no user data.
         Disabled = "disabled",
     }
 }
 
-/// How the metadata service answers an instance, as EC2's `MetadataOptions`.
+/// Options of an instance's metadata service, as EC2's `MetadataOptions`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct MetadataOptions {
     /// Session tokens.
     pub http_tokens: HttpTokens,
-    /// Whether it answers.
+    /// Whether the service answers.
     pub http_endpoint: HttpEndpoint,
 }
 
@@ -295,10 +297,11 @@ pub struct Report {
     pub agent_run: String,
     /// Every instance that the agent knows of.
     pub instances: Vec<Observation>,
-    /// What is wrong with the host itself now, a sentence each, for its owner: at most 32, of at most 512 bytes each.
+    /// Current troubles of the host itself for its owner: at most 32 sentences of at most 512 bytes
+    /// each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trouble: Vec<String>,
-    /// Instances that are here and that the newest [`Desired`] does not name: at most 1024.
+    /// Instances on the host that the newest [`Desired`] does not name: at most 1024.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub orphans: Vec<Orphan>,
     /// The agent stops, and this is the last that it says: it must not be lost, as it may be the end of the bill.
@@ -306,7 +309,7 @@ pub struct Report {
     pub last: bool,
 }
 
-/// An instance that a host has and its controller does not know: the controller's database came from a backup.
+/// An instance that the host has and the database does not: the database came from a backup.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Orphan {
     /// The instance.
@@ -315,16 +318,16 @@ pub struct Orphan {
     pub account: AccountId,
     /// Name of its type.
     pub instance_type: String,
-    /// CPU that it claims, in milli-CPUs.
+    /// Claimed CPU in milli-CPUs.
     pub cpu_milli: u64,
     /// Guest memory in MiB.
     pub memory_mib: u64,
-    /// What its agent sees.
+    /// State that its agent observes.
     pub state: Observed,
 }
 
 impl Orphan {
-    /// An instance as an orphan.
+    /// Converts an instance to an orphan.
     pub fn of(ensure: &Ensure, state: Observed) -> Self {
         let spec = &ensure.spec;
         Self {
@@ -343,10 +346,10 @@ impl Orphan {
 pub const ORPHANS: usize = 1024;
 /// Most sentences in [`Report::trouble`].
 pub const TROUBLES: usize = 32;
-/// Longest sentence there, in bytes.
+/// Longest sentence in [`Report::trouble`], in bytes.
 pub const SENTENCE_BYTES: usize = 512;
 
-/// The sentence, cut to [`SENTENCE_BYTES`] at a character's end.
+/// Cuts a sentence to [`SENTENCE_BYTES`] at the end of a character.
 pub fn bounded(sentence: &str) -> String {
     sentence[..sentence.floor_char_boundary(SENTENCE_BYTES)].to_owned()
 }
@@ -405,7 +408,7 @@ pub struct Observation {
     /// ed25519 host key line that the guest printed on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh_host_key: Option<String>,
-    /// User data that the guest said it did not run (a line on its console).
+    /// Form of the user data that the guest did not run, by a line on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data_not_run: Option<UserDataForm>,
     /// CPU time that the instance has used in this incarnation, from `cpu.stat`, microseconds.

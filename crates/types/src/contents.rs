@@ -1,43 +1,43 @@
-//! What a file of an image is, told by its first bytes: a kernel, an initial RAM disk or a root disk, or else which
-//! other thing, and the command that makes the right one of it.
+//! Recognises a file of an image by its first bytes: a kernel, an initial RAM disk, a root disk, or
+//! another format. The refusal of another format names the command that makes the right file.
 
-/// So many first bytes tell all that is told here: btrfs has its mark behind 64 KiB.
+/// Number of first bytes that every check here needs: the superblock of btrfs starts at 64 KiB.
 pub const HEAD_BYTES: usize = 68 * 1024;
-/// A fixed VHD has its mark in so many last bytes.
+/// Number of last bytes that hold the mark of a fixed VHD.
 pub const TAIL_BYTES: usize = 512;
 
-/// A file of an image, as far as it is looked at.
+/// A file of an image with the bytes that the checks need.
 #[derive(Debug, Clone, Copy)]
 pub struct File<'a> {
-    /// Its name, for messages.
+    /// Name for messages.
     pub name: &'a str,
-    /// Its first bytes: [`HEAD_BYTES`], or all of a shorter one.
+    /// The first [`HEAD_BYTES`] bytes, or the whole of a shorter file.
     pub head: &'a [u8],
-    /// Its last bytes, where they are known.
+    /// The last bytes, if they are known.
     pub tail: &'a [u8],
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Kind {
-    /// A kernel can mount it by itself.
+    /// A file system that the kernel mounts by itself.
     FileSystem,
-    /// It takes an initial RAM disk.
+    /// A container that needs an initial RAM disk.
     Container,
     Partitions,
     Kernel,
     OtherKernel,
     InitialDisk,
-    /// By the program that unpacks it.
+    /// Compressed; holds the program that unpacks it.
     Compressed(&'static str),
-    /// By qemu-img's name of the format.
+    /// A disk format; holds qemu-img's name of it.
     Converted(&'static str),
-    /// A sentence about the way out.
+    /// Another format; holds the advice.
     Wrong(&'static str),
     Blank,
     Unknown,
 }
 
-/// Marks, the first that fits counts: where it stands, what it is, its name, its kind.
+/// Marks: offset, bytes, name and kind. The first match counts.
 #[rustfmt::skip]
 const MARKS: &[(usize, &[u8], &str, Kind)] = &[
     (0x202, b"HdrS", "a bzImage kernel", Kind::Kernel),
@@ -84,7 +84,7 @@ const MARKS: &[(usize, &[u8], &str, Kind)] = &[
     (0x1fe, b"\x55\xaa", "a disk with an MBR partition table", Kind::Partitions),
 ];
 
-/// ELF machines that are not x86: i386, ARM, ia64's 50, arm64, RISC-V.
+/// ELF machines other than x86: i386, ARM, ia64 (50), arm64, RISC-V.
 const OTHER_MACHINES: &[u8] = &[3, 40, 50, 183, 243];
 
 impl File<'_> {
@@ -113,7 +113,7 @@ impl File<'_> {
     /// Checks that the file is a kernel that the monitor boots.
     ///
     /// # Errors
-    /// What it is instead, and the way out.
+    /// The format that the file has instead, and the advice.
     pub fn check_kernel(&self) -> Result<(), String> {
         let (other, kind) = self.kind();
         let wanted = "no kernel (ELF vmlinux or bzImage, x86-64)";
@@ -134,7 +134,7 @@ impl File<'_> {
     /// Checks that the file is an initial RAM disk.
     ///
     /// # Errors
-    /// What it is instead, and the way out.
+    /// The format that the file has instead, and the advice.
     pub fn check_initrd(&self) -> Result<(), String> {
         let (other, kind) = self.kind();
         if matches!(kind, Kind::InitialDisk | Kind::Compressed(_)) {
@@ -144,10 +144,11 @@ impl File<'_> {
         Err(self.refusal("no initial RAM disk", other, way_out))
     }
 
-    /// Checks that the file is a raw root disk, and that the kernel's command line names it as what it is.
+    /// Checks that the file is a raw root disk, and that the kernel's command line fits its
+    /// contents.
     ///
     /// # Errors
-    /// What it is instead, or what the command line says instead, and the way out.
+    /// The format that the file has, or the contradiction in the command line, and the advice.
     pub fn check_root(&self, boot_args: &str, has_initrd: bool) -> Result<(), String> {
         let (other, kind) = self.kind();
         let wanted = "no raw root disk";
@@ -199,7 +200,7 @@ impl File<'_> {
         Err(self.refusal(wanted, other, &way_out))
     }
 
-    /// Whether a qcow2 header names a backing file: its offset is the number in bytes 8 to 16.
+    /// Returns true if a qcow2 header names a backing file: bytes 8 to 16 hold its offset.
     fn has_base(&self) -> bool {
         self.head.get(8..16).is_some_and(|offset| offset.iter().any(|byte| *byte != 0))
     }

@@ -1,27 +1,27 @@
-//! What else on a host drops packets that instances send and get: chains on nftables' forward hook. The agent looks
-//! while instances run, `roost doctor` before.
+//! Chains on nftables' forward hook of other programs that drop instances' packets. The agent
+//! checks them while instances run, `roost doctor` before.
 //!
-//! A drop is final in nftables: no table of Roost's can overrule that of another program. An accept is not.
+//! A drop is final in nftables: no other table can overrule it. An accept is not final.
 
 use serde_json::Value;
 use std::fmt;
 
-/// What the names of links to instances begin with, on the host.
+/// Pattern of the host's links to instances.
 pub const LINKS: &str = "rv*";
 
 /// The agent's own table of the host.
 pub const HOST_TABLE: &str = "roost_host";
 
-/// A chain that drops whatever it is not told to accept.
+/// A chain that drops every packet that no rule accepts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Barrier {
     /// `ip` or `inet`.
     pub family: String,
-    /// Its table.
+    /// Table of the chain.
     pub table: String,
     /// The chain on the forward hook.
     pub chain: String,
-    /// Where rules for others go: Docker keeps a chain for them.
+    /// Chain for additional rules: Docker keeps `DOCKER-USER` for them.
     pub rules_into: String,
 }
 
@@ -32,18 +32,19 @@ impl fmt::Display for Barrier {
 }
 
 impl Barrier {
-    /// The chain that iptables, Docker and ufw work in.
+    /// The forward chain of iptables, Docker and ufw.
     pub fn is_of_iptables(&self) -> bool {
         self.family == "ip" && self.table == "filter" && self.chain == "FORWARD"
     }
 
-    /// The rule, in nft's words, that lets packets pass it from one link to another.
+    /// The rule in nft's syntax that accepts packets from one link to another in this chain.
     pub fn pass(&self, from: &str, to: &str) -> String {
         let Self { family, table, rules_into, .. } = self;
         format!(r#"insert rule {family} {table} {rules_into} iifname "{from}" oifname "{to}" counter accept"#)
     }
 
-    /// Whether packets from one link to another pass it, by `nft -j list ruleset`. `None` is any link.
+    /// Returns true if the ruleset (`nft -j list ruleset`) accepts packets from one link to another
+    /// in this chain. `None` is any link.
     pub fn passes(&self, ruleset: &Value, from: Option<&str>, to: Option<&str>) -> bool {
         rules(ruleset).filter(|rule| self.leads_to(ruleset, rule)).any(|rule| {
             let says = |key: &str, name: Option<&str>| match (link_of(rule, key), name) {
@@ -68,8 +69,8 @@ impl Barrier {
     }
 }
 
-/// The chains of `nft -j list ruleset` that drop what instances send or get, unless they are told to let it pass;
-/// those of Roost's own `table` are left out.
+/// Chains in `nft -j list ruleset` that drop instances' packets by default. Chains of Roost's own
+/// `table` are left out.
 pub fn barriers(ruleset: &Value, table: &str) -> Vec<Barrier> {
     let forward = objects(ruleset, "chain").filter(|chain| {
         chain["hook"] == "forward"
@@ -102,7 +103,7 @@ pub fn barriers(ruleset: &Value, table: &str) -> Vec<Barrier> {
         .collect()
 }
 
-/// Handles of rules that let instances reach any link of the host, which earlier agents made.
+/// Handles of rules of earlier agents that accept instances' packets to every link of the host.
 pub fn too_wide(ruleset: &Value, barrier: &Barrier) -> Vec<u64> {
     rules(ruleset)
         .filter(|rule| rule["family"] == *barrier.family && rule["table"] == *barrier.table)
@@ -118,7 +119,7 @@ pub fn too_wide(ruleset: &Value, barrier: &Barrier) -> Vec<u64> {
         .collect()
 }
 
-/// The objects of one kind, in their order.
+/// The objects of one kind, in the order of the listing.
 pub fn objects<'a>(ruleset: &'a Value, kind: &'a str) -> impl DoubleEndedIterator<Item = &'a Value> {
     ruleset["nftables"].as_array().into_iter().flatten().filter_map(move |object| object.get(kind))
 }
@@ -141,7 +142,7 @@ fn drops_all(rule: &Value) -> bool {
             .all(|part| ["drop", "reject", "counter", "log"].iter().any(|known| part.get(known).is_some()))
 }
 
-/// The link that a rule wants packets to come from (`iifname`) or go to (`oifname`).
+/// The input (`iifname`) or output (`oifname`) link that a rule matches.
 fn link_of<'a>(rule: &'a Value, key: &str) -> Option<&'a str> {
     expressions(rule)
         .map(|part| &part["match"])
@@ -210,7 +211,7 @@ mod tests {
         let found = barriers(&ruleset(&all), "roost_host");
         assert_eq!(found.len(), 1);
         assert!(!found[0].is_of_iptables());
-        // A drop of some packets is none of everything.
+        // A chain that drops some packets does not drop all.
         all[1] =
             rule("inet", "firewalld", "filter_FORWARD", &[link("iifname", "eth9"), json!({"drop": null})]);
         assert!(barriers(&ruleset(&all), "roost_host").is_empty());

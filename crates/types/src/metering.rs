@@ -49,7 +49,8 @@ pub struct UsageEvent {
     pub sku: String,
     /// How many units run per second: 1 for an instance, the GiB of a volume.
     pub quantity: u64,
-    /// Of an `open`: it goes on with what was used before, as nobody asked for this start (the host had rebooted).
+    /// Set on an `open` that continues the start before: the host had rebooted, and nobody asked
+    /// for a start.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub continues: bool,
 }

@@ -1,12 +1,13 @@
 //! Names that people give.
 
-/// Whether a terminal shows every character of a text as itself: none is a control character, invisible, or changes
-/// the direction of others.
+/// Returns true if a terminal shows every character of a text as itself: no control characters,
+/// invisible characters or changes of text direction.
 pub fn is_showable(text: &str) -> bool {
     !text.chars().any(|c| c.is_control() || is_invisible(c))
 }
 
-/// Unicode's line separators, directional marks and zero-width characters, but for the two joiners that scripts need.
+/// Unicode's line separators, directional marks and zero-width characters, except the two joiners
+/// of scripts.
 const fn is_invisible(c: char) -> bool {
     matches!(c,
         '\u{ad}' | '\u{61c}' | '\u{180e}' | '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}'

@@ -6,7 +6,7 @@ use std::fmt;
 use std::str::FromStr;
 
 named_enum! {
-    /// A form of user data that a guest did not run. A guest chooses among these and can say nothing else.
+    /// A form of user data that a guest did not run. A guest can report these forms only.
     UserDataForm, "form of user data" {
         /// `#cloud-config`.
         CloudConfig = "cloud-config",
@@ -26,15 +26,15 @@ named_enum! {
         ByteOrderMark = "byte-order-mark",
         /// gzip that cannot be unpacked.
         DamagedGzip = "damaged-gzip",
-        /// A first line that names a program that is not there.
+        /// A first line that names a missing program.
         NoInterpreter = "no-interpreter",
-        /// Anything else.
+        /// Any other form.
         Unknown = "unknown",
     }
 }
 
 impl UserDataForm {
-    /// Why it was not run, and the way out.
+    /// The reason, and the advice.
     #[must_use]
     pub fn why_not_run(self) -> String {
         match self {

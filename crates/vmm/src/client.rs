@@ -57,13 +57,15 @@ pub struct Client {
 }
 
 impl Client {
-    /// A client of the API at this socket. A call takes at most 10 s, however the monitor answers.
+    /// Creates a client of the API at this socket. A call takes at most 10 s, whatever the monitor
+    /// sends.
     #[must_use]
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into(), timeout: Duration::from_secs(10) }
     }
 
-    /// With another limit per call: connecting, sending and the whole response.
+    /// Creates a client with another time limit per call: connecting, sending and the whole
+    /// response.
     #[must_use]
     pub const fn with_timeout(mut self, timeout: Duration) -> Self {
         self.timeout = timeout;
@@ -195,7 +197,8 @@ impl Client {
     }
 }
 
-/// Connects within this time: a monitor that accepts nothing has a full backlog, on which `connect` waits.
+/// Connects within this time. A monitor that accepts no connection has a full backlog, on which
+/// `connect` blocks.
 #[allow(clippy::cast_possible_truncation)] // two small constants of the C library
 fn connect(path: &Path, timeout: Duration) -> std::io::Result<UnixStream> {
     // SAFETY: takes numbers.
@@ -205,7 +208,7 @@ fn connect(path: &Path, timeout: Duration) -> std::io::Result<UnixStream> {
     }
     // SAFETY: socket has just made it, and nothing else owns it.
     let stream = UnixStream::from(unsafe { OwnedFd::from_raw_fd(fd) });
-    // The time limit of sending is that of connecting too (unix(7), SO_SNDTIMEO).
+    // SO_SNDTIMEO limits connecting as well as sending (unix(7)).
     stream.set_write_timeout(Some(timeout))?;
     // SAFETY: all bytes of the struct may be zero.
     let mut address: libc::sockaddr_un = unsafe { std::mem::zeroed() };
@@ -233,7 +236,7 @@ fn left(deadline: Instant) -> std::io::Result<Duration> {
     if left.is_zero() { Err(std::io::ErrorKind::TimedOut.into()) } else { Ok(left) }
 }
 
-/// A stream whose reads end at one deadline: a peer that sends a byte now and then gains nothing.
+/// A stream whose reads share one deadline: a peer that sends single bytes gains no time.
 struct Hurried {
     stream: UnixStream,
     deadline: Instant,
@@ -305,7 +308,7 @@ fn read_response(
     Ok((status, body))
 }
 
-/// The beginning of a line, quoted.
+/// Quotes the beginning of a line.
 fn shown(line: &str) -> String {
     format!("{:?}", line.chars().take(200).collect::<String>())
 }
@@ -317,7 +320,7 @@ mod tests {
 
     const LIMIT: Duration = Duration::from_millis(300);
 
-    /// Asks a monitor that answers like this, and gives the error and how long it took.
+    /// Calls a monitor that answers like this. Returns the error and the duration.
     fn ask(answer: impl FnOnce(UnixStream) + Send + 'static) -> (String, Duration) {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("api");
@@ -331,7 +334,7 @@ mod tests {
         (format!("{error}: {source}"), took)
     }
 
-    /// Writes until the other side has had enough.
+    /// Writes until the other end closes.
     fn for_ever(mut stream: UnixStream, head: &str, again: &[u8], pause: Duration) {
         let mut sent = stream.write_all(head.as_bytes());
         while sent.is_ok() {
@@ -349,7 +352,7 @@ mod tests {
             assert!(why.contains("the monitor's API at"), "{why}");
             assert!(took < LIMIT * 3, "{again:?}: {took:?}");
         }
-        // Until the client hangs up, not a byte.
+        // The monitor sends no byte until the client closes.
         let (_, took) = ask(|mut stream| drop(std::io::copy(&mut stream, &mut std::io::sink())));
         assert!(took >= LIMIT && took < LIMIT * 3, "{took:?}");
     }
@@ -389,7 +392,7 @@ mod tests {
     #[test]
     fn a_body_that_is_shorter_than_it_says_is_no_answer() {
         let (why, _) = ask(|mut stream| {
-            // A socket that is closed with unread bytes resets the connection instead of ending it.
+            // Closing a socket with unread bytes resets the connection.
             let mut request = Vec::new();
             let mut byte = [0];
             while !request.ends_with(b"\r\n\r\n") {

@@ -18,7 +18,7 @@
 //! | [`seccomp`], [`sigbus`], [`threads`], [`heap`] | the lock-down, and what a process has |
 //! | [`probe`] | the probe guest behind `roost doctor` |
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 // Tests build bytes out of numbers whose size they know.
 #![cfg_attr(test, allow(clippy::cast_possible_truncation))]

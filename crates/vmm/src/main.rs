@@ -1,6 +1,6 @@
 //! `roost-vmm`: runs one virtual machine, or says what this host's KVM can do.
 
-// They panic where the output is closed, and a panic ends the program with no exit code of its own.
+// `println!` and `eprintln!` panic on a closed output, and a panic has no exit code of ours.
 #![deny(clippy::print_stderr, clippy::print_stdout)]
 
 use std::fs::File;

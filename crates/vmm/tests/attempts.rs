@@ -1,5 +1,6 @@
-//! What a program that has taken a monitor's place tries from inside the jail, without the monitor's own filter. Every test needs
-//! root, which makes namespaces; `scripts/test` runs them (`scripts/lib/root-tests.sh`).
+//! Attempts of a program in a monitor's place inside the jail, without the monitor's own filter.
+//! Every test makes namespaces and needs root; `scripts/test` runs them
+//! (`scripts/lib/root-tests.sh`).
 
 #![allow(clippy::unwrap_used)]
 
@@ -15,7 +16,7 @@ use common::{Code, Machine, disk, machines, says, wait_for};
 use serde_json::json;
 
 const UID: &str = "70011";
-/// Numbers that handed descriptors may have.
+/// Descriptor numbers of handed descriptors.
 const HANDED: std::ops::Range<i32> = 3..40;
 
 fn error(number: i32) -> i64 {
@@ -41,7 +42,7 @@ fn child_of(parent: u32) -> i32 {
     all.into_iter().find(|pid| parent_of(pid) == Some(parent)).unwrap()
 }
 
-/// Makes the calls in a jail that was built for this machine, and gives what each of them gave.
+/// Makes the calls in a jail that was built for this machine, and returns their results.
 fn attempt(machine: &Machine, jail: &[&str], calls: Calls) -> Vec<i64> {
     calls.write(&machine.path("probe"));
     let mut jail = jail.to_vec();
@@ -53,7 +54,7 @@ fn attempt(machine: &Machine, jail: &[&str], calls: Calls) -> Vec<i64> {
     results(&output.stdout)
 }
 
-/// A machine with a disk that it writes and one that it reads.
+/// A machine with a writable and a read-only disk.
 fn with_two_disks() -> Machine {
     let mut machine = Machine::new(&Code::default());
     for name in ["root", "base"] {
@@ -89,7 +90,7 @@ fn another_monitor_of_the_very_same_user_cannot_be_named() {
         reach(libc::SYS_prlimit64, pid, 0),
     ];
     for call in [libc::SYS_process_vm_readv, libc::SYS_process_vm_writev] {
-        // Eight bytes at the program's own beginning.
+        // The first eight bytes of the program.
         let vector = || Argument::Bytes([0x40_0000_u64.to_ne_bytes(), 8_u64.to_ne_bytes()].concat());
         reached.push(calls.call(call, [pid.into(), vector(), 1.into(), vector(), 1.into(), 0.into()]));
     }
@@ -129,7 +130,7 @@ fn no_socket_of_the_host_is_reached_by_name_or_path() {
     let others = ["/run/docker.sock", "/run/systemd/private", "/run/dbus/system_bus_socket"];
     let others = others.map(|path| connect(path.as_bytes()));
     let gave = attempt(&machine, &[], calls);
-    // The abstract names are those of its own, empty network namespace.
+    // Abstract names are local to the empty network namespace.
     assert_eq!(gave[named], error(libc::ECONNREFUSED));
     for call in [placed].into_iter().chain(others) {
         assert!([libc::ENOENT, libc::EACCES].map(error).contains(&gave[call]), "{}", gave[call]);
@@ -156,7 +157,7 @@ fn what_is_handed_for_reading_stays_as_it_is_whatever_is_tried_on_its_descriptor
         let write = libc::PROT_READ | libc::PROT_WRITE;
         let shared = [0.into(), 4096.into(), write.into(), libc::MAP_SHARED.into(), number.into(), 0.into()];
         calls.call(libc::SYS_mmap, shared);
-        // Another descriptor of the same file, opened anew.
+        // A new open of the same file.
         let here = libc::AT_FDCWD;
         links.push(calls.call(
             libc::SYS_linkat,
@@ -184,7 +185,7 @@ fn no_file_is_made_longer_than_the_limit() {
     machine.config["status"] = json!(machine.text("status"));
     let limit = 2 << 20;
     let mut calls = Calls::default();
-    // The signal of the limit is ignored, so that each call gives its error.
+    // SIGXFSZ is ignored, so that each call returns its error.
     let ignore = [libc::SIG_IGN.to_ne_bytes(), [0; 8], [0; 8], [0; 8]].concat();
     calls.call(libc::SYS_rt_sigaction, [libc::SIGXFSZ.into(), Argument::Bytes(ignore), 0.into(), 8.into()]);
     let grown: Vec<_> = HANDED
@@ -230,7 +231,7 @@ fn descriptors_and_processes_end_at_their_limits() {
 fn a_user_namespace_of_ones_own_gives_nothing_over_the_host() {
     let machine = Machine::new(&Code::default());
     let mut calls = Calls::default();
-    // It may succeed: what is gained by it is what counts.
+    // The call may succeed: what it gains counts.
     calls.call(libc::SYS_unshare, [(libc::CLONE_NEWUSER | libc::CLONE_NEWNS).into()]);
     let raw = [libc::AF_PACKET.into(), libc::SOCK_RAW.into(), 0.into()];
     let mount = calls.call(libc::SYS_mount, ["none".into(), "/".into(), "tmpfs".into(), 0.into(), 0.into()]);

@@ -207,7 +207,7 @@ fn a_drive_that_is_no_file_is_refused_by_name() {
             machine(&code, &json!({ "drive_id": "d", "path_on_host": "", "is_read_only": true }));
         std::fs::create_dir(machine.path("folder")).unwrap();
         assert!(Command::new("mkfifo").arg(machine.path("pipe")).status().unwrap().success());
-        // Both ends are open, so that nobody waits for the other.
+        // Both ends are open, so that neither open blocks.
         let _ends = File::options().read(true).write(true).open(machine.path("pipe")).unwrap();
         machine.config["drives"][0]["path_on_host"] = json!(machine.path(name));
         let ended = machine.run();

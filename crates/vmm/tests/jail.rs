@@ -323,7 +323,7 @@ fn a_machine_that_is_configured_through_the_api_has_vsock_in_a_handed_folder() {
     machine.wait();
 }
 
-/// The core scheduling cookie of a process, or the error number with which the kernel refuses to tell.
+/// Returns the core scheduling cookie of a process, or the error number of the kernel's refusal.
 fn core_cookie(pid: u32) -> Result<u64, i32> {
     const PR_SCHED_CORE: libc::c_int = 62;
     let mut cookie = 0_u64;

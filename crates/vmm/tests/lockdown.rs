@@ -101,7 +101,7 @@ fn a_vcpu_thread_makes_no_other_ioctl() {
     breaks("ioctl", "vcpu0", "ioctl");
 }
 
-/// Reads, asks or fails where it is not stopped: a filter that lets one through hurts nothing.
+/// These calls read, ask or fail if the filter allows them: an allowed one does no harm.
 fn beyond_the_process() -> Vec<(&'static str, i64, [i64; 4])> {
     let exec = i64::from(libc::PROT_READ | libc::PROT_EXEC);
     let fresh = i64::from(libc::MAP_PRIVATE | libc::MAP_ANONYMOUS);
@@ -142,7 +142,7 @@ fn beyond_the_process() -> Vec<(&'static str, i64, [i64; 4])> {
         socket("a netlink socket", libc::AF_NETLINK),
         socket("a vsock socket", libc::AF_VSOCK),
         ("listen", libc::SYS_listen, [-1, 0, 0, 0]),
-        // What carries descriptors out (SCM_RIGHTS).
+        // SCM_RIGHTS would pass descriptors to another process.
         ("sendmsg", libc::SYS_sendmsg, [-1, 0, 0, 0]),
         ("sendmmsg", libc::SYS_sendmmsg, [-1, 0, 0, 0]),
         ("dup2", libc::SYS_dup2, [-1, -1, 0, 0]),

@@ -9,7 +9,7 @@ use std::net::{Ipv4Addr, SocketAddrV4};
 
 /// Seconds that a lease holds; the address never changes, so this only says how often a guest asks again.
 const LEASE_SECONDS: u32 = 3600;
-/// Seconds after which a guest asks again (RFC 2131's T1): how long name servers that have changed stay unknown to it.
+/// Renewal time (RFC 2131's T1) in seconds: the longest that a guest keeps outdated name servers.
 /// The lease itself outlasts an agent that is down.
 const RENEW_SECONDS: u32 = 300;
 /// Longest packet that is looked at.

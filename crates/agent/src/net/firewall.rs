@@ -20,23 +20,26 @@ use std::io::Write as _;
 use std::net::Ipv4Addr;
 use std::process::{Command, Stdio};
 
-/// Most connections that one instance has in each direction, in the kernel's table of connections.
+/// Most tracked connections of one instance in each direction.
 ///
-/// That table is one for the whole host, and it never evicts a TCP connection that was answered.
+/// The host's kernel has one connection table, and never evicts a TCP connection that was answered.
 pub const CONNECTIONS: u32 = 8192;
-/// New connections of one instance per second and direction, after a burst of [`NEW_BURST`].
+/// New connections per second of one instance and direction, after a burst of [`NEW_BURST`].
 ///
-/// The kernel keeps a closed TCP connection for 120 s and does not count it against [`CONNECTIONS`].
+/// The kernel keeps a closed TCP connection for 120 s and does not count it against
+/// [`CONNECTIONS`].
 const NEW_PER_SECOND: u32 = 500;
 const NEW_BURST: u32 = 4096;
 
-/// Packets per second that a guest may send to DHCP and the metadata service together, as EC2 allows.
+/// Packets per second that a guest may send to DHCP and the metadata service together, as EC2
+/// allows.
 const SERVICE_PACKETS: u32 = 1024;
 
-/// The tables of an instance's namespace: anti-spoofing (ARP too), 1:1 NAT, security group, limits of connections.
+/// The tables of an instance's namespace: anti-spoofing (ARP too), 1:1 NAT, security group and
+/// connection limits.
 ///
-/// `closed` is the host's own addresses and its other networks: the host's table closes them as well, but another
-/// program can flush that one.
+/// `closed` holds the host's own addresses and its other networks. The host's table drops packets
+/// to them as well, but another program can flush that table.
 pub fn instance_table(interface: &InterfaceSpec, closed: &[Ipv4Net]) -> String {
     instance_table_of(interface, closed, CONNECTIONS)
 }
@@ -52,7 +55,7 @@ pub fn instance_table_of(interface: &InterfaceSpec, closed: &[Ipv4Net], connecti
         let _ = writeln!(text, "    iifname \"{TAP}\" ip daddr {net} counter drop");
         text
     });
-    // Rules are replaced, sets are kept: they hold what is counted.
+    // Rules are replaced. Sets stay, because they hold the counts.
     format!(
         r#"table inet {INSTANCE_TABLE}
 flush table inet {INSTANCE_TABLE}
@@ -134,7 +137,7 @@ fn ingress_rule(rule: &IngressRule) -> String {
     }
 }
 
-/// The host's table, with public addresses of instances in it.
+/// The host's table with the public addresses of instances.
 pub fn host_table(around: &Surroundings, instances: &[(InstanceId, Ipv4Addr)]) -> String {
     host_table_of(around, instances, CONNECTIONS)
 }
@@ -154,13 +157,13 @@ pub fn host_table_of(
     rule("input", &format!("{guest} counter drop"));
     rule("forward", &format!("{guest} ip saddr != @public counter drop"));
     rule("forward", &format!("{guest} meta nfproto ipv6 counter drop"));
-    // The way out and other instances only: no container, no virtual machine, no tunnel of the host's owner.
+    // Guests reach the uplink and other instances only: no container, virtual machine or tunnel.
     let others = around.uplinks.iter().fold(format!(r#"oifname != "{VETH_PREFIX}*""#), |mut text, name| {
         let _ = write!(text, r#" oifname != "{name}""#);
         text
     });
     rule("forward", &format!("{guest} {others} counter drop"));
-    // Ports that the host publishes for others, wherever they lead.
+    // Ports that the host publishes (DNAT) are closed to guests, wherever they lead.
     rule("forward", &format!("{guest} ct direction original ct status dnat counter drop"));
     for (name, key) in [("iifname", "saddr"), ("oifname", "daddr")] {
         let new = format!(r#"{name} "{VETH_PREFIX}*" ct state new"#);
@@ -173,7 +176,7 @@ pub fn host_table_of(
     }
     if !around.routes {
         for name in &around.uplinks {
-            // The uplink forwards for instances only: the owner has not made a router of this host.
+            // The uplink forwards for instances only: the host is no router for others.
             rule("forward", &format!(r#"iifname "{name}" oifname != "{VETH_PREFIX}*" counter drop"#));
         }
     }
@@ -264,7 +267,7 @@ fn elements(value: &Value, comment: &str) -> Vec<Ipv4Addr> {
     public_set(value).into_iter().filter(|(_, whose)| whose == comment).map(|(address, _)| address).collect()
 }
 
-/// The host's public addresses as nft lists them, and whose each is.
+/// The host's public addresses as nft lists them, each with its instance.
 pub fn public_set(listed: &Value) -> BTreeSet<(Ipv4Addr, String)> {
     let sets = forward::objects(listed, "set")
         .filter(|set| set["name"] == "public" && (set["table"] == HOST_TABLE || set["table"].is_null()));
@@ -277,7 +280,7 @@ pub fn public_set(listed: &Value) -> BTreeSet<(Ipv4Addr, String)> {
         .collect()
 }
 
-/// Every table of the calling thread's namespace, without what they have counted.
+/// Every table of the calling thread's namespace, without counters.
 ///
 /// # Errors
 /// `nft` is missing or fails.
@@ -287,13 +290,13 @@ pub fn ruleset() -> Result<Value> {
         .map_err(|source| Error::Damaged { path: "nft -j list ruleset".into(), source })
 }
 
-/// The chains and rules of the host's table in a listing: equal texts are equal tables.
+/// The chains and rules of the host's table in a listing. Equal texts are equal tables.
 pub fn host_rules(ruleset: &Value) -> String {
     let kinds = ["chain", "rule"].into_iter().flat_map(|kind| forward::objects(ruleset, kind));
     kinds.filter(|object| object["table"] == HOST_TABLE).fold(String::new(), |mut text, object| {
         let mut object = object.clone();
         if let Some(fields) = object.as_object_mut() {
-            // Numbers that differ each time the same rule is set.
+            // The handle differs each time that the same rule is set.
             fields.remove("handle");
         }
         let _ = writeln!(text, "{object}");
@@ -316,9 +319,9 @@ pub fn remove_empty_host_table() -> Result<()> {
     apply("remove the host's table", &format!("delete table inet {HOST_TABLE}\n"))
 }
 
-/// Lets instances pass a FORWARD chain of iptables' older kind, which nftables does not list, where its policy is to
-/// drop as Docker sets it: from and to the uplinks and one another, and nowhere else. The rules go into that chain, or
-/// into `DOCKER-USER`, which Docker keeps free for this.
+/// Lets instances pass the FORWARD chain of legacy iptables, which nftables does not list, if its
+/// policy is to drop, as with Docker. The rules accept packets between instances and to and from
+/// the uplinks. They go into `DOCKER-USER` if Docker made that chain, else into FORWARD.
 ///
 /// # Errors
 /// The policy is to drop and a rule cannot be set.
@@ -327,7 +330,7 @@ pub fn pass_old_iptables(around: &Surroundings) -> Result<()> {
     if !tables.lines().any(|table| table == "filter") {
         return Ok(());
     }
-    // Where both kinds are installed, the plain name may be the newer one's.
+    // With both kinds installed, `iptables` may be the nftables variant.
     let program = ["iptables-legacy", "iptables"]
         .into_iter()
         .find_map(|name| Some((name, Command::new(name).args(["-w", "-S"]).output().ok()?)));
@@ -347,12 +350,12 @@ pub fn pass_old_iptables(around: &Surroundings) -> Result<()> {
     Ok(())
 }
 
-/// What is to be changed in `iptables -S`, as arguments of iptables.
+/// The changes that `iptables -S` needs, as arguments of iptables.
 fn docker_rules(rules: &str, uplinks: &BTreeSet<String>) -> Vec<String> {
     let there = |rule: &str| rules.lines().any(|line| line == rule);
     let chain = if there("-N DOCKER-USER") { "DOCKER-USER" } else { "FORWARD" };
     let mut changes = Vec::new();
-    // Earlier agents opened the way to every container.
+    // Earlier agents accepted packets to every container.
     for rule in ["-i rv+ -j ACCEPT", "-o rv+ -j ACCEPT"] {
         if there(&format!("-A {chain} {rule}")) {
             changes.push(format!("-D {chain} {rule}"));

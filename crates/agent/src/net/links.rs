@@ -28,8 +28,8 @@ pub struct Links {
 impl Links {
     /// Whether namespace, links and route stand.
     ///
-    /// The host's end is known by its hardware address, which the namespace sends to. Programs of the host such as
-    /// udev see that end only.
+    /// The host's end has a fixed hardware address, to which the namespace sends. Programs of the
+    /// host such as udev see that end only.
     pub fn stand(&self, folders: &Folders) -> bool {
         netns::exists(&folders.netns_file(&self.id))
             && hardware_address(&names::host_veth(&self.id)) == Some(names::veth_mac(&self.id, 0))
@@ -48,7 +48,7 @@ impl Links {
         netns::enter(&file, move || {
             harden()?;
             make_tap()?;
-            // A source that is not reached by the tap is not the guest's.
+            // A source address that is not routed to the tap is not the guest's.
             sysctl(&format!("net/ipv4/conf/{TAP}/rp_filter"), "1")?;
             block_on(inside.inside(host))
         })?;
@@ -61,7 +61,8 @@ impl Links {
         up(&net, "lo").await?;
         let veth = names::host_veth(&self.id);
         if index(&net, UPLINK).await?.is_none() {
-            // Addresses are given as the links are born: udev replaces one that the kernel has made up.
+            // Hardware addresses are set at creation: udev replaces an address that the kernel
+            // generated.
             let peer = LinkMessageBuilder::<LinkUnspec>::new()
                 .name(veth)
                 .address(names::veth_mac(&self.id, 0).to_vec())
@@ -165,7 +166,8 @@ pub fn open_tap(folders: &Folders, id: &InstanceId) -> Result<OwnedFd> {
     netns::enter(&folders.netns_file(id), attach_tap)
 }
 
-/// Forwards what comes from this link, and reads back that the kernel does. The host as a whole is made no router.
+/// Enables forwarding for packets from this link, and reads the setting back. The host's global
+/// setting is not changed.
 ///
 /// # Errors
 /// The kernel does not forward.
@@ -173,11 +175,11 @@ pub fn forward_from(link: &str) -> Result<()> {
     sysctl(&format!("net/ipv4/conf/{link}/forwarding"), "1")
 }
 
-/// How long the namespace of the calling thread keeps a TCP connection that says nothing, seconds. The kernel's own
-/// limit is five days.
+/// Seconds for which the calling thread's namespace tracks an idle TCP connection. The kernel's
+/// default is five days.
 const IDLE_TCP: &str = "3600";
 
-/// Lets connections that say nothing be forgotten. The rules that track them must be there.
+/// Sets the idle limit of tracked TCP connections. The rules that track connections must exist.
 ///
 /// # Errors
 /// The kernel does not take it.
@@ -230,7 +232,7 @@ pub fn mtu(name: &str) -> Option<u16> {
     Some(u16::try_from(mtu).unwrap_or(u16::MAX))
 }
 
-/// One of the questions about a link that take and fill an `ifreq` (netdevice(7)).
+/// Makes one ioctl about a link that takes and fills an `ifreq` (netdevice(7)).
 fn ask(name: &str, question: libc::Ioctl) -> Option<libc::ifreq> {
     let socket =
         rustix::net::socket(rustix::net::AddressFamily::INET, rustix::net::SocketType::DGRAM, None).ok()?;
@@ -247,14 +249,14 @@ fn ask(name: &str, question: libc::Ioctl) -> Option<libc::ifreq> {
     (result == 0).then_some(request)
 }
 
-/// Entries that the kernel's one neighbour table may have before old ones go at once, and at most. Its own 1,024 are
-/// taken by one guest that asks for every address of a large network around the uplink.
+/// `gc_thresh2` and `gc_thresh3` of the kernel's one neighbour table. One guest that resolves every
+/// address of a large network around the uplink fills the default of 1,024.
 const NEIGHBOURS: [(&str, u32); 2] = [("gc_thresh2", 8192), ("gc_thresh3", 16_384)];
 
-/// Where the kernel keeps these limits.
+/// Folder of these sysctls.
 pub const NEIGHBOUR_LIMITS: &str = "/proc/sys/net/ipv4/neigh/default";
 
-/// Makes room for neighbours of guests beside the host's own, unless its owner has made more.
+/// Raises the neighbour limits, unless the owner has set larger ones.
 ///
 /// # Errors
 /// A limit cannot be read or written.

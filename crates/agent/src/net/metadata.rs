@@ -114,7 +114,7 @@ impl Tree {
         self.leaves.insert(path.to_owned(), text.as_bytes().to_vec());
     }
 
-    /// Who may ask.
+    /// The instance's metadata options.
     pub const fn options(&self) -> MetadataOptions {
         self.options
     }

@@ -16,7 +16,7 @@
 //! |---|---|
 //! | [`netns`] | namespaces with a name, and work done inside them |
 //! | [`links`] | veth pair, tap, addresses, routes |
-//! | [`surroundings`] | what of the host's own network all this depends on |
+//! | [`surroundings`] | links, addresses and MTU of the host's network |
 //! | [`firewall`] | the instance's table and the host's: text, and one transaction each |
 //! | [`walls`] | the tables set, with the settings that go with them, and taken down |
 //! | [`netfilter`] | the kernel's generation of tables, and connections to be forgotten |

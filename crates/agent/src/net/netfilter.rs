@@ -1,5 +1,5 @@
-//! The two requests to the kernel's netfilter that `nft` has no quick words for: which generation its tables are of,
-//! and that connections of an address be forgotten.
+//! The two netfilter requests without a quick `nft` command: reading the generation of the ruleset,
+//! and deleting the tracked connections of an address.
 
 use crate::error::{Error, Result};
 use nix::errno::Errno;
@@ -21,7 +21,7 @@ const TUPLE_REPLY: u16 = 2;
 const TUPLE_IP: u16 = 1;
 const CONNECTION_ID: u16 = 12;
 const CONNECTION_ZONE: u16 = 18;
-/// Flags of an attribute's type.
+/// Flags of an attribute's type (`NLA_F_*`).
 const TYPE_MASK: u16 = 0x3fff;
 const HEADER: usize = 16;
 /// `struct nfgenmsg`.
@@ -34,7 +34,7 @@ pub struct Netfilter {
 }
 
 impl Netfilter {
-    /// Opens one in the calling thread's namespace.
+    /// Opens a netfilter socket in the calling thread's namespace.
     ///
     /// # Errors
     /// The kernel has no nfnetlink.
@@ -46,17 +46,17 @@ impl Netfilter {
             SockProtocol::NetlinkNetFilter,
         )
         .map_err(Error::sys("opening a socket to netfilter"))?;
-        // The kernel answers at once; a bug must not hold up an instance.
+        // The kernel answers at once. The time limit keeps a defect from blocking an instance.
         let patience = nix::sys::time::TimeVal::new(10, 0);
         setsockopt(&socket, ReceiveTimeout, &patience)
             .map_err(Error::sys("limiting a wait for netfilter"))?;
         Ok(Self { socket })
     }
 
-    /// The generation of the namespace's nftables: a number that grows with every change by anybody.
+    /// The generation of the namespace's ruleset: every change by any program increments it.
     ///
     /// # Errors
-    /// The kernel does not say.
+    /// The kernel does not report it.
     pub fn generation(&self) -> Result<u32> {
         let what = "asking for the generation of nftables";
         self.send(TABLES_GET_GENERATION, 0, &[0; GENERIC]).map_err(Error::sys(what))?;
@@ -72,7 +72,7 @@ impl Netfilter {
             .ok_or_else(|| Error::NotNow("the kernel did not say which generation nftables is of".into()))
     }
 
-    /// Makes the kernel forget every tracked connection from or to one of the addresses; gives how many.
+    /// Deletes every tracked connection from or to one of the addresses. Returns how many.
     ///
     /// # Errors
     /// The kernel cannot list or delete connections.
@@ -100,7 +100,7 @@ impl Netfilter {
         for delete in &doomed {
             self.send(CONNECTIONS_DELETE, libc::NLM_F_ACK, delete).map_err(Error::sys(what))?;
             match self.each(false, |_| ()) {
-                // It ended meanwhile.
+                // The connection ended meanwhile.
                 Ok(()) | Err(Errno::ENOENT) => {}
                 Err(error) => return Err(Error::sys(what)(error)),
             }
@@ -119,7 +119,8 @@ impl Netfilter {
         sendto(self.socket.as_raw_fd(), &message, &NetlinkAddr::new(0, 0), MsgFlags::empty()).map(drop)
     }
 
-    /// Gives the body of each message of an answer; that of a dump ends with a message that says so.
+    /// Passes the body of each message of an answer to a function. A dump ends with its own end
+    /// message.
     fn each(&self, dump: bool, mut take: impl FnMut(&[u8])) -> nix::Result<()> {
         let mut buffer = vec![0; 1 << 16];
         loop {
@@ -150,7 +151,7 @@ impl Netfilter {
     }
 }
 
-/// Whether an attribute of a connection is a tuple with one of the addresses.
+/// Returns true if an attribute of a connection is a tuple with one of the addresses.
 fn is_of((kind, tuple): (u16, &[u8]), addresses: &[Ipv4Addr]) -> bool {
     matches!(kind, TUPLE_ORIGINAL | TUPLE_REPLY)
         && attributes(tuple)
@@ -192,7 +193,7 @@ mod tests {
         assert!(is_of((TUPLE_REPLY, &tuple), &[other, Ipv4Addr::new(192, 0, 2, 9)]));
         assert!(!is_of((TUPLE_REPLY, &tuple), &[other]));
         assert!(!is_of((CONNECTION_ID, &tuple), &[Ipv4Addr::new(192, 0, 2, 9)]));
-        // A length that leads outside ends the list.
+        // A length that points outside the buffer ends the list.
         assert_eq!(attributes(&[200, 0, 1, 0, 1]).count(), 0);
         assert_eq!(attributes(&[0, 0, 1, 0, 1]).count(), 0);
     }

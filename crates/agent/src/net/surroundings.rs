@@ -1,5 +1,5 @@
-//! What of the host's own network the instances' networks are made from. It changes while guests run: laptops roam,
-//! interfaces come and go.
+//! The part of the host's network that instances' networks depend on. It changes while guests run:
+//! laptops roam, and interfaces are added and removed.
 
 use super::links;
 use crate::names::VETH_PREFIX;
@@ -9,24 +9,25 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::net::Ipv4Addr;
 
-/// Largest packet where nothing says otherwise, bytes.
+/// MTU in bytes if no uplink has one.
 const MTU: u16 = 1500;
 
 /// The host's network as guests depend on it.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct Surroundings {
-    /// Links that guests may leave the host by: those of default routes, and those that the owner names.
+    /// The uplinks: links of default routes, and those that the owner names.
     pub uplinks: BTreeSet<String>,
-    /// Largest packet on the way out, bytes.
+    /// MTU of the uplinks in bytes.
     pub mtu: u16,
-    /// The owner has made a router of this host: it forwards between any of its links.
+    /// `net.ipv4.ip_forward` was on already: the host's owner uses the host as a router.
     pub routes: bool,
-    /// The host's own addresses and the networks of its other links, which guests never reach.
+    /// The host's own addresses, and the networks of its links that are not uplinks. Guests never
+    /// reach either.
     pub closed: Vec<Ipv4Net>,
 }
 
 impl Surroundings {
-    /// Looks at the calling thread's namespace. `named` are the uplinks that the owner names.
+    /// Reads the calling thread's namespace. `named` are the uplinks that the owner names.
     pub fn look(named: &[String]) -> Self {
         let routes = fs::read_to_string("/proc/thread-self/net/route").unwrap_or_default();
         let mut uplinks = default_links(&routes);
@@ -52,7 +53,7 @@ fn default_links(routes: &str) -> BTreeSet<String> {
         .collect()
 }
 
-/// Addresses of the calling thread's namespace by link, with the network that each stands in.
+/// Addresses of the calling thread's namespace by link, each with its network.
 pub fn addresses() -> Vec<(String, Ipv4Net)> {
     let Ok(all) = nix::ifaddrs::getifaddrs() else { return vec![] };
     all.filter_map(|one| {
@@ -73,7 +74,7 @@ fn closed(addresses: &[(String, Ipv4Net)], uplinks: &BTreeSet<String>) -> Vec<Ip
         .filter(|(name, net)| !name.starts_with(VETH_PREFIX) && !net.addr().is_loopback())
         .flat_map(|(name, net)| {
             let own = Some(Ipv4Net::from(net.addr()));
-            // A second link into the uplink's network closes only its own address.
+            // A second link in the uplink's network closes its own address only.
             let network = Some(net.trunc()).filter(|net| !uplinks.contains(name) && !overlap(net));
             [own, network]
         })

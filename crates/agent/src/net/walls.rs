@@ -1,11 +1,12 @@
-//! The walls of the host and of its instances: set, watched, set again when another program has taken them away, and
-//! taken down.
+//! Firewall tables of the host and its instances: set, watched, set again after another program
+//! removed them, and taken down.
 //!
-//! A firewall of the host that is loaded anew flushes every table of the host (`nft flush ruleset`). The tables in
-//! instances' namespaces stand meanwhile and close the host and its other networks to guests, so no moment is open.
+//! A reload of the host's firewall (`nft flush ruleset`) flushes every table of the host. The
+//! tables in the instances' namespaces stay, and still close the host and its other networks to
+//! guests.
 //!
-//! Each look asks the kernel for the generation of its tables, one small message per namespace, and lists rules only
-//! when that number has changed. Events could tell the same sooner, but can be lost when many come at once.
+//! Each look reads the generation of the ruleset, one small message per namespace. Rules are listed
+//! only if the generation changed. Netlink events would be sooner, but can be lost under load.
 
 use super::netfilter::Netfilter;
 use super::surroundings::{self, Surroundings};
@@ -23,11 +24,12 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-/// How long a repair is told.
+/// How long a repair is reported.
 const TELL: Duration = Duration::from_secs(600);
-/// How often the host's other chains are looked at though nftables has not changed: iptables' older kind is not in it.
+/// How often foreign forward chains are read without a change of nftables: legacy iptables changes
+/// no generation.
 const LOOK_AROUND: Duration = Duration::from_secs(30);
-/// The pool that public addresses are from unless the owner names another, and the range of [`super::UPLINK_GATEWAY`].
+/// The range of the default public pool, and the range of [`super::UPLINK_GATEWAY`].
 const POOLS: [&str; 2] = ["100.64.0.0/10", "169.254.100.0/24"];
 
 /// The walls of this host.
@@ -35,7 +37,7 @@ const POOLS: [&str; 2] = ["100.64.0.0/10", "169.254.100.0/24"];
 pub struct Walls {
     named: Vec<String>,
     state: Mutex<State>,
-    /// Read by whoever must not wait while walls are set.
+    /// For readers that must not wait while tables are being set.
     shown: Mutex<Shown>,
 }
 
@@ -60,13 +62,14 @@ struct State {
 #[derive(Debug)]
 struct Wall {
     netfilter: Netfilter,
-    /// Of the namespace's tables when they were as they should be.
+    /// Generation of the ruleset when the tables were last verified.
     generation: u32,
-    /// Roost's rules as the kernel lists them; empty in an instance's namespace, where nobody else has any business.
+    /// Roost's rules as the kernel lists them; empty for an instance's namespace, which no other
+    /// program uses.
     rules: String,
 }
 
-/// An instance's own walls.
+/// The tables of one instance.
 #[derive(Debug)]
 struct Inside {
     interface: InterfaceSpec,
@@ -75,7 +78,7 @@ struct Inside {
     repaired: Option<Told>,
 }
 
-/// A sentence that is told for a while.
+/// A sentence that is reported until a deadline.
 #[derive(Debug, Clone)]
 struct Told {
     since: Instant,
@@ -103,7 +106,7 @@ impl State {
         self.instances.iter().map(|(id, inside)| (id.clone(), inside.interface.public_ip)).collect()
     }
 
-    /// Sets the host's table, then lets replies in.
+    /// Sets the host's table, then enables forwarding from the uplinks.
     fn set_host(&mut self, also: Option<(InstanceId, Ipv4Addr)>) -> Result<()> {
         let netfilter = Netfilter::open()?;
         let before = netfilter.generation()?;
@@ -112,7 +115,7 @@ impl State {
         firewall::apply("set the host's rules", &firewall::host_table(&self.around, &public))?;
         let after = netfilter.generation()?;
         self.host = Some(match known {
-            // Nobody came between: the rules are those of last time.
+            // No other program changed the ruleset in between: the rules are those of last time.
             Some(wall) if after == before + 1 => Wall { generation: after, ..wall },
             _ => Wall { rules: firewall::host_rules(&firewall::ruleset()?), generation: after, netfilter },
         });
@@ -122,7 +125,7 @@ impl State {
         Ok(())
     }
 
-    /// Whether the host's table is as it was set, whatever else has changed.
+    /// Returns true if the host's table is as it was set, whatever else changed.
     fn host_stands(&mut self) -> Result<bool> {
         let public = self.public();
         let Some(wall) = &mut self.host else { return Ok(false) };
@@ -140,7 +143,8 @@ impl State {
         Ok(stands)
     }
 
-    /// What on the host is in the way of instances' packets: mended, or named with the fix.
+    /// Opens foreign chains that drop instances' packets. Returns the sentence with the fix for the
+    /// others.
     fn look_at_others(&mut self) -> Result<Option<String>> {
         let ruleset = firewall::ruleset()?;
         let mut sentences = Vec::new();
@@ -172,7 +176,7 @@ impl State {
     }
 }
 
-/// Every way that instances' packets take: out, in, and to one another.
+/// Every path of instances' packets: to the uplink, from it, and between instances.
 fn ways(uplinks: &BTreeSet<String>) -> impl Iterator<Item = (String, String)> {
     let both =
         uplinks.iter().flat_map(|name| [(LINKS.to_owned(), name.clone()), (name.clone(), LINKS.to_owned())]);
@@ -180,7 +184,7 @@ fn ways(uplinks: &BTreeSet<String>) -> impl Iterator<Item = (String, String)> {
 }
 
 impl Walls {
-    /// None so far. `named` are uplinks beside those of the default routes.
+    /// Creates an empty set of walls. `named` are uplinks beside those of the default routes.
     pub fn new(named: Vec<String>) -> Self {
         let around = Surroundings::look(&named);
         let shown = Shown { around: around.clone(), ..Shown::default() };
@@ -195,15 +199,15 @@ impl Walls {
         self.shown.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// What of the host's network they are made for.
+    /// The host's network that the tables were made for.
     pub fn around(&self) -> Surroundings {
         self.shown().around.clone()
     }
 
-    /// Sets an instance's walls, and the host's with its public address in them. Blocks.
+    /// Sets the tables of an instance, and adds its public address to the host's table. Blocks.
     ///
     /// # Errors
-    /// There is no such namespace, or the kernel refused a rule.
+    /// The namespace does not exist, or the kernel refused a rule.
     pub fn set(&self, id: &InstanceId, interface: &InterfaceSpec, namespace: &Path) -> Result<()> {
         let (around, before) = {
             let mut state = self.lock();
@@ -215,12 +219,12 @@ impl Walls {
         let inside = Inside { interface: interface.clone(), namespace: namespace.to_owned(), wall, repaired };
         state.set_host(Some((id.clone(), interface.public_ip)))?;
         state.instances.insert(id.clone(), inside);
-        // Something that drops may be there already.
+        // A foreign chain may drop already.
         state.looked = None;
         Ok(())
     }
 
-    /// Takes an instance's walls down, when its links are gone. Blocks.
+    /// Removes an instance's tables once its links are gone. Blocks.
     ///
     /// # Errors
     /// See [`release`].
@@ -228,20 +232,20 @@ impl Walls {
         let mut state = self.lock();
         let known = state.instances.remove(id).map(|inside| inside.interface.public_ip);
         release(id, known)?;
-        // Without instances nobody watches.
+        // Nothing is watched without instances.
         if state.instances.is_empty() {
             state.host = None;
         }
         Ok(())
     }
 
-    /// What is wrong, or was until a moment ago, with the walls of an instance.
+    /// Returns the trouble of an instance's tables if there is one, or was one until a moment ago.
     pub fn trouble_of(&self, id: &InstanceId) -> Option<String> {
         let shown = self.shown();
         shown.trouble_of.get(id).or(shown.trouble.as_ref()).cloned()
     }
 
-    /// Looks after all of it: due once a second. Blocks.
+    /// Checks and repairs all tables; due once a second. Blocks.
     pub fn tend(&self, troubles: &Troubles) {
         let mut state = self.lock();
         let around = Surroundings::look(&self.named);
@@ -292,13 +296,13 @@ fn tend_host(state: &mut State, moved: bool) -> Result<()> {
         state.repaired = Some(Told::now(sentence));
     }
     if moved {
-        // Its rules will be others.
+        // The host's rules change with its network.
         state.host = None;
     }
     if !stands || moved {
         state.set_host(None)?;
     }
-    // Whoever turns the host's forwarding off turns that of each link off.
+    // Turning `net.ipv4.ip_forward` off turns off the forwarding of each link.
     for id in state.instances.keys() {
         let link = names::host_veth(id);
         if links::link_exists(&link) {
@@ -319,7 +323,7 @@ fn tend_instances(state: &mut State, moved: bool) -> Result<()> {
         if untouched && !moved {
             continue;
         }
-        // One whose namespace is on its way out is no trouble of the host.
+        // A namespace that is being removed is no trouble of the host.
         if !netns::exists(&inside.namespace) {
             continue;
         }
@@ -350,7 +354,7 @@ fn look_around(state: &mut State, moved: bool) -> Result<Option<String>> {
     state.look_at_others()
 }
 
-/// Whatever on the host has an address of Roost's own ranges.
+/// Finds addresses of the host in Roost's own ranges.
 fn owned_elsewhere(addresses: &[(String, Ipv4Net)]) -> Option<String> {
     let pools: Vec<Ipv4Net> = POOLS.iter().filter_map(|pool| pool.parse().ok()).collect();
     addresses
@@ -376,8 +380,9 @@ fn set_inside(namespace: &Path, interface: &InterfaceSpec, around: &Surroundings
     })
 }
 
-/// Takes an instance's public addresses back, when its links are gone: nothing that was connected to them goes on, so
-/// the next instance that has one hears nothing of it. `known` is one that the host's table may have lost. Blocks.
+/// Removes an instance's public addresses, and every tracked connection to them, once its links are
+/// gone. The next instance with such an address gets no packet of the old connections. `known` is
+/// an address that the host's table may have lost. Blocks.
 ///
 /// # Errors
 /// The kernel cannot delete connections, or refused to take an address out.
@@ -392,7 +397,7 @@ pub fn release(id: &InstanceId, known: Option<Ipv4Addr>) -> Result<()> {
     if listed.is_empty() {
         return Ok(());
     }
-    // Last, as they say what is to be released if this is cut short.
+    // The listed addresses go last: they name what a repeated call has to release.
     firewall::apply("remove public addresses", &firewall::without(&listed))
 }
 

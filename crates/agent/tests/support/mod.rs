@@ -28,7 +28,7 @@ pub struct Machine {
     pub monitor_alive: bool,
     pub ran_ns: Option<u64>,
     pub word: Option<LastWord>,
-    /// When the guest reset itself, in the monitor that lives.
+    /// Times of the guest's resets in the current monitor.
     pub resets_ns: Vec<u64>,
     pub console: Vec<u8>,
     /// How often vCPUs were let run, over all incarnations.
@@ -50,9 +50,9 @@ pub struct World {
     pub next_pid: i32,
     pub boot: u32,
     pub operations: u64,
-    /// Slots whose user ids processes have.
+    /// Slots whose user ids are in use by a process.
     pub slots: BTreeSet<u32>,
-    /// How often an agent has looked.
+    /// Number of looks that an agent has made.
     pub looks: u64,
     /// The agent dies at this operation; `true`: after it took effect.
     pub crash_at: Option<(u64, bool)>,
@@ -95,7 +95,7 @@ impl Shared {
         self.end_at(id, reason, self.now());
     }
 
-    /// The monitor ends, and dates its end itself.
+    /// Ends the monitor, which dates its own end.
     pub fn end_at(&self, id: &InstanceId, reason: Option<ExitReason>, at_ns: u64) {
         self.poke(id, |machine| {
             machine.monitor_alive = false;
@@ -159,7 +159,7 @@ impl FakeHost {
         Ok(result)
     }
 
-    /// A monitor's answer, which a mute one never gives.
+    /// A monitor's answer; `None` of a mute one.
     async fn answer(&self, of: &Accepted) {
         if self.shared.world().machines.get(of.id()).is_some_and(|machine| machine.is_mute) {
             std::future::pending::<()>().await;
@@ -414,7 +414,7 @@ impl Bench {
             press_again: Duration::from_millis(40),
             answer: Duration::from_secs(5),
             tick: Duration::from_millis(5),
-            // On the world's clock, which each reading moves on by a microsecond.
+            // Times follow the world's clock, which each reading advances by a microsecond.
             host_key: Duration::from_millis(150),
             restart: Duration::from_micros(200),
             retry_first: Duration::from_millis(2),

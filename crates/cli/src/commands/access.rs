@@ -140,8 +140,8 @@ fn pair_line(pair: &KeyPair) -> String {
 /// Longest public key that a controller takes; a byte more is enough to be refused.
 const MAX_KEY_BYTES: u64 = 16 * 1024;
 
-/// Reads a public key file; a `~/` that no shell has expanded is the home folder. The controller tells what is wrong
-/// with a public key; a private one is refused here, and never sent.
+/// Reads a public key file. A leading `~/` that the shell did not expand is the home folder. A
+/// private key is refused here and never sent; the controller diagnoses every other input.
 fn public_key(file: &Path) -> Result<String> {
     let failed = |source| Error::File { action: "read", path: file.into(), source };
     let mut bytes = Vec::new();
@@ -156,7 +156,7 @@ fn public_key(file: &Path) -> Result<String> {
             .and_then(|file| file.take(MAX_KEY_BYTES + 1).read_to_end(&mut bytes))
             .map_err(failed)?;
     }
-    // A comment may be of any encoding, and is not part of the key.
+    // A comment may have any encoding, and is not part of the key.
     let text = String::from_utf8_lossy(&bytes).into_owned();
     let shown = file.display();
     if text.contains("PuTTY-User-Key-File") {
@@ -165,7 +165,7 @@ fn public_key(file: &Path) -> Result<String> {
              `puttygen {shown} -L | roost key import NAME -`"
         )));
     }
-    // The other formats of ssh-keygen say so in words, PKCS #12 and DER by being no text.
+    // The other formats of ssh-keygen name themselves; PKCS #12 and DER are not text.
     if text.contains("PRIVATE KEY") || bytes.contains(&0) {
         return Err(Error::parameter(format!(
             "{shown} is a private key or no text: keep it to yourself and give the public one (the file ending in \

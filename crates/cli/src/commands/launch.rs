@@ -92,7 +92,8 @@ pub async fn run(context: &Context, args: LaunchArgs) -> Result<()> {
     Ok(())
 }
 
-/// Waits as long as was asked for. The host key is on the console before the ssh server listens.
+/// Waits for the state that `--wait-for` names. The host key is on the console before the ssh
+/// server listens.
 async fn wait(
     context: &Context,
     client: &Client,
@@ -114,12 +115,12 @@ async fn wait(
     Ok(instances)
 }
 
-/// Whether one can log in to an instance that is ready: a host key alone may be there without a server.
+/// Returns true if a ready instance accepts a login: a host key alone does not mean a server.
 fn answers_ssh(instance: &Instance, image_has_ssh: Option<bool>) -> bool {
     instance.ssh_host_key.is_some() && image_has_ssh != Some(false)
 }
 
-/// Nothing where nothing was said, so that a launch is the same one to an older controller.
+/// `None` without options, so that an older controller sees the same launch.
 fn metadata_options(service: Option<Switch>, tokens: Option<Tokens>) -> Option<MetadataOptions> {
     (service.is_some() || tokens.is_some()).then_some(MetadataOptions {
         http_endpoint: match service {

@@ -24,7 +24,7 @@ pub struct Manifest {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
-    /// Whether it runs an ssh server, for which it takes a key pair.
+    /// Whether the image runs an ssh server, for which an instance needs a key pair.
     #[serde(default)]
     pub ssh: Option<bool>,
     /// A sentence.
@@ -54,8 +54,8 @@ pub fn read(path: &Path) -> Result<Manifest> {
     Ok(manifest)
 }
 
-/// The regular file of this name in the folder. A folder may come from a stranger, whose manifest must not name files
-/// of the user's, neither directly nor by a symbolic link.
+/// Returns the regular file of this name in the folder. A stranger's manifest must name no file
+/// outside the folder, neither directly nor by a symbolic link.
 fn within(folder: &Path, name: &Path) -> Result<PathBuf> {
     let path = folder.join(name);
     let failed = |source| Error::File { action: "read", path: path.clone(), source };
@@ -73,14 +73,14 @@ fn within(folder: &Path, name: &Path) -> Result<PathBuf> {
         )));
     }
     let real = real.map_err(failed)?;
-    // A named pipe or a device would be waited for or read without an end.
+    // A named pipe would block, and a device may have no end.
     if !std::fs::metadata(&real).map_err(failed)?.is_file() {
         return Err(Error::parameter(format!("{} is not a regular file", path.display())));
     }
     Ok(real)
 }
 
-/// Looks at the first bytes of each file: whatever cannot boot is refused before anything is uploaded.
+/// Checks the first bytes of each file: a file that cannot boot is refused before any upload.
 fn check_contents(manifest: &Manifest) -> Result<()> {
     look(&manifest.kernel, |file| file.check_kernel())?;
     if let Some(initrd) = &manifest.initrd {

@@ -25,7 +25,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::time::Instant;
 
 const KEY_TYPE: &str = "ssh-ed25519";
-/// What ssh ends with where ssh itself failed.
+/// Exit code of ssh for its own failures.
 const SSH_FAILED: u8 = 255;
 /// How long a guest that calls itself ready may take to show a host key.
 const READY_WITHOUT_KEY: Duration = Duration::from_secs(10);
@@ -46,7 +46,7 @@ pub async fn run(context: &Context, args: SshArgs) -> Result<()> {
     let known_hosts = pin(context, &instance)?;
     let program = std::env::current_exe()?;
     let mut ssh = Command::new("ssh");
-    // A shell of the user's that is not sh would read the proxy's quotes in its own way.
+    // The user's shell may parse the proxy command's quotes differently from sh.
     ssh.env("SHELL", "/bin/sh");
     ssh.args(options(&id, &known_hosts, &proxy(context, &program, &id)?));
     if let Some(file) = &identity.file {
@@ -63,7 +63,8 @@ pub async fn run(context: &Context, args: SshArgs) -> Result<()> {
     if code == exit::OK { Ok(()) } else { Err(Error::Exit(code)) }
 }
 
-/// Runs ssh, to which the terminal and every signal belong, and returns its exit code.
+/// Runs ssh in the foreground and returns its exit code. The terminal and every signal belong to
+/// ssh.
 async fn run_to_end(context: &Context, mut ssh: Command) -> Result<u8> {
     let mut terminate = signal(SignalKind::terminate())?;
     let mut hangup = signal(SignalKind::hangup())?;
@@ -74,7 +75,7 @@ async fn run_to_end(context: &Context, mut ssh: Command) -> Result<u8> {
         source,
     })?;
     let pid = child.id().and_then(|pid| i32::try_from(pid).ok()).map(Pid::from_raw);
-    // Ctrl-C reaches ssh by itself: it is of the same terminal.
+    // Ctrl-C reaches ssh directly, through the terminal's process group.
     let status = loop {
         let passed_on = tokio::select! {
             status = child.wait() => break status?,
@@ -82,7 +83,7 @@ async fn run_to_end(context: &Context, mut ssh: Command) -> Result<u8> {
             _ = hangup.recv() => Signal::SIGHUP,
         };
         if let Some(pid) = pid {
-            // Not waited for yet, so that the number is still its own; if it has just ended, all is well.
+            // ssh is not reaped yet, so its process id is still its own.
             let _ = kill(pid, passed_on);
         }
     };
@@ -92,14 +93,14 @@ async fn run_to_end(context: &Context, mut ssh: Command) -> Result<u8> {
 
 /// The key to log in with.
 struct Identity {
-    /// Its private half, or its public one where an ssh-agent may have the other.
+    /// The private key file, or its public half if an ssh-agent may hold the private one.
     file: Option<PathBuf>,
-    /// Which key pair the instance has, what was offered, and the way out; for a login that failed.
+    /// For a failed login: the instance's key pair, the keys offered, and the way out.
     explained: String,
 }
 
-/// Finds the private key that the instance knows: only that is offered, since a server ends the connection after a
-/// few wrong ones, and an ssh-agent may hold many.
+/// Finds the private key of the instance's key pair. Only that key is offered: a server ends the
+/// connection after a few wrong keys, and an ssh-agent may hold many.
 async fn identity(
     context: &Context,
     client: &Client,
@@ -158,7 +159,7 @@ async fn identity(
     Ok(Identity { file: Some(file), explained })
 }
 
-/// The private key in this folder whose public half is this one, where its `.pub` file is beside it.
+/// The private key in this folder whose `.pub` file holds this public key.
 fn private_half(folder: &Path, public: &str) -> Option<PathBuf> {
     let key = |line: &str| line.split_whitespace().take(2).map(str::to_owned).collect::<Vec<_>>();
     let wanted = key(public);
@@ -283,8 +284,8 @@ fn options(id: &InstanceId, known_hosts: &Path, proxy: &str) -> Vec<OsString> {
     let mut known = OsString::from("UserKnownHostsFile=\"");
     known.push(known_hosts);
     known.push("\"");
-    // No configuration file, the user's or the system's: nothing in it is meant for a host of unknown owners. Agent
-    // and X11 would be open to whoever is root there.
+    // No configuration file is read, the user's or the system's: their settings are not meant for
+    // hosts of unknown owners. Agent and X11 forwarding would be open to root on the instance.
     let mut options: Vec<OsString> = ["-F", "none", "-a", "-x"].map(OsString::from).to_vec();
     for option in [
         OsString::from(format!("ProxyCommand={proxy}")),
@@ -296,7 +297,7 @@ fn options(id: &InstanceId, known_hosts: &Path, proxy: &str) -> Vec<OsString> {
         "CheckHostIP=no".into(),
         "UpdateHostKeys=no".into(),
         "LogLevel=ERROR".into(),
-        // Only what -i names, whatever an ssh-agent holds.
+        // Only the key of `-i`, whatever an ssh-agent holds.
         "IdentitiesOnly=yes".into(),
     ] {
         options.push("-o".into());

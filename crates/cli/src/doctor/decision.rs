@@ -63,9 +63,9 @@ pub struct Findings {
     pub nftables: Option<bool>,
     /// /dev/net/tun.
     pub tun: bool,
-    /// Something drops what instances forward; `None` where looking takes root.
+    /// Chains drop forwarded packets; `None` if the check needs root.
     pub forward_drop: Option<bool>,
-    /// The host is a router; the agent makes it one for instances only.
+    /// The host forwards already; the agent would enable forwarding for instances only.
     pub ip_forward: bool,
     /// Free disk in GiB where instances' disks will be.
     pub disk_gib: Option<u64>,
@@ -73,11 +73,11 @@ pub struct Findings {
     pub memory_mib: u64,
     /// systemd runs.
     pub systemd: bool,
-    /// The kernel says that the clock is synchronised; `None` where nobody asks it.
+    /// The kernel reports its clock as synchronised; `None` if it was not asked.
     pub clock_synchronised: Option<bool>,
-    /// What one guest might learn of another; decides nothing.
+    /// Side channels between guests. They decide nothing.
     pub side_channels: SideChannels,
-    /// What the agent says is wrong with this host; `None` where none has run since the last boot.
+    /// The agent's troubles of this host; `None` if no agent has run since the last boot.
     pub agent_troubles: Option<Vec<String>>,
     /// Needed programs that are not there.
     pub missing_programs: Vec<String>,

@@ -174,7 +174,8 @@ async fn nftables() -> (Option<bool>, Option<String>) {
     }
 }
 
-/// Whether these rules of iptables drop what instances forward: by policy, and with no exception for their links.
+/// Returns true if these iptables rules drop forwarded packets by policy, without an exception for
+/// the instances' links.
 fn forward_drops(rules: &str) -> bool {
     let accepts = |direction| {
         let link = format!(" {direction} {VETH_PREFIX}+ ");
@@ -184,12 +185,12 @@ fn forward_drops(rules: &str) -> bool {
     rules.lines().any(|line| line == "-P FORWARD DROP") && !(accepts("-i") && accepts("-o"))
 }
 
-/// The rules of iptables, where there is that program to ask.
+/// The rules of iptables, if that program is installed.
 async fn forward_chain() -> Option<String> {
     said(&program("iptables")?, &["-S"]).await.ok()
 }
 
-/// Chains of nftables that drop what instances forward; `None` where nft does not say.
+/// Chains of nftables that drop instances' packets; `None` if nft reports nothing.
 async fn barriers() -> Option<Vec<Barrier>> {
     let text = said(&program("nft")?, &["-j", "-s", "list", "ruleset"]).await.ok()?;
     Some(unpassed(&serde_json::from_str(&text).ok()?))
@@ -209,13 +210,13 @@ fn uplinks(routes: &str) -> Vec<String> {
     fields.filter(|fields| fields.get(1) == Some(&"00000000")).map(|fields| fields[0].to_owned()).collect()
 }
 
-/// What the agent says is wrong with this host; `None` where no agent has written anything.
+/// The agent's troubles of this host; `None` if no agent has written any.
 fn agent_troubles(run_dir: &Path) -> Option<Vec<String>> {
     let text = fs::read_to_string(run_dir.join("trouble")).ok()?;
     Some(text.lines().map(str::to_owned).collect())
 }
 
-/// What the kernel says of its clock, whichever program keeps it.
+/// Returns the kernel's clock status, whichever program disciplines the clock.
 async fn clock_synchronised() -> Option<bool> {
     let told =
         said(&program("timedatectl")?, &["show", "--property=NTPSynchronized", "--value"]).await.ok()?;

@@ -11,7 +11,7 @@ use serde::Serialize;
 /// One thing that was looked at.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Check {
-    /// The heading that it stands under.
+    /// Heading of the section.
     pub section: &'static str,
     /// What.
     pub check: &'static str,
@@ -54,14 +54,14 @@ pub struct Remedies {
     pub programs: Vec<String>,
     /// Docker has its own chain for other people's rules.
     pub docker_user_chain: bool,
-    /// Links that instances leave this host by.
+    /// Uplinks of instances.
     pub uplinks: Vec<String>,
-    /// Chains of nftables that drop what instances forward.
+    /// Chains of nftables that drop instances' packets.
     pub barriers: Vec<Barrier>,
 }
 
 impl Remedies {
-    /// The command that installs a package, by its name in each distribution.
+    /// The installation command of a package, with its name in each distribution.
     pub fn install(&self, apt: &str, dnf: &str, pacman: &str, zypper: &str) -> String {
         match self.packages {
             Packages::Apt => format!("sudo apt-get install -y {apt}"),
@@ -77,7 +77,7 @@ fn check(check: &'static str, ok: bool, detail: impl Into<String>, fix: impl FnO
     Check { section: MAIN, check, ok, detail: detail.into(), fix: (!ok).then(fix) }
 }
 
-/// The section of what instances need.
+/// The section about requirements of instances.
 pub const MAIN: &str = "host";
 
 /// Everything that was looked at.
@@ -133,7 +133,7 @@ fn needs(findings: &Findings, remedies: &Remedies) -> Vec<Check> {
     ]
 }
 
-/// Bills and signatures go by the clock.
+/// Bills and signatures depend on the clock.
 fn clock(findings: &Findings) -> Check {
     let detail = match findings.clock_synchronised {
         Some(true) => "synchronised",
@@ -145,7 +145,7 @@ fn clock(findings: &Findings) -> Check {
     })
 }
 
-/// What the agent on this machine has found wrong with it.
+/// Troubles that this machine's agent has reported.
 fn agent(findings: &Findings) -> Check {
     let detail = match findings.agent_troubles.as_deref() {
         None => "none has run here since the last boot".to_owned(),
@@ -260,8 +260,8 @@ fn nftables(findings: &Findings, remedies: &Remedies) -> Check {
     }
 }
 
-/// A drop on the forward hook is final whatever other tables say. The agent lets instances pass the chain of iptables,
-/// which Docker makes drop, and names any other.
+/// A drop on the forward hook is final, whatever other tables accept. The agent opens the chain of
+/// iptables, which Docker makes drop, and names any other.
 fn forwarding(findings: &Findings, remedies: &Remedies) -> Check {
     let named: Vec<String> = remedies.barriers.iter().map(ToString::to_string).collect();
     let detail = match findings.forward_drop {

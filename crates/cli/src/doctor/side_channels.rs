@@ -1,28 +1,28 @@
-//! What one guest might learn of another through hardware that both use, and how to mend it. Nothing here keeps
-//! instances from running: it is for whoever lets others than friends onto the machine.
+//! Side channels between guests through shared hardware, and their mitigations. No finding keeps
+//! instances from running. The section is for hosts with tenants who do not trust each other.
 
 use super::report::{Check, Remedies};
 use std::fs;
 use std::path::Path;
 
-/// What was found.
+/// Findings about side channels.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
 pub struct SideChannels {
-    /// Two threads of a core run at the same time; `None` where the kernel does not tell.
+    /// SMT is on: two threads of a core run at the same time; `None` if the kernel does not tell.
     pub smt: Option<bool>,
-    /// The kernel keeps programs apart that must not share a core at the same time.
+    /// The kernel supports core scheduling.
     pub core_scheduling: CoreScheduling,
-    /// `/sys/kernel/mm/ksm/run`; `None` where the kernel has no KSM.
+    /// `/sys/kernel/mm/ksm/run`; `None` if the kernel has no KSM.
     pub ksm: Option<String>,
-    /// Name and state of everything in `/sys/devices/system/cpu/vulnerabilities`.
+    /// Name and state of every file in `/sys/devices/system/cpu/vulnerabilities`.
     pub vulnerabilities: Vec<(String, String)>,
-    /// The kernel was told to close none of them.
+    /// The kernel's command line has `mitigations=off`.
     pub mitigations_off: bool,
     /// Swap files and partitions in use.
     pub swaps: Vec<String>,
-    /// Revision of the processor's microcode, as it says itself.
+    /// Microcode revision as the processor reports it.
     pub microcode: Option<String>,
-    /// This machine is itself a virtual one: its processor's state is another machine's matter.
+    /// This machine is virtual: its processor's state is the outer machine's.
     pub is_virtual: bool,
     /// The selected word of `/sys/kernel/mm/transparent_hugepage/enabled`.
     pub huge_pages: Option<String>,
@@ -30,14 +30,14 @@ pub struct SideChannels {
     pub nx_huge_pages: Option<String>,
 }
 
-/// What the kernel answers when it is asked for a core scheduling cookie.
+/// The kernel's answer to a request for a core scheduling cookie.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum CoreScheduling {
-    /// It has it.
+    /// The kernel has core scheduling.
     Available,
-    /// It has it, and there is no SMT that it were needed for.
+    /// The kernel has core scheduling, and SMT is off.
     NotNeeded,
-    /// It was built without.
+    /// The kernel was built without core scheduling.
     #[default]
     Absent,
 }
@@ -87,7 +87,7 @@ fn vulnerabilities(folder: &Path) -> Vec<(String, String)> {
     found
 }
 
-/// The first column behind the heading.
+/// The first column after the heading.
 fn swaps(text: &str) -> Vec<String> {
     text.lines().skip(1).filter_map(|line| line.split_whitespace().next()).map(str::to_owned).collect()
 }
@@ -188,7 +188,8 @@ fn vulnerable(found: &SideChannels) -> Check {
 }
 
 fn microcode(found: &SideChannels, remedies: &Remedies) -> Check {
-    // "old_microcode" is a file of newer kernels; others say so in the words of single vulnerabilities.
+    // Newer kernels have the file "old_microcode"; older ones report it within single
+    // vulnerabilities.
     let is_old = found.vulnerabilities.iter().any(|(name, state)| {
         (name == "old_microcode" && state.starts_with("Vulnerable")) || state.contains("no microcode")
     });
@@ -253,7 +254,7 @@ fn nx_huge_pages(found: &SideChannels) -> Check {
 pub mod tests {
     use super::*;
 
-    /// An Intel machine on which nothing is open.
+    /// An Intel machine without an open vulnerability.
     pub fn good() -> SideChannels {
         SideChannels {
             smt: Some(false),

@@ -131,7 +131,7 @@ impl Stack {
         self.roost(&all).json()
     }
 
-    /// Has the manifest of an image's folder say whether its instances run an ssh server.
+    /// Sets in the manifest of an image's folder whether its instances run an ssh server.
     pub fn has_ssh(folder: &str, ssh: bool) {
         let file = Path::new(folder).join("manifest.json");
         let mut manifest: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();

@@ -173,8 +173,8 @@ fn a_port_that_nothing_listens_on_is_named() {
     stack.roost(&["tunnel", "web", "80"]).fails(8, &["port 80", "Connection refused"]);
 }
 
-/// A folder for the PATH with an ssh that prints its arguments, reads the server's greeting through the proxy as ssh
-/// would, and ends with this code.
+/// A folder for the PATH with a fake ssh. It prints its arguments, reads the server's greeting
+/// through the proxy, and ends with this code.
 fn stand_in_for_ssh(stack: &Stack, code: u8) -> String {
     let bin = stack.path("bin");
     std::fs::create_dir_all(&bin).unwrap();
@@ -234,19 +234,19 @@ fn only_the_instances_own_key_is_offered_and_a_failure_says_which() {
             .trim()
             .to_owned()
     };
-    // Launched without a key: nothing is named, and the failure says so.
+    // Launched without a key: no key is offered, and the failure states it.
     let none = ssh("web", &[]);
     assert_eq!(offered(&none), None, "{none:?}");
     assert!(none.stderr.contains("launched without --key"), "{none:?}");
 
-    // An imported key pair whose file is among the user's own.
+    // An imported key pair whose file is in the user's `~/.ssh`.
     std::fs::create_dir_all(home.join(".ssh")).unwrap();
     let data = HOST_KEY.split(' ').nth(1).unwrap();
     std::fs::write(home.join(".ssh/laptop.pub"), format!("ssh-ed25519 {data} me\n")).unwrap();
     let public = home.join(".ssh/laptop.pub");
     stack.roost(&["key", "import", "laptop", public.to_str().unwrap()]).ok();
     let id = launch("mine", "laptop");
-    // Its private half is elsewhere, perhaps in an agent: the public one says which.
+    // The private half may be in an ssh-agent: the public half selects it.
     let agents = ssh("mine", &[]);
     let file = offered(&agents).unwrap();
     assert!(std::fs::read_to_string(&file).unwrap().contains(data), "{agents:?}");
@@ -260,7 +260,7 @@ fn only_the_instances_own_key_is_offered_and_a_failure_says_which() {
     stack.roost(&["ssh", "mine", "--key", "/nonexistent/k"]).fails(3, &["/nonexistent/k"]);
     assert!(!found.stderr.contains("warning"), "the host key is the same: {found:?}");
 
-    // Another host key than before is not taken silently.
+    // A changed host key is reported.
     let pinned = stack.path("cli/known_hosts").join(&id);
     std::fs::write(&pinned, format!("{id} ssh-ed25519 AAAAold\n")).unwrap();
     let changed = ssh("mine", &[]);
@@ -277,7 +277,7 @@ fn the_systems_ssh_takes_our_options_whatever_the_users_configuration_says() {
     let mut command = stack.command(&["ssh", "web"]);
     command.env("HOME", &home).env("SHELL", "/bin/false").env("SSH_AUTH_SOCK", "/nonexistent");
     let ran = Ran::of(command.stdin(Stdio::null()).output().unwrap());
-    // It speaks with what greets at port 22, which is no ssh server behind its greeting.
+    // The proxy connects to a listener on port 22 that greets and is no ssh server.
     assert_eq!(ran.code, 255, "{ran:?}");
     assert!(!ran.stderr.contains("configuration option"), "{ran:?}");
     assert!(ran.stderr.contains("launched without --key"), "{ran:?}");

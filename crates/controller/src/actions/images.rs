@@ -126,7 +126,7 @@ pub(super) fn deregister(front: &Front, caller: &Caller, request: &DeregisterIma
     Ok(Done {})
 }
 
-/// Refuses a file that the caller has not uploaded: knowing a file's hash does not prove that one has the file.
+/// Refuses a file that the caller has not uploaded: a file's hash proves no possession of the file.
 fn check_blob(front: &Front, caller: &Caller, parameter: &str, id: &BlobId) -> Answer<()> {
     let owned = front.store.owns_blob(&caller.account_id, id).map_err(internal)?;
     if owned && front.blobs.size(id).is_some() {
@@ -136,8 +136,8 @@ fn check_blob(front: &Front, caller: &Caller, parameter: &str, id: &BlobId) -> A
     Err(ApiError::new(ErrorCode::InvalidBlobNotFound, message))
 }
 
-/// The root disk's size is what volumes are made of, and claimed for: where the compressed file says how long it is
-/// unpacked, the two are the same.
+/// The root disk's size decides the volumes' size and claim. A compressed file that states its
+/// unpacked length must state the same size.
 fn check_root_bytes(root: &Path, root_bytes: u64) -> Answer<()> {
     let mut header = Vec::new();
     let file = File::open(root).map_err(|error| {
@@ -157,7 +157,7 @@ fn check_root_bytes(root: &Path, root_bytes: u64) -> Answer<()> {
     }
 }
 
-/// The frame content size of a zstd frame (RFC 8878, 3.1.1.1), where its header has one.
+/// The frame content size of a zstd frame (RFC 8878, 3.1.1.1), if its header has one.
 fn content_size(header: &[u8]) -> Option<u64> {
     let descriptor = *header.get(4)?;
     let single_segment = descriptor & 0x20 != 0;
@@ -176,7 +176,7 @@ fn content_size(header: &[u8]) -> Option<u64> {
     u64::from_le_bytes(bytes).checked_add(added)
 }
 
-/// An image is named by its id or by its name: a name that begins as an id does could never be used.
+/// An image is named by id or name: a name with the prefix of ids could never be used.
 fn check_no_id(parameter: &str, name: &str) -> Answer<()> {
     if !name.starts_with(ImageId::PREFIX) {
         return Ok(());

@@ -17,7 +17,7 @@ use zeroize::Zeroizing;
 const MIN_RSA_BITS: usize = 2048;
 const MAX_KEY_BYTES: usize = 16 * 1024;
 const EXPECTED: &str = "expected is one OpenSSH key such as \"ssh-ed25519 AAAA… name\" (the .pub file)";
-/// What other formats contain, and the way from each to an OpenSSH line.
+/// Markers of other formats, each with the command that makes an OpenSSH line of it.
 const OTHER_FORMATS: &[(&str, &str)] = &[
     ("PRIVATE KEY", "is a private key: keep it, and give its public half with `ssh-keygen -y -f FILE`"),
     (
@@ -92,8 +92,9 @@ fn keep(front: &Front, caller: &Caller, name: String, key: &PublicKey) -> Answer
     Ok(row.key_pair)
 }
 
-/// Reads what people bring as a public key: one OpenSSH key, with comments and blank lines around it, and any white
-/// space between its words. Whatever else `ssh-keygen -l` reads is refused with the command that makes such a line.
+/// Parses an OpenSSH public key, with comments and blank lines around the key and any white space
+/// between its words. Every other format that `ssh-keygen -l` reads is refused with the command
+/// that makes such a line.
 fn parse(text: &str) -> Answer<PublicKey> {
     read(text).map_err(|why| ApiError::new(ErrorCode::InvalidKeyFormat, format!("the public key {why}")))
 }
@@ -167,8 +168,8 @@ fn read(text: &str) -> Result<PublicKey, String> {
     Ok(key)
 }
 
-/// The line with one blank between kind, data and comment. A key pair keeps no options: to drop them silently would
-/// give the key more than its owner meant, so that they are refused.
+/// The line with one blank between kind, data and comment. A key with options is refused: a key
+/// pair keeps none, and a key without its options grants more than its owner meant.
 fn without_options(line: &str) -> Result<String, String> {
     let plain = |line: &str| {
         let mut words = line.split_whitespace();
@@ -205,12 +206,12 @@ fn kind_of(line: &str) -> Option<&str> {
     (known && is_data(words.next()?)).then_some(kind)
 }
 
-/// Every key's data begins with the length of its kind's name, which is three zero bytes and a small one.
+/// Every key's data begins with the length of the kind's name: three zero bytes and a small one.
 fn is_data(word: &str) -> bool {
     word.starts_with("AAAA")
 }
 
-/// The beginning of what was given, for a message.
+/// The beginning of the input, for a message.
 fn shown(text: &str) -> String {
     text.chars().take(60).collect()
 }
@@ -236,7 +237,7 @@ mod tests {
         );
     }
 
-    /// Runs `ssh-keygen`; `None` where it is not installed.
+    /// Runs `ssh-keygen`; `None` if it is not installed.
     fn keygen(args: &[&str]) -> Option<String> {
         let output = match std::process::Command::new("ssh-keygen").args(args).output() {
             Ok(output) => output,
@@ -282,7 +283,7 @@ mod tests {
             }
             assert_eq!(parse(&format!("{algorithm} {data}")).unwrap().comment(), "");
 
-            // Each of these is refused with a command, and what the command prints is the key.
+            // Each of these is refused with a command whose output is the key.
             let public_half = std::fs::read_to_string(&private).unwrap();
             let pem = |format| keygen(&["-e", "-m", format, "-f", &public]).unwrap();
             let mut others = vec![
@@ -301,7 +302,7 @@ mod tests {
             }
             for other in others {
                 let file = path("other");
-                // OpenSSH reads no private key that others may read.
+                // OpenSSH refuses a private key that others may read.
                 let _ = std::fs::remove_file(&file);
                 use std::os::unix::fs::OpenOptionsExt;
                 let mut open = std::fs::OpenOptions::new();

@@ -94,7 +94,8 @@ impl Authenticator {
         Ok(Self { store, sealer, clock, region, decoy })
     }
 
-    /// Reads what a request claims about its signature, if it was made lately and for this region.
+    /// Parses the signature's claim of a request, if its date is recent and its scope names this
+    /// region.
     fn claim<'a>(&self, headers: &'a HeaderMap) -> Result<Claim<'a>, ApiError> {
         let claim = Claim::parse(headers).map_err(|error| {
             let code = match error {
@@ -126,12 +127,12 @@ impl Authenticator {
         Ok(claim)
     }
 
-    /// Refuses a request that cannot be genuine, whatever its body: before anything of the body is read. A key id
-    /// has 80 random bits; that an unknown one is refused sooner than a known one helps nobody to find one.
-    /// Blocks on the store.
+    /// Refuses a request that cannot be genuine before any byte of its body is read. A key id has
+    /// 80 random bits, so the earlier refusal of an unknown id helps nobody to find one. Blocks on
+    /// the store.
     ///
     /// # Errors
-    /// Those of [`Self::authenticate`].
+    /// Errors of [`Self::authenticate`].
     pub fn check_claim(&self, headers: &HeaderMap) -> Result<(), ApiError> {
         let claim = self.claim(headers)?;
         match self.store.access_key(claim.access_key_id).map_err(internal)? {
@@ -140,7 +141,7 @@ impl Authenticator {
         }
     }
 
-    /// Who signed a request. Blocks on the store.
+    /// Returns the signer of a request. Blocks on the store.
     ///
     /// # Errors
     /// `MissingAuthenticationToken`, `RequestExpired` or `AuthFailure`.

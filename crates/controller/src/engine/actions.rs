@@ -63,8 +63,9 @@ fn at_least_one(texts: &[String]) -> Answer<Vec<InstanceId>> {
     reason = "a request is taken as it came off the wire, and is done with"
 )]
 impl Engine {
-    /// The caller's instances of these ids; any account's for an administrator, who has them in the list of all
-    /// accounts. Another account's instance is not there, and so is one that is gone for longer than gone ones are shown.
+    /// Returns the caller's instances of these ids; an administrator gets those of any account.
+    /// Another account's instance is absent, and so is an instance that ended too long ago to be
+    /// shown.
     pub(super) fn owned(
         &self,
         caller: &Caller,
@@ -232,7 +233,7 @@ impl Engine {
             let hosts = self.placeable()?;
             for draft in drafts {
                 accept::retype(draft, &kind)?;
-                // Its volume is there and claimed.
+                // The volume exists and is claimed.
                 let wanted = Wanted { instance_type: &kind, volume_gib: 0, zone: None };
                 let host =
                     hosts.iter().find(|host| Some(&host.facts.host_id) == draft.record.row.host_id.as_ref());
@@ -251,7 +252,7 @@ impl Engine {
     }
 }
 
-/// The host of an instance and why it refuses; its name and its room are for administrators.
+/// The instance's host and why it refuses. Name and room of the host are for administrators.
 fn told(host: &Host, why: &Refusal, caller: &Caller) -> String {
     if caller.admin {
         format!("host {}: it {why}", host.facts.hostname)
@@ -263,7 +264,7 @@ fn told(host: &Host, why: &Refusal, caller: &Caller) -> String {
 /// The claim that an instance takes again on the host that has its volume; noted in `hosts` for the next one.
 fn reclaim(hosts: &mut [Host], draft: &Draft, caller: &Caller) -> Answer<Claim> {
     let row = &draft.record.row;
-    // Its volume is there and claimed.
+    // The volume exists and is claimed.
     let wanted = Wanted { instance_type: &row.instance_type, volume_gib: 0, zone: None };
     let host =
         hosts.iter_mut().find(|host| Some(&host.facts.host_id) == row.host_id.as_ref()).ok_or_else(|| {

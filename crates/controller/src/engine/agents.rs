@@ -17,14 +17,14 @@ struct Sight<'a> {
     host: &'a HostFacts,
     boot_id: &'a str,
     now: Micros,
-    /// Now, on the monotonic clock.
+    /// Current time of the monotonic clock.
     monotonic: Micros,
     /// The first report of a run of the agent, which may speak from memory.
     from_memory: bool,
 }
 
 impl Sight<'_> {
-    /// What an instance holds of this host.
+    /// The capacity that an instance claims of this host.
     fn claim(&self, record: &InstanceRecord) -> Claim {
         let kind = &record.row.instance_type;
         let wanted = Wanted { instance_type: kind, volume_gib: record.volume.size_gib, zone: None };
@@ -54,8 +54,8 @@ impl Engine {
     /// Welcomes an agent and notes what its host can hold.
     ///
     /// # Errors
-    /// `Unsupported` if it speaks another protocol, `UnauthorizedOperation` if it claims to be another host,
-    /// `InvalidParameterValue` if it says what its host cannot be.
+    /// `Unsupported` for another protocol version, `UnauthorizedOperation` if the report claims
+    /// another host, `InvalidParameterValue` for an implausible host.
     pub fn hello(&self, host: &HostId, request: HelloRequest) -> Answer<HelloResponse> {
         if request.protocol != PROTOCOL {
             return Err(ApiError::new(
@@ -81,7 +81,8 @@ impl Engine {
     /// If the store fails.
     pub fn desired(&self, host: &HostId) -> Answer<Desired> {
         let filter = InstanceFilter { host_id: Some(host.clone()), ..Default::default() };
-        // An instance that cannot be read, or whose image cannot, is not named: its host leaves it as it is.
+        // An instance is left out if its row or its image cannot be read: its host leaves it
+        // unchanged.
         let (records, _) = self.store.readable_instances(&filter).map_err(errors::of_store)?;
         let mut images: HashMap<ImageId, ImageRow> = HashMap::new();
         let mut instances = Vec::with_capacity(records.len());
@@ -107,8 +108,8 @@ impl Engine {
     /// Takes an agent's report: dates it, records what is new, and does at once what follows from it.
     ///
     /// # Errors
-    /// `UnauthorizedOperation` if it is about another host, `InvalidParameterValue` if it says what its host cannot be;
-    /// else if the store fails.
+    /// `UnauthorizedOperation` if the report is about another host, `InvalidParameterValue` for an
+    /// implausible host; else errors of the store.
     pub fn report(&self, host: &HostId, report: Report) -> Answer<ReportAck> {
         same_host(host, &report.host)?;
         let now = self.clock.now();
@@ -208,7 +209,8 @@ impl Engine {
         } else if row.step == Step::Run {
             self.remember().timings.remove(&row.instance_id);
         }
-        // The proof of a run that is taken over counts once it is written down: until then the older run's does.
+        // The proof of an adopted run counts once the row is written. Until then the older run's
+        // proof counts.
         let counts = !adopts
             && word.incarnation == row.incarnation
             && row.boot_id.as_ref().is_none_or(|boot| boot == boot_id)
@@ -229,8 +231,8 @@ impl Engine {
         Ok(draft)
     }
 
-    /// Commits what a report changes: all in one transaction, or, where a row changed meanwhile or cannot be written,
-    /// one by one anew.
+    /// Commits the changes of a report in one transaction. If a row changed meanwhile or cannot be
+    /// written, the changes are committed one by one.
     fn commit_report(&self, changes: &[(InstanceId, Observation, Draft)], sight: Sight<'_>) -> Answer<()> {
         let all: Result<Vec<_>, _> =
             changes.iter().map(|(_, _, draft)| draft.clone().into_change()).collect();

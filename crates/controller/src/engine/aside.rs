@@ -1,5 +1,5 @@
-//! Rows that cannot be written are set aside: tried again after 1 s, 2 s, 4 s … up to 64 s, told to administrators, and
-//! no other row waits for them.
+//! Rows that cannot be written are set aside. Each is retried after 1 s, 2 s, 4 s … up to 64 s and
+//! reported to administrators. No other row waits for it.
 
 use super::memory::SetAside;
 use super::{Answer, Engine, errors};
@@ -7,16 +7,17 @@ use crate::lifecycle::step::back_off;
 use roost_store::{Change, StoreError};
 use roost_types::InstanceId;
 
-/// What became of one row of many.
+/// Outcome of writing one row.
 pub enum Written {
-    /// It is as it shall be.
+    /// The row is up to date.
     Done,
-    /// It alone cannot be written.
+    /// This row cannot be written.
     Faulty(StoreError),
 }
 
 impl Engine {
-    /// Takes a row's result: a fault of the row sets it aside, a fault of the whole store is the caller's.
+    /// Sorts a row's result: a fault of the row sets the row aside, a fault of the store is
+    /// returned.
     pub(super) fn settle(&self, id: &InstanceId, written: Result<(), StoreError>) -> Answer<()> {
         match one_row(written)? {
             Written::Done => drop(self.remember().set_aside.remove(id.as_str())),
@@ -25,7 +26,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether a row is set aside just now.
+    /// Returns true if a row is set aside now.
     pub(super) fn is_aside(&self, id: &InstanceId) -> bool {
         self.remember().is_aside(id.as_str(), self.clock.monotonic())
     }
@@ -39,7 +40,7 @@ impl Engine {
         memory.set_aside.insert(id.to_string(), SetAside { tries, until, why: why.clone() });
         drop(memory);
         tracing::error!(instance = %id, tries, error = %why, "its row cannot be written; the others go on");
-        // Its owner is told too, where that much can be written.
+        // The owner sees the reason too, if the row accepts that much.
         if let Ok(Some(mut record)) = self.store.instance(id) {
             let row = &mut record.row;
             row.trouble = Some(format!("the controller cannot write down what happens to it: {why}"));
@@ -51,7 +52,7 @@ impl Engine {
     }
 }
 
-/// Tells a fault of one row from one of the whole store.
+/// Distinguishes a fault of one row from a fault of the store.
 fn one_row(written: Result<(), StoreError>) -> Answer<Written> {
     match written {
         Ok(()) => Ok(Written::Done),

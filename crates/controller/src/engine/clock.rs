@@ -7,15 +7,17 @@ use std::time::{SystemTime, UNIX_EPOCH};
 
 /// What time it is.
 pub trait Clock: Send + Sync {
-    /// The controller's time, UTC. It never steps within a run of the controller, whatever the wall clock does.
+    /// The controller's time in UTC. It never steps while the controller runs, whatever the wall
+    /// clock does.
     fn now(&self) -> Micros;
-    /// A clock that nobody sets and that never goes back, for how long something took and for how long ago it was.
+    /// The monotonic clock, for durations and for the age of reports.
     fn monotonic(&self) -> Micros;
-    /// The wall clock as it is now, for what others compare with their own, such as the time of a signature.
+    /// The current wall clock, for values that others compare with their own, such as a signature's
+    /// date.
     fn wall(&self) -> Micros {
         self.now()
     }
-    /// What is wrong with the wall clock, for administrators.
+    /// The wall clock's trouble, for administrators.
     fn trouble(&self) -> Option<String> {
         None
     }
@@ -27,11 +29,11 @@ pub trait Random: Send + Sync {
     fn fill(&self, bytes: &mut [u8]);
 }
 
-/// The clocks of a machine.
+/// Clocks of a machine.
 pub trait Machine: Send + Sync {
-    /// CLOCK_REALTIME: anybody may set it.
+    /// CLOCK_REALTIME, which any program with the right may set.
     fn wall(&self) -> Micros;
-    /// CLOCK_BOOTTIME: nobody sets it, and it counts through sleep.
+    /// CLOCK_BOOTTIME, which cannot be set and counts through suspend.
     fn boottime(&self) -> Micros;
 }
 
@@ -45,7 +47,7 @@ impl<M: Machine + ?Sized> Machine for Arc<M> {
     }
 }
 
-/// The clocks of the machine that this program runs on.
+/// Clocks of this program's machine.
 #[derive(Debug, Default)]
 pub struct ThisMachine;
 
@@ -61,16 +63,16 @@ impl Machine for ThisMachine {
     }
 }
 
-/// A difference to the wall clock that is no drift: somebody set it.
+/// A larger difference to the wall clock is a step, not drift.
 const STEP: Micros = Micros::from_secs(2);
-/// The controller's time approaches the wall clock by at most this part of the time that passes.
+/// Most slew of the controller's time towards the wall clock, as a divisor of elapsed time.
 const APPROACH: i64 = 100;
 
 /// Wall time anchored to CLOCK_BOOTTIME.
 ///
-/// It takes the wall clock at the start of the controller, but never a time before `not_before`, the newest that
-/// the database knows. From there on it goes with CLOCK_BOOTTIME, and approaches the wall clock by at most
-/// 1/100 of the time that passes: drift is followed as it comes, a step of an hour within four days.
+/// The clock takes the wall clock's time at the controller's start, but never less than
+/// `not_before`, the newest time in the database. After that it follows CLOCK_BOOTTIME and slews
+/// towards the wall clock by at most 1/100 of elapsed time. A step of an hour takes 100 hours.
 pub struct SystemClock<M = ThisMachine> {
     machine: M,
     anchor: Mutex<Anchor>,
@@ -79,14 +81,14 @@ pub struct SystemClock<M = ThisMachine> {
 struct Anchor {
     boottime: Micros,
     now: Micros,
-    /// Newest time that was given.
+    /// Newest time that was returned.
     given: Micros,
-    /// Wall clock less controller's time, while that is more than [`STEP`].
+    /// Wall clock minus the controller's time, if that exceeds [`STEP`].
     off: Option<Micros>,
 }
 
 impl SystemClock {
-    /// The clock of a program that keeps nothing.
+    /// The clock of a program without state.
     pub fn new() -> Self {
         Self::over(ThisMachine, Micros::default())
     }
@@ -99,7 +101,7 @@ impl Default for SystemClock {
 }
 
 impl<M: Machine> SystemClock<M> {
-    /// A clock over a machine's clocks that begins at the wall clock's time, or at `not_before` if that is later.
+    /// Creates a clock that begins at the wall clock's time, or at `not_before` if that is later.
     pub fn over(machine: M, not_before: Micros) -> Self {
         let now = machine.wall().max(not_before);
         let anchor = Anchor { boottime: machine.boottime(), now, given: now, off: None };
@@ -131,7 +133,8 @@ impl<M: Machine> SystemClock<M> {
     }
 }
 
-/// What an administrator is told of a wall clock that differs from the controller's time by `gap`.
+/// The administrator's sentence about a wall clock that differs from the controller's time by
+/// `gap`.
 fn sentence(gap: Micros) -> String {
     let side = if gap.0 > 0 { "ahead of" } else { "behind" };
     format!(

@@ -111,7 +111,8 @@ impl Engine {
         now: Micros,
     ) -> Instance {
         let InstanceRecord { row, interface, volume } = record;
-        // The host's clock says how long a run lasts, so a proof may lie ahead of the controller's time.
+        // The host's clock measures a run's length, so a proof may be later than the controller's
+        // time.
         let id = row.instance_id.as_str();
         let seconds =
             roost_billing::seconds(events, proofs, id, proofs.get(id).map_or(now, |at| now.max(*at)));
@@ -243,7 +244,7 @@ impl Engine {
         Ok(Hosts { hosts, trouble: self.troubles() })
     }
 
-    /// What is wrong with the controller itself: its clock, and rows that it cannot write.
+    /// Troubles of the controller itself: its clock, and rows that cannot be written.
     fn troubles(&self) -> Vec<String> {
         let aside: Vec<_> = self
             .remember()

@@ -3,7 +3,7 @@
 use roost_store::StoreError;
 use roost_types::{ApiError, ErrorCode};
 
-/// Whether an error is about one row only, so that others can be written all the same.
+/// Returns true if an error concerns one row only, so that other rows can be written.
 pub const fn is_of_one_row(error: &StoreError) -> bool {
     !matches!(
         error,

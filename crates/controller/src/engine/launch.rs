@@ -144,7 +144,7 @@ fn check_tags(tags: &Tags) -> Answer<()> {
     Ok(())
 }
 
-/// The answer to a dry run that would have succeeded.
+/// The result of a dry run that would have succeeded.
 fn dry_run(count: usize) -> ApiError {
     let text = format!("the call would have launched {count} instances");
     ApiError::new(ErrorCode::DryRunOperation, text)
@@ -158,7 +158,7 @@ fn parameter_hash(request: &RunInstances) -> Answer<String> {
     Ok(Sha256::digest(text).iter().map(|byte| format!("{byte:02x}")).collect())
 }
 
-/// Administrators are told which hosts have how much room, tenants how many hosts have too little of what.
+/// Administrators see which hosts have how much room, tenants how many hosts lack which resource.
 pub fn of_placement(error: &PlacementError, caller: &Caller) -> ApiError {
     let code = match error {
         PlacementError::Unsupported { .. } => ErrorCode::Unsupported,

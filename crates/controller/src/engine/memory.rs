@@ -6,11 +6,11 @@ use roost_types::metering::Proofs;
 use roost_types::{HostId, InstanceId, Micros};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-/// An instance whose row cannot be written: it is tried again later, and holds up no other.
+/// An instance whose row cannot be written. The row is retried later and delays no other.
 #[derive(Debug, Clone)]
 pub struct SetAside {
     pub tries: u32,
-    /// Not tried again before, on the monotonic clock.
+    /// Time of the next attempt, on the monotonic clock.
     pub until: Micros,
     pub why: String,
 }
@@ -20,11 +20,11 @@ pub struct Memory {
     hosts: HashMap<HostId, HostMemory>,
     /// Until when each instance was seen running; the store's at first.
     pub proofs: Option<Proofs>,
-    /// When, on the monotonic clock, each instance was at its proof.
+    /// Time of each instance's newest proof, on the monotonic clock.
     pub proved_at: HashMap<InstanceId, Micros>,
-    /// Up to when bills do not change any more, as far as was read; whether every interval knows.
+    /// End of the newest sealed month as last read, and whether every interval is sealed up to it.
     pub sealed: Option<(Micros, bool)>,
-    /// When, on the monotonic clock, a month that could not be sealed was last looked at.
+    /// Last check of a month that could not be sealed, on the monotonic clock.
     pub seal_looked: Option<Micros>,
     /// Instances whose rows cannot be written, by id.
     pub set_aside: BTreeMap<String, SetAside>,
@@ -34,31 +34,32 @@ pub struct Memory {
 
 #[derive(Debug, Default)]
 struct HostMemory {
-    /// On the monotonic clock.
+    /// Time of the report on the monotonic clock.
     last_report: Option<Micros>,
     agent_run: String,
-    /// What its agent last said is wrong with it.
+    /// Troubles that the agent last reported.
     trouble: Vec<String>,
-    /// What it has and the database does not know.
+    /// Orphans on the host.
     orphans: Vec<Orphan>,
-    /// Those of them that an administrator ends.
+    /// Orphans that an administrator ends.
     ending: BTreeSet<InstanceId>,
-    /// When this was last made durable, on the monotonic clock, and under which boot.
+    /// Time of the newest durable report on the monotonic clock, and its boot id.
     written: Option<(Micros, String)>,
 }
 
 impl Memory {
-    /// Whether a row that cannot be written is not to be tried now.
+    /// Returns true if a row is set aside until later.
     pub fn is_aside(&self, id: &str, now: Micros) -> bool {
         self.set_aside.get(id).is_some_and(|aside| now < aside.until)
     }
 
-    /// When a host last reported to this run of the engine, on the monotonic clock.
+    /// Time of a host's newest report to this run of the engine, on the monotonic clock.
     pub fn last_report(&self, host: &HostId) -> Option<Micros> {
         self.hosts.get(host).and_then(|host| host.last_report)
     }
 
-    /// Notes a report at a moment of the monotonic clock; whether it is time to make it durable.
+    /// Records a report at a time of the monotonic clock. Returns true if the report is due to be
+    /// made durable.
     pub fn reported(&mut self, host: &HostId, boot_id: &str, now: Micros, every: Micros) -> bool {
         let known = self.hosts.entry(host.clone()).or_default();
         known.last_report = known.last_report.max(Some(now));
@@ -69,23 +70,23 @@ impl Memory {
         !fresh
     }
 
-    /// What the host's agent last said is wrong with the host.
+    /// Troubles that the host's agent last reported.
     pub fn trouble(&self, host: &HostId) -> Vec<String> {
         self.hosts.get(host).map(|host| host.trouble.clone()).unwrap_or_default()
     }
 
-    /// Notes what an agent says is wrong with its host, bounded: an agent's word may be of any size.
+    /// Records an agent's troubles of its host, bounded: the agent's list may be of any size.
     pub fn set_trouble(&mut self, host: &HostId, trouble: &[String]) {
         let sentences = trouble.iter().take(agent::TROUBLES).map(|sentence| agent::bounded(sentence));
         self.hosts.entry(host.clone()).or_default().trouble = sentences.collect();
     }
 
-    /// What a host has and the database does not know.
+    /// Orphans on a host.
     pub fn orphans(&self, host: &HostId) -> &[Orphan] {
         self.hosts.get(host).map_or(&[], |host| &host.orphans)
     }
 
-    /// Notes what a host has and the database does not know; whether that changed what is to be ended there.
+    /// Records a host's orphans. Returns true if the list of orphans to end changed.
     pub fn set_orphans(&mut self, host: &HostId, orphans: Vec<Orphan>) -> bool {
         let known = self.hosts.entry(host.clone()).or_default();
         let before = known.ending.len();
@@ -94,14 +95,14 @@ impl Memory {
         known.ending.len() != before
     }
 
-    /// Ends an orphan; whether a host has it.
+    /// Marks an orphan to be ended. Returns true if a host has it.
     pub fn end_orphan(&mut self, id: &InstanceId) -> bool {
         let mut has =
             self.hosts.values_mut().filter(|host| host.orphans.iter().any(|one| one.instance_id == *id));
         has.next().map(|host| host.ending.insert(id.clone())).is_some()
     }
 
-    /// The orphans that a host is to end.
+    /// Orphans that a host must end.
     pub fn ending(&self, host: &HostId) -> Vec<InstanceId> {
         self.hosts.get(host).map(|host| host.ending.iter().cloned().collect()).unwrap_or_default()
     }
@@ -119,7 +120,8 @@ impl Memory {
         self.hosts.entry(host.clone()).or_default().written = Some((now, boot_id.to_owned()));
     }
 
-    /// Notes that an instance was seen running up to `seen`, which was at `at` on the monotonic clock; proofs only grow.
+    /// Records that an instance was seen running up to `seen`, at `at` on the monotonic clock.
+    /// Proofs only grow.
     pub fn prove(&mut self, instance: &InstanceId, seen: Micros, at: Micros) {
         let proofs = self.proofs.get_or_insert_default();
         let known = proofs.entry(instance.to_string()).or_insert(seen);

@@ -64,7 +64,7 @@ pub struct Engine {
     settings: EngineSettings,
     /// One run of the engine: who holds a lease.
     name: String,
-    /// When this run of the engine began: by its time, and on the monotonic clock.
+    /// When this run of the engine began, on its clock and on the monotonic clock.
     began: (Micros, Micros),
     memory: Mutex<Memory>,
     changed: watch::Sender<u64>,
@@ -139,8 +139,8 @@ impl Engine {
         }
     }
 
-    /// How long ago a host last reported, on the monotonic clock. Of a host that has not reported to this run of the
-    /// engine, the time before the run is what the wall clock says of it.
+    /// Time since a host's newest report, on the monotonic clock. If the host has not reported to
+    /// this run of the engine, the wall clock gives the time before the run.
     fn silence(&self, host: &HostRow) -> Micros {
         let now = self.clock.monotonic();
         let (began, began_monotonic) = self.began;
@@ -165,7 +165,7 @@ impl Engine {
         Ok(hosts
             .into_iter()
             .map(|host| {
-                // Orphans take what they take, known or not.
+                // Orphans occupy their capacity, whether or not the database knows them.
                 let (cpu_milli, memory_mib) = self.taken_by_orphans(&host.facts);
                 Host {
                     alive: self.is_alive(&host),

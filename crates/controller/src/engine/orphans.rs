@@ -1,5 +1,6 @@
-//! Orphans: instances that a host has and the database, which came from a backup, does not know. Nobody is billed for
-//! them. Their room is given to no other, administrators see them, and end them.
+//! Orphans: instances on a host that the database does not know, as it came from a backup. Nobody
+//! is billed for an orphan. The orphan's capacity is not placed again. Administrators list and end
+//! orphans.
 
 use super::describe::admins_only;
 use super::{Answer, Caller, Engine};
@@ -9,7 +10,8 @@ use roost_types::state::Step;
 use roost_types::{ApiError, ErrorCode, HostId, InstanceId};
 
 impl Engine {
-    /// Notes the orphans of a report. What has a row here is none, readable or not.
+    /// Records the orphans of a report. An instance with a row here is no orphan, even if the row
+    /// is unreadable.
     pub(super) fn note_orphans(&self, host: &HostId, report: &Report) {
         let unknown = |orphan: &&Orphan| match self.store.instance(&orphan.instance_id) {
             Ok(Some(record)) => record.row.step == Step::Gone || record.row.host_id.as_ref() != Some(host),
@@ -22,7 +24,7 @@ impl Engine {
         }
     }
 
-    /// What a host's orphans hold of it: milli-CPUs and MiB.
+    /// The capacity that a host's orphans claim: milli-CPUs and MiB.
     pub(super) fn taken_by_orphans(&self, facts: &HostFacts) -> (u64, u64) {
         self.remember().orphans(&facts.host_id).iter().fold((0, 0), |(cpu, memory), orphan| {
             let with_overhead = orphan.memory_mib.saturating_add(facts.overhead_mib);
@@ -33,7 +35,8 @@ impl Engine {
     /// Ends an orphan: its host removes it and its disk.
     ///
     /// # Errors
-    /// `UnauthorizedOperation` for others than administrators, `InvalidInstanceID.NotFound` if no host has such an orphan.
+    /// `UnauthorizedOperation` for others than administrators, `InvalidInstanceID.NotFound` if no
+    /// host has such an orphan.
     pub fn end_orphan(&self, caller: &Caller, request: &EndOrphan) -> Answer<Done> {
         admins_only(caller, "end orphans")?;
         let id: InstanceId = request.instance_id.parse()?;

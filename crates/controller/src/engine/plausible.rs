@@ -1,5 +1,5 @@
-//! What an agent may say of its host. Its certificate proves the id and nothing else, so the rest is held to what the
-//! controller knows and to what a machine can be.
+//! Plausibility of an agent's statements about its host. The certificate proves only the host's id.
+//! The rest is checked against the controller's data and the limits of machines.
 
 use super::{Answer, Engine};
 use roost_types::agent::HostFacts;
@@ -15,11 +15,11 @@ const MEMORY_MIB: u64 = 64 << 20;
 const DISK_GIB: u64 = 1 << 30;
 /// Most GPUs of a host.
 const GPUS: u64 = 64;
-/// Longest name.
+/// Longest name in characters.
 const NAME: usize = 64;
 
 impl Engine {
-    /// Checks what an agent says of its host.
+    /// Checks an agent's statement about its host.
     ///
     /// # Errors
     /// `InvalidParameterValue` with the value and what is allowed.

@@ -1,9 +1,9 @@
-//! The seal: when a month is over and everybody has been heard, its bill does not change any more.
+//! The seal: once a month is over and every host has reported, the month's bill is final.
 //!
-//! A month is sealed as soon as every run that was open at its end is proved past it, else
-//! [`EngineSettings::seal_after`] later if the hosts that were not heard are silent. Then an interval that is not
-//! proved past the month's end is cut: it ends where it was last seen, and its next part begins with the new month.
-//! An agent that comes back after that changes nothing before the seal.
+//! A month is sealed as soon as every run that was open at its end is proved past it. If the other
+//! hosts are silent, it is sealed [`EngineSettings::seal_after`] later. An interval without a proof
+//! past the month's end is then cut: the interval ends at its last proof, and the next part begins
+//! with the new month. An agent that comes back after that changes nothing before the seal.
 //!
 //! [`EngineSettings::seal_after`]: super::EngineSettings::seal_after
 
@@ -13,14 +13,14 @@ use roost_store::{InstanceFilter, InstanceRecord, InstanceRow, StoreError};
 use roost_types::state::Step;
 use roost_types::{InstanceId, Micros};
 
-/// How often a month that cannot be sealed yet is looked at.
+/// How often an unsealed month is checked.
 const LOOK: Micros = Micros::from_secs(60);
 
-/// Hosts had this long to report to this run of the controller before they count as away.
+/// Time that hosts have to report to this run of the controller before they count as silent.
 const SETTLED: Micros = Micros::from_secs(600);
 
 impl Engine {
-    /// Up to when bills do not change any more.
+    /// End of the newest sealed month.
     ///
     /// # Errors
     /// If the store fails.
@@ -32,7 +32,7 @@ impl Engine {
         Ok(self.remember().sealed.get_or_insert((sealed, false)).0)
     }
 
-    /// Seals the month that is over, once it can be.
+    /// Seals the past month once it can be sealed.
     pub(super) fn seal_month(&self) -> Answer<()> {
         let now = self.clock.now();
         let end = roost_billing::month_start(now);
@@ -56,7 +56,8 @@ impl Engine {
                     talking |= self.is_host_alive(row.host_id.as_ref()).map_err(errors::of_store)?;
                 }
             }
-            // A host that talks is waited for: if its runs are not past the end, the controller's clock is ahead.
+            // A host that reports is waited for. If its runs are not past the end, the controller's
+            // clock is ahead.
             let waited = now - end >= self.settings.seal_after && monotonic - self.began.1 >= SETTLED;
             if unheard && (talking || !waited) {
                 return Ok(());
@@ -64,7 +65,7 @@ impl Engine {
             self.store.seal(end).map_err(errors::of_store)?;
             tracing::info!(until = %end, "bills up to here do not change any more");
         }
-        // Dated by the seal from here on, and only then cut: nothing slips in between.
+        // The seal is written first, and the intervals are cut after it: no event slips in between.
         let until = known.max(end);
         self.remember().sealed = Some((until, false));
         let mut whole = true;
@@ -79,7 +80,7 @@ impl Engine {
         Ok(())
     }
 
-    /// Whether what an instance used before `end` may still turn out to be more.
+    /// Returns true if an instance's usage before `end` may still grow.
     fn may_change(&self, row: &InstanceRow, end: Micros) -> Result<bool, StoreError> {
         if row.open_since.is_some() {
             let proof = self.with_proofs(|proofs| proofs.get(row.instance_id.as_str()).copied())?;

@@ -14,7 +14,7 @@ pub struct EngineSettings {
     pub zone: String,
     /// Public addresses come from here.
     pub public_pool: Ipv4Net,
-    /// How long a released address is nobody's.
+    /// How long a released address stays unassigned.
     pub address_rest: Micros,
     /// What may come in to a new instance.
     pub ingress: Vec<IngressRule>,
@@ -32,7 +32,7 @@ pub struct EngineSettings {
     pub launch_deadline: Micros,
     /// How long a stop or a termination may take before it is called trouble.
     pub stop_deadline: Micros,
-    /// How long after its end a month is sealed at the latest.
+    /// Longest time from a month's end to its seal.
     pub seal_after: Micros,
     /// How long a terminated instance stays visible.
     pub show_terminated: Micros,

@@ -19,7 +19,8 @@ const PERIOD: Duration = Duration::from_secs(1);
 const PAUSE: Duration = Duration::from_millis(20);
 
 impl Engine {
-    /// Runs the step of every row that is due; how many there were. A row that cannot be written holds up no other.
+    /// Runs the step of every due row and returns how many. A row that cannot be written delays no
+    /// other.
     ///
     /// # Errors
     /// If the store as a whole fails.
@@ -99,7 +100,7 @@ impl Engine {
             let Micros(wait) = Micros(next.0.saturating_sub(self.clock.now().0));
             u128::try_from(wait).unwrap_or(0)
         });
-        // What is due and was not run is set aside: no reason to look again at once.
+        // Due rows that did not run are set aside: no reason for an immediate second pass.
         let wait = if ran == 0 && wait == 0 { PERIOD.as_micros() } else { wait };
         let wait = Duration::from_micros(u64::try_from(wait).unwrap_or(u64::MAX));
         Ok(wait.clamp(PAUSE, PERIOD))

@@ -1,9 +1,10 @@
-//! A host that knows of a newer start than the database: the database was put back from a backup.
+//! Adopts a start that a host knows and the database does not: the database was restored from a
+//! backup.
 //!
-//! Nobody starts an instance but a controller, so what runs was once accepted, and its record is lost. The host's word
-//! stands: the row's incarnation and generation move past what the host has seen, the interval that the backup left
-//! open closes at its last proof, and the new run is billed from where it began. What the lost records said of starts in
-//! between is nowhere, and is not billed.
+//! Only a controller starts an instance. A running instance was therefore accepted once, and its
+//! record is lost. The host's observation wins: the row's incarnation and generation move past the
+//! host's. The open interval closes at its last proof, and the new run is billed from its begin.
+//! Starts that only the lost records held are not billed.
 
 use super::draft::{Draft, View};
 use super::meter;
@@ -12,19 +13,19 @@ use roost_types::Micros;
 use roost_types::agent::Observation;
 use roost_types::state::Step;
 
-/// Whether the word is about a start that the row does not know of.
+/// Returns true if the observation is of a start that the row does not have.
 pub fn is_ahead(row: &InstanceRow, word: &Observation) -> bool {
     row.step != Step::Gone && word.incarnation > row.incarnation
 }
 
-/// Makes the newer start the row's own. `claim` is what it holds of its host.
+/// Adopts the newer start into the row. `claim` is the instance's capacity on its host.
 pub fn adopt(draft: &mut Draft, word: &Observation, claim: Claim, view: &View) {
     let row = &draft.record.row;
     let ago = |age: u64| Micros(view.now.0.saturating_sub(i64::try_from(age).unwrap_or(i64::MAX)));
     let began = word.run_began_age_us.map(ago);
     let earliest = began.unwrap_or_else(|| ago(word.age_us));
     let open = row.open_since;
-    // A proof that lies in the newer run proves nothing of the older one.
+    // A proof within the newer run proves nothing of the older run.
     let end = open.map(|open| meter::end_of_run(row, None, view, open).min(earliest).max(open));
     if let Some(end) = end {
         draft.close(end);
@@ -52,7 +53,7 @@ pub fn adopt(draft: &mut Draft, word: &Observation, claim: Claim, view: &View) {
     row.boot_id = None;
     row.timing = roost_store::Timing { incarnation: row.incarnation, ..Default::default() };
     if row.step == Step::Terminate {
-        // It shall go all the same, and is billed up to where that was asked for.
+        // The termination still applies, and the run is billed up to its request.
         row.bill_until = Some(row.step_since);
         if let Some(began) = began {
             draft.open(began.max(view.sealed));

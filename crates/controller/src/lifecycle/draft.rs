@@ -22,7 +22,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// How long a step may take.
+    /// Time limit of a step, if it has one.
     pub const fn of(&self, step: Step) -> Option<Micros> {
         match step {
             Step::Place => Some(self.place),
@@ -38,11 +38,11 @@ impl Limits {
 pub struct View {
     /// Now, by the controller's clock.
     pub now: Micros,
-    /// Now, as the run that is billed counts it: its last proof and what passed since on the monotonic clock.
+    /// Current time on the clock of the billed run: its last proof plus the monotonic time since.
     pub run_now: Micros,
-    /// Bills up to here do not change any more.
+    /// End of the newest sealed month.
     pub sealed: Micros,
-    /// When this run of the controller began: no deadline counts time during which there was no controller.
+    /// Start of this run of the controller. No deadline counts time without a controller.
     pub began: Micros,
     /// Whether the instance's host has reported lately.
     pub host_alive: bool,
@@ -65,7 +65,7 @@ pub struct Draft {
     hold: Option<Claim>,
     proof: Option<Micros>,
     volume: Option<VolumeState>,
-    /// A hop that the transition table does not have: a defect, which must not be written.
+    /// A transition that the table does not have: a defect, which must not be written.
     fault: Option<String>,
 }
 
@@ -99,7 +99,7 @@ impl Draft {
         self.take = Some(claim);
     }
 
-    /// Takes this claim along, whether it fits or not.
+    /// Adds this claim to the change, whether or not it fits.
     pub fn hold(&mut self, claim: Claim) {
         self.hold = Some(claim);
     }
@@ -109,8 +109,8 @@ impl Draft {
         self.proof = self.proof.max(seen);
     }
 
-    /// Goes to another step. This is the only place that does. A hop that the transition table does not have is a
-    /// defect of the caller: [`Draft::into_change`] refuses the whole change.
+    /// Moves to another step; no other function does. A transition that the table does not have is
+    /// a defect of the caller: [`Draft::into_change`] refuses the whole change.
     pub fn hop(&mut self, next: Step, now: Micros, limits: &Limits) {
         let row = &mut self.record.row;
         if !row.step.may_become(next) {
@@ -189,8 +189,8 @@ impl Draft {
         }
     }
 
-    /// Ends the open interval at the last moment that was seen, and goes on with the next part of the same start at
-    /// `until`: what lies between was seen by nobody in time, and is never billed.
+    /// Ends the open interval at its last proof, and opens the next part of the same start at
+    /// `until`. The time between has no proof, and is never billed.
     pub fn seal(&mut self, proof: Option<Micros>, until: Micros) {
         let row = &mut self.record.row;
         let Some(open) = row.open_since.filter(|open| *open < until) else { return };
@@ -253,7 +253,7 @@ impl Draft {
     /// The change for the store. Capacity follows from the states: an instance at rest or gone holds none.
     ///
     /// # Errors
-    /// [`StoreError::Unreadable`] if it went through a hop that the transition table does not have.
+    /// [`StoreError::Unreadable`] if the draft made a transition that the table does not have.
     pub fn into_change(self) -> Result<Change, StoreError> {
         if let Some(detail) = self.fault {
             return Err(StoreError::Unreadable { what: format!("row {}", self.before.instance_id), detail });

@@ -30,7 +30,7 @@ pub fn open_instance(row: &InstanceRow, at: Micros) -> UsageEvent {
     instance_event(row, UsageKind::Open, row.segment, at)
 }
 
-/// They ended, or the part does.
+/// The virtual CPUs stopped, or the part ends.
 pub fn close_instance(row: &InstanceRow, at: Micros) -> UsageEvent {
     instance_event(row, UsageKind::Close, row.segment + 1, at)
 }
@@ -60,13 +60,14 @@ pub fn close_volume(volume: &VolumeRow, at: Micros) -> UsageEvent {
     volume_event(volume, UsageKind::Close, CLOSE, at)
 }
 
-/// When the run that opened at `open` ended, from what is known, best first:
-/// 1. the end that the agent saw, or that the monitor itself wrote down, but never before our last proof of life;
+/// Returns the end of the run that opened at `open`, from the best of these sources:
+/// 1. the end that the agent saw, or that the monitor itself wrote down, but never before our last
+///    proof of life;
 /// 2. the last moment at which an agent saw it alive: the agent's own durable word or our last proof, the later;
 /// 3. nobody dated the end, but it was asked for and the agent had reported shortly before: the asked-for end.
 ///
-/// Never after the asked-for end, never before `open` or what is sealed. After a reboot of the host only
-/// proofs count: ages of another boot mean nothing.
+/// Never after the asked-for end, never before `open` or what is sealed. After a reboot of the host
+/// only proofs count: ages of another boot mean nothing.
 pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Micros) -> Micros {
     let seen = seen.filter(|seen| {
         seen.incarnation == row.incarnation && row.boot_id.as_ref().is_none_or(|boot| *boot == seen.boot_id)
@@ -82,6 +83,6 @@ pub fn end_of_run(row: &InstanceRow, seen: Option<&Seen>, view: &View, open: Mic
         None => proof,
     };
     let end = row.bill_until.map_or(end, |asked| end.min(asked));
-    // What was proved before it was sealed is charged already.
+    // Usage that was proved before the seal is charged already.
     end.max(open).max(view.sealed.min(proof))
 }

@@ -1,9 +1,10 @@
 //! What is new in an agent's word on an instance, dated by the controller's clock.
 //!
-//! Ages become times once: the first report of an event dates it, later ones do not move it. The begin of a run is
-//! dated by the controller's time, and lies between the acceptance of the incarnation and now. Everything later in
-//! that run is its begin plus how long the host says it lasted: a run is billed for what it ran, and no step of the
-//! controller's clock, nor a restart under a wrong one, is part of it.
+//! The first report of an event converts its age to a time; later reports do not move it. The begin
+//! of a run is dated by the controller's clock, between the incarnation's acceptance and now. Every
+//! later event of the run is its begin plus a length that the host measured. A run is billed for
+//! its length: neither a step of the controller's clock nor a restart under a wrong clock adds to
+//! it.
 
 use roost_store::{InstanceRow, Seen};
 use roost_types::Micros;
@@ -14,16 +15,17 @@ fn ago(now: Micros, age_us: u64) -> Micros {
     Micros(now.0.saturating_sub(i64::try_from(age_us).unwrap_or(i64::MAX)))
 }
 
-/// What was `age_us` ago in a run that began at `began`; `None` if the host does not say how long the run lasts.
+/// Returns the time `age_us` ago in a run that began at `began`, or `None` if the host does not
+/// report the run's length.
 fn in_run(began: Option<Micros>, word: &Observation, age_us: u64) -> Option<Micros> {
     let lasted = word.run_began_age_us?.saturating_sub(age_us);
     Some(Micros(began?.0.saturating_add(i64::try_from(lasted).unwrap_or(i64::MAX))))
 }
 
-/// Until when the observation proves that the virtual CPUs run, and how long ago that was; `None` if it does not.
-/// `stopping` proves nothing: it is also said of a run that ended unseen and is being cleared up. An agent that has
-/// just started may say `running` from memory, before its first look: then only what it has on record counts
-/// (`from_memory`). `row` has the observation in it.
+/// Returns the time up to which the observation proves running virtual CPUs, and the age of that
+/// proof. `stopping` proves nothing: the agent also reports it while clearing up a run that ended
+/// unseen. A restarted agent may report `running` from memory before its first look. Then only its
+/// durable record counts (`from_memory`). `row` already includes the observation.
 pub fn proof_of_life(
     row: &InstanceRow,
     word: &Observation,

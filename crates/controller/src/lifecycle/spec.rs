@@ -79,8 +79,8 @@ pub fn ensure(record: &InstanceRecord, image: &ImageRow) -> Ensure {
     }
 }
 
-/// The version of what a host must look like: a hash of every instance's id and generation and of what is ended, the same after a
-/// restart of the controller as before.
+/// Version of a host's desired state: a hash of every instance's id and generation and of the ended
+/// ids. A restart of the controller does not change it.
 pub fn version(instances: &[Ensure], end: &[InstanceId]) -> u64 {
     // FNV-1a, 64 bits.
     let mut hash = 0xcbf2_9ce4_8422_2325_u64;

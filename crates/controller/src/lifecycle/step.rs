@@ -84,8 +84,8 @@ fn host_name(row: &InstanceRow) -> &str {
     row.host_id.as_ref().map_or("(none)", |host| host.as_str())
 }
 
-/// When the step becomes trouble. One that was begun before this run of the controller has its whole time anew: what
-/// the wall clock says of the time in between may be anything.
+/// Deadline of the step. A step that began before this run of the controller gets its whole time
+/// anew: the wall clock proves nothing about the time in between.
 fn deadline(row: &InstanceRow, view: &View) -> Option<Micros> {
     let deadline = row.deadline?;
     let anew = view.limits.of(row.step).filter(|_| row.step_since < view.began);
@@ -119,8 +119,9 @@ fn rebooted(row: &InstanceRow, seen: &Seen) -> bool {
     row.boot_id.as_ref().is_some_and(|boot| *boot != seen.boot_id)
 }
 
-/// The host rebooted under a wanted instance: end this incarnation and start the next one, in one transaction, so
-/// that its capacity cannot be taken by another in between. Its owner asked for one start, and pays one minimum.
+/// The host rebooted under a wanted instance. One transaction ends this incarnation and starts the
+/// next one, so that no other instance takes its capacity in between. The owner asked for one
+/// start, and pays one minimum.
 fn come_back(row: &InstanceRow, view: &View, seen: &Seen) -> StepOutcome {
     StepOutcome {
         hops: vec![Step::Stop, Step::Rest, Step::Place],

@@ -27,7 +27,7 @@ use std::time::Duration;
 pub const MAX_BODY: usize = 1 << 20;
 /// What streams speak after the upgrade.
 pub const STREAM_PROTOCOL: &str = "roost-stream";
-/// The header that promises a body's SHA-256.
+/// The header that carries a body's SHA-256.
 const PAYLOAD_HASH: &str = "x-amz-content-sha256";
 const EMPTY_HASH: &str = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855";
 
@@ -68,7 +68,8 @@ pub async fn handle(front: &Arc<Front>, request: Request<Incoming>) -> Result<Re
 
 async fn run_action(front: &Arc<Front>, action: &str, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let (parts, body) = request.into_parts();
-    // A body is read for those only whose key is known; where its hash is promised, for those only who signed it.
+    // A body is read only if the key is known. With a hash in the header, the body is read only if
+    // the signature is valid.
     let promised = parts.headers.get(PAYLOAD_HASH).and_then(|value| value.to_str().ok()).map(str::to_owned);
     let caller = match &promised {
         Some(hash) => Some(authenticate(front, &parts, hash.clone()).await?),
@@ -138,7 +139,7 @@ async fn put_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) ->
     let (inner, wanted) = (Arc::clone(front), id.clone());
     let note = async |bytes| {
         blocking(move || {
-            // What the account's other uploads have brought meanwhile counts as well.
+            // Bytes that the account's other uploads brought meanwhile count too.
             inner.blobs.check_account(other_bytes(&inner, &account, &wanted)?, 0, bytes)?;
             let created_at = inner.clock.now();
             let row = BlobRow { blob_id: wanted, bytes, account_id: account, created_at };
@@ -151,7 +152,7 @@ async fn put_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) ->
     reply::json(&serde_json::json!({ "blob_id": id, "bytes": bytes }))
 }
 
-/// Bytes of an account's files beside one. Blocks.
+/// Bytes of an account's files except one. Blocks.
 fn other_bytes(front: &Front, account: &AccountId, beside: &BlobId) -> Result<u64, ApiError> {
     let all = front.store.blob_bytes(account).map_err(internal)?;
     let owned = front.store.owns_blob(account, beside).map_err(internal)?;
@@ -159,8 +160,8 @@ fn other_bytes(front: &Front, account: &AccountId, beside: &BlobId) -> Result<u6
     Ok(all.saturating_sub(row.map_or(0, |row| row.bytes)))
 }
 
-/// Answers whether the caller has uploaded a file. Others' files are not there, and one that was asked for is kept
-/// as if it had been uploaded just now.
+/// Returns whether the caller has uploaded a file; another account's file is absent. A file that is
+/// asked for is kept as if it had been uploaded now.
 async fn head_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let (parts, _) = request.into_parts();
     let account_id = authenticate(front, &parts, EMPTY_HASH.to_owned()).await?.account_id;
@@ -180,7 +181,7 @@ async fn head_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -
     Ok(found)
 }
 
-/// Gives up a file of the caller's; its bytes are gone once no other account has it.
+/// Gives up a file of the caller. The bytes are removed once no account has the file.
 async fn delete_blob(front: &Arc<Front>, id: BlobId, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let (parts, _) = request.into_parts();
     let account = authenticate(front, &parts, EMPTY_HASH.to_owned()).await?.account_id;
@@ -208,7 +209,7 @@ fn known(front: &Arc<Front>) -> impl Fn(&BlobId) -> Result<bool, ApiError> + Sen
     move |id| Ok(store.blob(id).map_err(internal)?.is_some())
 }
 
-/// Removes uploaded files that no image has needed for a while, time and again until the shutdown.
+/// Periodically removes uploaded files that no image has needed for a while, until the shutdown.
 pub async fn collect_blobs(front: Arc<Front>) {
     let keep = front.limits.blobs.keep_unnamed;
     let pause = (keep / 4).clamp(Duration::from_millis(100), Duration::from_secs(600));

@@ -1,12 +1,12 @@
-//! Places for connections: how many of them a listener, an address and an owner may have.
+//! Connection limits: per listener, per address and per owner.
 //!
 //! ```text
 //! accept ─→ admit ─→ stranger ── a signed request, or a host's certificate ─→ owned ── upgrade ─→ stream
 //!                       └─ shut out when its address or the listener is full     (streams.rs counts those)
 //! ```
-//! A connection is a stranger until somebody proved on it who they are. Where room is short, strangers make it: of
-//! the address that has most of them, the one that has been there longest. So connections that never prove
-//! anything, however many, keep nobody out who signs the first request.
+//! A connection is a stranger until it authenticates. A full listener or address drops a stranger:
+//! the oldest one of the address that has most. Connections that never authenticate, in any number,
+//! therefore lock nobody out who signs the first request.
 
 use roost_types::{ApiError, ErrorCode};
 use std::collections::BTreeMap;
@@ -15,29 +15,29 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use tokio::sync::Notify;
 
-/// How many connections a listener takes.
+/// Limits of a listener.
 #[derive(Debug, Clone, Copy)]
 pub struct DoorLimits {
-    /// In all.
+    /// Most connections.
     pub connections: usize,
-    /// Strangers of one address.
+    /// Most strangers of one address.
     pub per_address: usize,
-    /// Of one owner: an account, or a host.
+    /// Most connections of one owner: an account, or a host.
     pub per_owner: usize,
 }
 
-/// The places of one listener.
+/// Places of one listener.
 pub struct Doors {
     limits: DoorLimits,
     inner: Mutex<Inner>,
-    /// A place has become free.
+    /// Notified when a place becomes free.
     freed: Notify,
 }
 
 #[derive(Default)]
 struct Inner {
     next: u64,
-    /// By age.
+    /// Connections by age.
     places: BTreeMap<u64, Place>,
 }
 
@@ -47,7 +47,7 @@ struct Place {
     leave: Arc<Notify>,
 }
 
-/// A connection's place; free again when dropped.
+/// A connection's place; released on drop.
 pub struct Seat {
     doors: Arc<Doors>,
     number: u64,
@@ -56,17 +56,17 @@ pub struct Seat {
 }
 
 impl Doors {
-    /// Places within limits.
+    /// Creates places within limits.
     pub fn new(limits: DoorLimits) -> Arc<Self> {
         Arc::new(Self { limits, inner: Mutex::default(), freed: Notify::new() })
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        // Nothing panics while it holds the lock; and if it did, the map would still be a map.
+        // No code panics while it holds the lock. After a panic, the map would still be a map.
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A place for a connection of an address. Waits while every place is owned by somebody.
+    /// Returns a place for a connection of an address. Waits while every place has an owner.
     pub async fn admit(self: &Arc<Self>, address: IpAddr) -> Seat {
         loop {
             if let Some(seat) = self.try_admit(address) {
@@ -102,7 +102,7 @@ impl Inner {
         counts
     }
 
-    /// Takes the place of an address's oldest stranger.
+    /// Drops an address's oldest stranger and takes its place.
     fn shut_out(&mut self, address: IpAddr) {
         let oldest = self.places.iter().find(|(_, place)| place.owner.is_none() && place.address == address);
         if let Some(number) = oldest.map(|(number, _)| *number)
@@ -114,15 +114,15 @@ impl Inner {
 }
 
 impl Seat {
-    /// Returns when the connection has lost its place and must end.
+    /// Returns once the connection has lost its place and must end.
     pub async fn lost(&self) {
         self.leave.notified().await;
     }
 
-    /// Notes whose the connection is.
+    /// Records the owner of the connection.
     ///
     /// # Errors
-    /// `RequestLimitExceeded` if that owner has too many; the connection stays a stranger's then.
+    /// `RequestLimitExceeded` if the owner has too many; the connection then stays a stranger.
     pub fn prove(&self, owner: &str) -> Result<(), ApiError> {
         let most = self.doors.limits.per_owner;
         let mut inner = self.doors.lock();
@@ -141,7 +141,7 @@ impl Seat {
         Ok(())
     }
 
-    /// Notes that the connection becomes a stream, whose ends may be silent and slow as long as they like.
+    /// Marks the connection as a stream, whose ends may be silent and slow.
     pub fn becomes_stream(&self) {
         self.is_stream.store(true, Ordering::Relaxed);
     }
@@ -198,7 +198,7 @@ mod tests {
         let crowd: Vec<_> = (0..3).map(|_| enter(2).unwrap()).collect();
         let late = enter(3).unwrap();
         assert!(is_lost(&crowd[0]) && !is_lost(&crowd[1]) && !is_lost(&one) && !is_lost(&late));
-        // Where everybody is known, a newcomer waits.
+        // A newcomer waits if every connection has an owner.
         for seat in [&one, &crowd[1], &crowd[2], &late] {
             seat.prove("alice").unwrap();
         }

@@ -44,7 +44,7 @@ const LOGGED: usize = 500;
 /// What clients may take of the controller's patience.
 #[derive(Debug, Clone)]
 pub struct Limits {
-    /// Connections of the API.
+    /// Connections to the API.
     pub api: DoorLimits,
     /// Connections of agents.
     pub agents: DoorLimits,
@@ -54,15 +54,15 @@ pub struct Limits {
     pub handshake: Duration,
     /// Longest time for a request's head; also how long a connection may be idle.
     pub head: Duration,
-    /// Longest time for a whole body that is no upload.
+    /// Time limit of a whole request body, uploads excepted.
     pub body: Duration,
-    /// How long a peer may read nothing of what it is sent; streams excepted.
+    /// Longest time without progress of a write to a peer, streams excepted.
     pub write: Duration,
     /// How long an agent may take to dial in for a stream.
     pub agent: Duration,
     /// How long what is under way may take to finish at shutdown.
     pub grace: Duration,
-    /// What uploads may take.
+    /// Limits of uploads.
     pub blobs: BlobLimits,
 }
 

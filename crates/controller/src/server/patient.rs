@@ -1,4 +1,4 @@
-//! A connection whose peer must go on reading: writes that make no progress for too long fail.
+//! A connection whose peer must keep reading: a write without progress for too long fails.
 
 use std::io;
 use std::pin::Pin;
@@ -9,28 +9,28 @@ use std::time::Duration;
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::time::Sleep;
 
-/// Fewer bytes than these are no progress, unless they are all there was to write.
+/// Fewer bytes are no progress, unless the whole write was shorter.
 const PROGRESS: usize = 16 * 1024;
 
 /// Wraps a connection.
 pub struct Patient<S> {
     inner: S,
     patience: Duration,
-    /// Set: a peer may be as slow as it likes.
+    /// Set: no limit applies.
     unlimited: Arc<AtomicBool>,
-    /// Runs since the first write that had to wait.
+    /// Timer since the first write that had to wait.
     waiting: Option<Pin<Box<Sleep>>>,
-    /// Bytes written since then.
+    /// Bytes written since the timer started.
     written: usize,
 }
 
 impl<S> Patient<S> {
-    /// Limits how long a write may wait, while `unlimited` is not set.
+    /// Limits how long a write may wait while `unlimited` is not set.
     pub fn new(inner: S, patience: Duration, unlimited: Arc<AtomicBool>) -> Self {
         Self { inner, patience, unlimited, waiting: None, written: 0 }
     }
 
-    /// Judges a write of `wanted` bytes by what came of it.
+    /// Judges a write of `wanted` bytes by its result.
     fn judge(
         &mut self,
         wanted: usize,
@@ -109,7 +109,7 @@ mod tests {
         let (near, mut far) = tokio::io::duplex(1024);
         let mut near = Patient::new(near, PATIENCE, Arc::default());
         let reading = tokio::spawn(async move {
-            // One byte now and then is no progress.
+            // A single byte now and then is no progress.
             for _ in 0..100 {
                 tokio::time::sleep(Duration::from_secs(10)).await;
                 if far.read_u8().await.is_err() {

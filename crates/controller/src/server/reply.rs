@@ -52,10 +52,10 @@ pub fn json_bytes(status: StatusCode, bytes: Vec<u8>) -> Reply {
     reply
 }
 
-/// Most characters of a refusal. What a client sent is quoted in it, and may be long.
+/// Most characters of a refusal: the message quotes the client's input.
 const MAX_MESSAGE: usize = 4000;
 
-/// The same error with a message that is not too long.
+/// Returns the error with its message cut to the limit.
 pub fn shortened(mut error: ApiError) -> ApiError {
     if let Some((end, _)) = error.message.char_indices().nth(MAX_MESSAGE) {
         error.message.truncate(end);

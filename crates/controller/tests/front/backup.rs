@@ -1,4 +1,4 @@
-//! Backup and restore: the programs, over a controller that works meanwhile.
+//! Backup and restore with the real programs, over a controller that serves meanwhile.
 
 use crate::harness::{Agent, Server};
 use crate::program::run;
@@ -59,7 +59,7 @@ async fn a_backup_made_under_load_starts_elsewhere_with_the_newest_instance() {
     let beside = names(server.dir.path());
     assert!(!beside.iter().any(|name| name.contains("partial")), "nothing is left beside it: {beside:?}");
 
-    // All that a controller has is in the lists that backup and restore go by.
+    // The lists of `backup` and `restore` cover every file of a controller.
     let known = FILES.map(|(name, _)| name).into_iter().chain(["blobs", "lock", "roost.db"]);
     let known: BTreeSet<_> = known.map(str::to_owned).collect();
     let made = names(server.state.dir());
@@ -90,7 +90,7 @@ async fn a_backup_made_under_load_starts_elsewhere_with_the_newest_instance() {
     let all = DescribeInstances { instance_ids: vec![], include_terminated: false, all_accounts: false };
     let found = again.admin().call(&all).await.unwrap().instances;
     assert_eq!(found.iter().map(|one| &one.instance_id).collect::<Vec<_>>(), [&newest]);
-    // The agent goes on with the certificate that it has.
+    // The agent continues with its certificate.
     let identity = serde_json::from_slice(&std::fs::read(host_dir.join("identity.json")).unwrap()).unwrap();
     let agent = Agent::new(identity, &host_dir, again.agents);
     let hello = HelloRequest { protocol: PROTOCOL, version: "test".into(), host: facts };
@@ -98,7 +98,7 @@ async fn a_backup_made_under_load_starts_elsewhere_with_the_newest_instance() {
     assert_eq!(reply.status(), StatusCode::OK, "{}", reply.text().await.unwrap());
 }
 
-/// A backup of a controller that was just made, and the folder that all is in.
+/// A backup of a new controller, and the folder of all files.
 fn made() -> (tempfile::TempDir, PathBuf) {
     let dir = tempfile::tempdir().unwrap();
     let state = StateDir::new(dir.path().join("controller"));
@@ -120,7 +120,7 @@ fn each_restore_begins_another_epoch_even_of_the_same_backup() {
     };
     let (first, second) = (epoch("controller"), epoch("second"));
     assert!(first < second, "{first} {second}");
-    // A backup of the restored one, restored within the same second, is one more.
+    // A backup of the restored controller, restored within the same second, gets a further epoch.
     let later = dir.path().join("later.backup");
     backup::backup(&StateDir::new(dir.path().join("second")), &later).unwrap();
     let third = StateDir::new(dir.path().join("third"));
@@ -148,7 +148,7 @@ fn a_backup_that_is_damaged_cut_short_or_none_is_refused_and_leaves_nothing() {
         assert!(text.contains("damaged"), "{text}");
     }
     refused("another file", &[b'x'; 4096]);
-    // In the content of the database, which fills most of the file.
+    // The change is in the database's content, which is most of the file.
     for at in (4096..whole.len() - 40_000).step_by(30_011) {
         let mut bytes = whole.clone();
         bytes[at] ^= 0x10;

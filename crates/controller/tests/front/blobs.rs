@@ -20,7 +20,7 @@ fn files(server: &Server) -> Vec<PathBuf> {
     names(dir.clone()).filter(|path| path.is_file()).chain(names(dir.join("incoming"))).collect()
 }
 
-/// Limits that differ from the default in what uploads may take.
+/// Limits with their own values for uploads.
 fn with(edit: impl FnOnce(&mut BlobLimits)) -> Limits {
     let mut limits = Limits::default();
     edit(&mut limits.blobs);
@@ -137,7 +137,7 @@ fn used(dir: &Path) -> u64 {
     let sizes = entries.map(|entry| match entry.metadata() {
         Ok(meta) if meta.is_dir() => used(&entry.path()),
         Ok(meta) => meta.len(),
-        // Removed since it was listed.
+        // The file was removed since it was listed.
         Err(_) => 0,
     });
     sizes.sum()
@@ -160,7 +160,7 @@ async fn uploads_of_any_kind_and_number_leave_the_database_its_reserve() {
     let account = |number: u8| AccountId::from_random([number; 8]);
     let id = BlobId::from_sha256([1; 32]);
     let piece = || Bytes::from(zstd_like(&"x".repeat(60_000)));
-    // Chunked: no length is announced, and it never ends.
+    // A chunked upload announces no length, and never ends.
     let endless = StreamBody::new(stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(piece()))));
     let chunked = blobs.receive(&id, "one", (&account(1), 0), None, endless).await;
     let refused = chunked.err().unwrap();
@@ -168,7 +168,7 @@ async fn uploads_of_any_kind_and_number_leave_the_database_its_reserve() {
     assert!(refused.message.contains(&RESERVE.to_string()), "{refused}");
     assert_eq!(used(dir.path()), 0, "nothing of it stays");
 
-    // Announced: each of these would fit alone, and none of them has sent anything yet.
+    // Each announced upload would fit alone, and none has sent a byte.
     let silent = || {
         let body = StreamBody::new(stream::pending::<Result<Frame<Bytes>, Infallible>>());
         (body, Some(500 << 10))
@@ -180,7 +180,7 @@ async fn uploads_of_any_kind_and_number_leave_the_database_its_reserve() {
     let (second, length) = silent();
     let refused = blobs.receive(&id, "three", (&account(2), 0), length, second).await.err().unwrap();
     assert_eq!(refused.code, ErrorCode::Unavailable, "{refused}");
-    // What is left beside the first one is taken by chunks, and not a byte more.
+    // Chunks take what is left beside the first upload, and no byte more.
     let chunks = stream::repeat_with(|| Ok::<_, Infallible>(Frame::data(piece()))).take(3);
     let rest = chunks.chain(stream::pending());
     let third_account = account(3);
@@ -202,7 +202,7 @@ async fn an_account_has_so_many_bytes_stored_and_under_way_and_others_still_uplo
     let (alice, bob) = (server.account("alice").await, server.account("bob").await);
     let (one, two) = (zstd_like(&"1".repeat(600)), zstd_like(&"2".repeat(600)));
     alice.put_blob(&one).await;
-    // The same again is no more than it was.
+    // The same file again takes no more room.
     alice.put_blob(&one).await;
     let path = format!("/v1/blobs/{}", blob_id(&two));
     let announced = alice.signed(Method::PUT, &path, two.clone(), None).send().await.unwrap();
@@ -268,7 +268,7 @@ async fn a_file_is_there_only_for_accounts_that_uploaded_it() {
     let refused = mallory.call(&image).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::InvalidBlobNotFound);
     assert!(refused.message.contains(image.kernel.as_str()), "{refused:?}");
-    // Who has the bytes proves it by uploading them.
+    // Uploading the bytes proves possession.
     for part in ["kernel", "initrd", "root"] {
         mallory.put_blob(&zstd_like(&format!("secret {part}"))).await;
     }

@@ -87,7 +87,7 @@ async fn a_head_that_does_not_end_is_not_waited_for() {
     assert!(!answer.contains("200 OK"), "{answer}");
 }
 
-/// The head of a signed request whose hash of the body is not promised in it.
+/// The head of a signed request without the header of its body's hash.
 fn signed_head(client: &Client, action: &str, body: &[u8]) -> String {
     let request = client.signed(Method::POST, &format!("/v1/{action}"), body.to_vec(), None).build().unwrap();
     let (port, headers) = (request.url().port().unwrap(), request.headers().iter());
@@ -113,7 +113,7 @@ async fn nothing_of_a_body_is_waited_for_whose_signature_cannot_be_right() {
     let forger = server.client(&admin.access_key_id, "not the secret");
     let unsigned =
         format!("POST /v1/DescribeHosts HTTP/1.1\r\nhost: localhost:{port}\r\nauthorization: x\r\n");
-    // Without the header that promises the body's hash, only the key can be looked up.
+    // Without the hash header, only the key can be checked.
     let without_hash = |head: String| {
         let lines = head.split_inclusive("\r\n");
         lines.filter(|line| !line.starts_with("x-amz-content-sha256")).collect::<String>()
@@ -129,12 +129,12 @@ async fn nothing_of_a_body_is_waited_for_whose_signature_cannot_be_right() {
     }
 }
 
-/// Questions whose answers quote them.
+/// Requests whose refusals quote them.
 fn questions() -> String {
     format!("GET /{} HTTP/1.1\r\nhost: localhost\r\n\r\n", "x".repeat(3900)).repeat(50)
 }
 
-/// Asks again and again on one connection and reads no answer, until the server takes no more.
+/// Sends requests on one connection without reading an answer, until the server reads no more.
 async fn never_reading(server: &Server) -> TlsStream<TcpStream> {
     let (mut stream, questions) = (raw(server).await, questions());
     let full = Duration::from_millis(200);
@@ -146,7 +146,7 @@ async fn never_reading(server: &Server) -> TlsStream<TcpStream> {
 async fn a_client_that_never_reads_is_closed() {
     let server = Server::with_limits(Limits { head: DEADLINE, ..brief() }).await;
     let mut stream = never_reading(&server).await;
-    // Written until the server's end is gone: nothing is read meanwhile.
+    // The client writes until the server closes, and reads nothing.
     let closed = async { while stream.write_all(&[b' '; 1000]).await.is_ok() {} };
     tokio::time::timeout(DEADLINE, closed).await.expect("the server closes the connection");
 }
@@ -180,7 +180,7 @@ async fn an_account_has_so_many_connections() {
     let refused = third.call(&GetCallerIdentity {}).await.unwrap_err();
     assert_eq!(refused.code, ErrorCode::RequestLimitExceeded);
     bob.call(&GetCallerIdentity {}).await.unwrap();
-    // The first one is kept for its next request.
+    // The first connection is kept for its next request.
     alice.call(&GetCallerIdentity {}).await.unwrap();
 }
 

@@ -1,4 +1,4 @@
-//! Who may ask an instance's metadata service: from the launch to its host.
+//! Metadata options of an instance, from the launch to its host.
 
 use crate::harness::{Server, answer, refusal};
 use roost_types::ErrorCode;

@@ -155,7 +155,7 @@ fn it_goes_on_and_ends_with_its_exit_code_though_nobody_reads_what_it_says() {
     };
     assert_eq!(quietly(&["usage-log", "export"]).status().unwrap().code(), Some(3));
     assert_eq!(quietly(&["init"]).status().unwrap().code(), Some(0));
-    // The log has no reader either: by the time that it listens it has written several lines.
+    // The log has no reader either. Several log lines precede the listener.
     let port = TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
     let (api, agents) = (port.to_string(), "127.0.0.1:0");
     let mut child = quietly(&["serve", "--listen", &api, "--agent-listen", agents])

@@ -25,11 +25,11 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicI64, AtomicU64, Ordering};
 
-/// The clocks of the controller's machine, moved by hand. The simulated hosts go by the true time.
+/// Clocks of the controller's machine, moved by hand. The simulated hosts follow the true time.
 #[derive(Debug)]
 pub struct TestClock {
     truth: AtomicI64,
-    /// How far somebody set the wall clock wrong.
+    /// Error of the wall clock.
     wrong: AtomicI64,
 }
 
@@ -43,7 +43,7 @@ impl TestClock {
         Micros(self.truth.load(Ordering::SeqCst))
     }
 
-    /// Sets the wall clock of the controller's machine, and of nothing else, ahead or back.
+    /// Steps the wall clock of the controller's machine only, forward or back.
     pub fn step(&self, by: Micros) {
         self.wrong.fetch_add(by.0, Ordering::SeqCst);
     }
@@ -58,7 +58,7 @@ impl Machine for TestClock {
     }
 }
 
-/// When every world begins.
+/// Time at which every world begins.
 const START: Micros = Micros::from_secs(1_700_000_000);
 
 /// Bytes that never repeat, the same in every run.
@@ -169,12 +169,12 @@ impl World {
         self.folder.path().join("roost.db")
     }
 
-    /// Changes the database behind the controller's back.
+    /// Changes the database without the controller's knowledge.
     pub fn tamper(&self, statement: &str) {
         rusqlite::Connection::open(self.database()).unwrap().execute(statement, []).unwrap();
     }
 
-    /// Puts a backup in the place of the database and starts the controller again.
+    /// Replaces the database by a backup and starts the controller again.
     pub fn restore(&mut self, backup: &Path) {
         self.kill_controller();
         for end in ["", "-wal", "-shm"] {
@@ -182,7 +182,7 @@ impl World {
         }
         std::fs::copy(backup, self.database()).unwrap();
         self.start_controller();
-        // What was promised since the backup is forgotten.
+        // Starts after the backup are forgotten.
         self.specs.clear();
     }
 
@@ -420,7 +420,7 @@ impl World {
         self.store().usage_events(&filter).unwrap()
     }
 
-    /// How long each start of an instance was used, all its parts together; all have ended.
+    /// Used time of each start of an instance, over all its parts; every part has ended.
     pub fn starts(&self, id: &InstanceId) -> Vec<Micros> {
         let usage = self.usage(id.as_str());
         let continues = |at: Micros| usage.iter().any(|event| event.continues && event.at == at);

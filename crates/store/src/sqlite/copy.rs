@@ -1,6 +1,7 @@
 //! A copy of a database that is in use.
 //!
-//! The copy reads one snapshot from its own connection, so writers neither wait for it nor make it begin anew.
+//! The copy reads one snapshot from its own connection. Writers neither wait for the copy nor
+//! restart it.
 
 use super::{explain, open_reader};
 use crate::error::StoreError;
@@ -9,7 +10,7 @@ use rusqlite::backup::{Backup, StepResult};
 use std::path::Path;
 use std::time::Duration;
 
-/// Pages of 4 KiB that are copied at a time.
+/// Pages of 4 KiB per step of the copy.
 const STEP: i32 = 256;
 
 pub fn copy(from: &Path, to: &Path, mut after_step: impl FnMut()) -> Result<(), StoreError> {
@@ -30,12 +31,12 @@ pub fn copy(from: &Path, to: &Path, mut after_step: impl FnMut()) -> Result<(), 
             match backup.step(STEP).map_err(write)? {
                 StepResult::Done => break,
                 StepResult::More => after_step(),
-                // A checkpoint holds the file for a moment.
+                // A checkpoint can lock the file for a moment.
                 _ => std::thread::sleep(Duration::from_millis(5)),
             }
         }
     }
-    // One file without a log beside it.
+    // The copy is a single file without a write-ahead log.
     target.pragma_update(None, "journal_mode", "DELETE").map_err(write)?;
     target.close().map_err(|(_, error)| write(error))
 }

@@ -100,7 +100,7 @@ pub fn take(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Resul
     }
 }
 
-/// Takes a claim of something that is on the host already.
+/// Claims capacity for an object that is on the host already.
 pub fn hold(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Result<(), StoreError> {
     db.execute(
         "INSERT INTO claims (instance_id, host_id, cpu_milli, memory_mib) VALUES (?1, ?2, ?3, ?4)",
@@ -109,8 +109,8 @@ pub fn hold(db: &Transaction<'_>, instance: &InstanceId, claim: &Claim) -> Resul
     Ok(())
 }
 
-/// Checks that a host has room on its disk for one more volume. The row of the volume, written in the same transaction,
-/// is the claim.
+/// Checks that a host's disk has room for one more volume. The volume's row, written in the same
+/// transaction, is the claim.
 pub fn has_disk(db: &Transaction<'_>, host: &HostId, size_gib: u64) -> Result<(), StoreError> {
     let fits: Option<bool> = db
         .prepare_cached(

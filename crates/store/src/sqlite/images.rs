@@ -38,7 +38,8 @@ pub fn blob_bytes(db: &Connection, account: &AccountId) -> Result<u64, StoreErro
     Ok(query.query_row([account.as_str()], |row| Cursor::new(row).count())?)
 }
 
-/// Holds for an owner's reference that an image of that owner names: one that is registered or has instances.
+/// SQL condition: an image of the reference's owner that is registered or has instances names the
+/// blob.
 const NAMED: &str = "EXISTS (SELECT 1 FROM images WHERE images.account_id = blob_owners.account_id
     AND blob_owners.blob_id IN (kernel, initrd, root)
     AND (deregistered_at IS NULL OR EXISTS (SELECT 1 FROM instances

@@ -226,7 +226,7 @@ pub fn list(db: &Connection, filter: &InstanceFilter) -> Result<Vec<InstanceReco
     each(db, filter)?.into_iter().map(|(_, record)| record).collect()
 }
 
-/// Instances by id, each read for itself.
+/// Reads instances by id, each on its own.
 #[expect(clippy::type_complexity, reason = "a list of results")]
 pub fn each(
     db: &Connection,

@@ -151,19 +151,19 @@ fn open_subnet(
     Ok((subnet, block))
 }
 
-/// Where a subnet's addresses begin: two accounts' first instances, whose subnets are the same block, are not to have
-/// the same address. FNV-1a.
+/// Offset of a subnet's first address, by FNV-1a: the first instances of two accounts with the same
+/// block get different addresses.
 fn beginning(subnet: &SubnetId) -> u32 {
     subnet.as_str().bytes().fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
-/// Addresses that are not to be given out.
+/// Addresses that must not be assigned.
 struct Held {
-    /// In use.
+    /// Assigned addresses.
     used: BTreeSet<Ipv4Addr>,
-    /// Released too short a time ago: flows of the one who had them may still be on their way.
+    /// Addresses released recently: packets for the last holder may still arrive.
     resting: BTreeSet<Ipv4Addr>,
-    /// The one that was given out last.
+    /// The address assigned last.
     newest: Option<Ipv4Addr>,
 }
 
@@ -213,20 +213,20 @@ fn addresses<const N: usize>(
     Ok(rows.collect::<Result<_, _>>()?)
 }
 
-/// A block of addresses, given out one after the other and round again: the one after the newest first.
+/// A block of addresses, assigned in turn: the one after the newest first.
 struct Block {
     network: Ipv4Addr,
     prefix: u8,
     held: Held,
-    /// How many addresses can be given out in all.
+    /// How many addresses can be assigned.
     size: u32,
-    /// Number of the next one to try, counted from the first that can be given out.
+    /// Offset of the next candidate from the first assignable address.
     next: u32,
     tried: u32,
 }
 
 impl Block {
-    /// `beginning` says where to begin, wherever that is, while none was given out.
+    /// `beginning`, taken modulo the size, is the first candidate of a block without assignments.
     fn new(network: Ipv4Addr, prefix: u8, held: Held, beginning: u32) -> Self {
         // The last address is the broadcast.
         let last = (1_u32 << (32 - u32::from(prefix.clamp(1, 32)))) - 1;

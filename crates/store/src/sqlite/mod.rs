@@ -36,7 +36,8 @@ const IDLE_READERS: usize = 8;
 #[derive(Debug)]
 pub struct SqliteStore {
     path: PathBuf,
-    // Closed before the writer: whoever closes last empties the log into the file, and must be able to write.
+    // Readers close before the writer: the last connection checkpoints the log into the file, and
+    // must be able to write.
     readers: Mutex<Vec<Connection>>,
     writer: Mutex<Connection>,
 }
@@ -66,8 +67,8 @@ impl SqliteStore {
         Ok(Self { path: path.to_owned(), writer: Mutex::new(writer), readers: Mutex::new(Vec::new()) })
     }
 
-    /// Opens the file to read only, as it is: a schema of another release is refused, not brought up to date.
-    /// A controller may be running on it.
+    /// Opens the file read-only. A schema of another release is refused, not migrated. A controller
+    /// may be running on the file.
     ///
     /// # Errors
     /// `TooNew`, `TooOld`, `Corrupt`, `Locked` or `Unusable`, each with the path.
@@ -85,12 +86,12 @@ impl SqliteStore {
         }
     }
 
-    /// Copies a database that may be in use into a new or empty file, a consistent one of the moment of the call, and returns
-    /// its schema. Writers go on; `after_step` runs after every MiB.
+    /// Copies a database to a new or empty file, consistent as of the call, and returns its schema.
+    /// Writers continue meanwhile; `after_step` runs after every MiB.
     ///
     /// # Errors
-    /// `Unusable` if `to` holds something or cannot be written, `TooNew` if this program does not know the schema, and what
-    /// reading can meet.
+    /// `Unusable` if `to` holds something or cannot be written, `TooNew` if this program does not
+    /// know the schema; else errors of reading.
     pub fn copy(path: &Path, to: &Path, after_step: impl FnMut()) -> Result<i64, StoreError> {
         let reader = open_reader(path).map_err(|error| explain(path, &error))?;
         let found = schema_of(path, &reader)?;
@@ -101,10 +102,10 @@ impl SqliteStore {
         Ok(found)
     }
 
-    /// Checks a file that is no store yet, such as a copy: every page and index of it, of any schema.
+    /// Checks every page and index of a database file of any schema, such as a copy.
     ///
     /// # Errors
-    /// `Corrupt` with what was found.
+    /// `Corrupt` with SQLite's finding.
     pub fn verify(path: &Path) -> Result<(), StoreError> {
         let reader = open_reader(path).map_err(|error| explain(path, &error))?;
         verdict(path, &reader, "integrity_check")

@@ -24,8 +24,8 @@ pub fn migrations() -> Migrations<'static> {
 
 const IMAGE_SSH: &str = "ALTER TABLE images ADD COLUMN ssh INTEGER CHECK (ssh IN (0, 1));";
 
-/// Numbers about the database itself. `epoch` grows with every restore from a backup; `clock_high` is the newest time
-/// that anything was written at.
+/// Values about the database itself. `epoch` grows with every restore from a backup; `clock_high`
+/// is the newest time of any commit.
 const META: &str = "
 CREATE TABLE meta (
     name  TEXT PRIMARY KEY,
@@ -38,8 +38,8 @@ INSERT INTO meta VALUES ('clock_high', max(
     (SELECT coalesce(max(last_report_at), 0) FROM hosts)));
 ";
 
-/// A start may have parts: `segment` is the sequence of the event that opened the part of now, `continues` says that
-/// nobody asked for this start. Bills up to `sealed` do not change any more.
+/// A start may have parts. `segment` is the sequence of the event that opened the current part.
+/// `continues` is set if nobody asked for the start. Bills up to `sealed` are final.
 const PARTS: &str = "
 ALTER TABLE instances ADD COLUMN continues INTEGER NOT NULL DEFAULT 0 CHECK (continues IN (0, 1));
 ALTER TABLE instances ADD COLUMN segment INTEGER NOT NULL DEFAULT 0 CHECK (segment >= 0);
@@ -258,8 +258,9 @@ CREATE TABLE proofs (
 ) STRICT;
 ";
 
-/// An uploaded file belongs to the accounts that uploaded it. Those who had an image of it before did so too: until
-/// then the file's name was enough. `removed_at` keeps the row for withdrawn images, which still name it.
+/// An uploaded file belongs to the accounts that uploaded it. Accounts with an image of the file
+/// get it too: before this schema, the file's name was enough. `removed_at` keeps the row for
+/// withdrawn images, which still name it.
 const BLOB_OWNERS: &str = "
 CREATE TABLE blob_owners (
     blob_id    TEXT NOT NULL REFERENCES blobs,
@@ -277,20 +278,20 @@ INSERT OR IGNORE INTO blob_owners SELECT initrd, account_id, created_at FROM ima
 INSERT OR IGNORE INTO blob_owners SELECT root, account_id, created_at FROM images;
 ";
 
-/// What is claimed of a host's disk is the size of the volumes on it: they are there while their instances are stopped.
+/// The claim on a host's disk is the size of its volumes, those of stopped instances included.
 const DISK: &str = "
 ALTER TABLE hosts ADD COLUMN disk_gib INTEGER NOT NULL DEFAULT 0 CHECK (disk_gib >= 0);
 UPDATE hosts SET disk_gib = json_extract(facts, '$.disk_gib');
 CREATE INDEX volumes_by_host ON volumes (host_id, size_gib) WHERE state <> 'deleted';
 ";
 
-/// For the newest address of a subnet, and for those that rest.
+/// Columns for the newest address of a subnet, and for addresses at rest.
 const ADDRESSES: &str = "
 CREATE INDEX interfaces_by_subnet ON interfaces (subnet_id);
 CREATE INDEX interfaces_released ON interfaces (released_at) WHERE released_at IS NOT NULL;
 ";
 
-/// An instance without options has those of a launch that names none.
+/// An instance without options has the defaults of a launch.
 const METADATA_OPTIONS: &str =
     "ALTER TABLE instances ADD COLUMN metadata_options TEXT NOT NULL DEFAULT '{}';";
 

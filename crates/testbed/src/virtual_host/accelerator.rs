@@ -33,8 +33,9 @@ impl Accelerator {
         ["-accel".to_owned(), accelerator.to_owned(), "-cpu".to_owned(), cpu]
     }
 
-    /// What the kernel's command line has more on such CPUs. An emulated CPU does not speculate: it has nothing to
-    /// mitigate, and each mitigation costs it instructions. On a CPU of hardware tenants need every one.
+    /// Additions to the guest kernel's command line under emulation. An emulated CPU does not
+    /// speculate, so each mitigation costs instructions for nothing. On a hardware CPU, tenants
+    /// need every mitigation.
     pub(super) const fn boot_args(self) -> &'static str {
         match self {
             Self::Kvm => "",

@@ -26,8 +26,9 @@ pub(super) struct Machine<'a> {
 }
 
 /// The outside world as the virtual host sees it: addresses that are set aside for documentation
-/// (RFC 5737), so that no VPC and no real network of the user can collide with them. QEMU hands what is sent to `host`
-/// to the loopback of the machine outside; `wall_to_the_outside` in the image's `host-setup` lets only answers through.
+/// (RFC 5737), so that neither a VPC nor a real network of the user collides with them. QEMU hands
+/// what is sent to `host` to the loopback of the machine outside; `wall_to_the_outside` in the
+/// image's `host-setup` lets only answers through.
 const NETWORK: &str = "net=192.0.2.0/24,host=192.0.2.2,dns=192.0.2.3,ipv6=off";
 const ADDRESS: &str = "192.0.2.15";
 
@@ -132,7 +133,7 @@ mod tests {
         let hardware = arguments_on(Accelerator::Kvm, false);
         assert!(hardware.contains("-append root=/dev/vda "), "{hardware}");
         assert!(!hardware.contains("mitigations"), "{hardware}");
-        // The recipe's own arguments hold on both.
+        // The recipe's own arguments apply to both.
         let recipe = super::super::repository_root().join("guest-images/recipes/virtual-host/recipe.sh");
         let recipe = std::fs::read_to_string(recipe).expect("the recipe is in the checkout");
         assert!(!recipe.contains("mitigations"), "guest-images/recipes/virtual-host/recipe.sh");

@@ -43,12 +43,12 @@ pub struct DescribeHosts {}
 pub struct Hosts {
     /// By name.
     pub hosts: Vec<HostView>,
-    /// What is wrong with the controller itself, a sentence each.
+    /// Troubles of the controller itself, a sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trouble: Vec<String>,
 }
 
-/// Ends an orphan: its host removes it and its disk. Administrators only.
+/// Ends an orphan: its host removes the instance and its disk. Administrators only.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct EndOrphan {
@@ -65,7 +65,7 @@ pub struct HostView {
     pub claimed_cpu_milli: u64,
     /// Claimed memory in MiB.
     pub claimed_memory_mib: u64,
-    /// Size of the volumes on it in GiB, those of stopped instances too.
+    /// Sum of the sizes of the host's volumes in GiB, those of stopped instances included.
     #[serde(default)]
     pub claimed_disk_gib: u64,
     /// Instances that hold capacity.
@@ -74,10 +74,11 @@ pub struct HostView {
     pub last_report_at: Micros,
     /// Whether that is recent enough to place on it.
     pub alive: bool,
-    /// What its agent says is wrong with the host itself, a sentence each.
+    /// Troubles of the host itself that its agent reports, a sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub trouble: Vec<String>,
-    /// Instances that the host has and the database does not know. Their room is given to no other.
+    /// Orphans: instances on the host that the database does not have. Their CPU and memory are not
+    /// placed again; their disk is not counted yet.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub orphans: Vec<Orphan>,
 }

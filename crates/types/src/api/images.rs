@@ -26,7 +26,7 @@ pub struct RegisterImage {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
-    /// Whether its instances run an ssh server, for which they take a key pair; left out where nobody knows.
+    /// Whether instances of the image run an ssh server, which needs a key pair; absent if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh: Option<bool>,
 }
@@ -50,7 +50,7 @@ pub struct Image {
     pub boot_args: String,
     /// The login that gets the key pair.
     pub default_user: String,
-    /// Whether its instances run an ssh server, for which they take a key pair; absent where nobody knows.
+    /// Whether instances of the image run an ssh server, which needs a key pair; absent if unknown.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh: Option<bool>,
     /// When it was registered.

@@ -35,7 +35,7 @@ pub struct RunInstances {
     /// Tags; `Name` is shown in tables.
     #[serde(default)]
     pub tags: Tags,
-    /// How the metadata service answers the instances.
+    /// Options of the instances' metadata service.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub metadata_options: Option<MetadataOptions>,
     /// Repeating a call with the same token and parameters answers with the first call's instances.
@@ -128,10 +128,10 @@ pub struct Instance {
     /// ed25519 host key line that the guest printed on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ssh_host_key: Option<String>,
-    /// User data that the guest said it did not run.
+    /// Form of the user data that the guest did not run, by a line on its console.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub user_data_not_run: Option<UserDataForm>,
-    /// How the metadata service answers it.
+    /// Options of the instance's metadata service.
     #[serde(default, skip_serializing_if = "MetadataOptions::is_default")]
     pub metadata_options: MetadataOptions,
     /// Seconds that it has run, over all starts.

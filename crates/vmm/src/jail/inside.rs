@@ -77,11 +77,11 @@ fn build(inside: &Inside, talk: &mut UnixStream, signals: &libc::sigset_t) -> Re
     execute(inside)
 }
 
-/// Takes a cookie of this process's own, which its threads inherit: no thread of another process then runs on the
-/// sibling of a core while one of these runs on it, so that what SMT shares tells no guest of another. Returns what
-/// came of it, in words.
+/// Takes a core scheduling cookie for this process; its threads inherit the cookie. No thread of
+/// another process then runs on a sibling thread of the core at the same time, so SMT leaks nothing
+/// between guests. Returns a sentence about the result.
 fn core_scheduling() -> Result<&'static str> {
-    // linux/prctl.h; libc has none of them.
+    // linux/prctl.h; libc does not define these.
     const PR_SCHED_CORE: libc::c_int = 62;
     const CREATE: libc::c_ulong = 1;
     const SCOPE_THREAD_GROUP: libc::c_ulong = 1;

@@ -63,7 +63,8 @@ pub fn error(text: &str) {
     write(Level::Error, || text.to_owned(), Location::caller());
 }
 
-/// Writes one line on stderr if the log is elsewhere: about what keeps the machine from starting, for whoever starts it.
+/// Writes one line on stderr if the log goes elsewhere. The line tells the caller why the machine
+/// does not start.
 pub fn beside_the_log(text: &str) {
     let logger = LOGGER.lock().unwrap_or_else(PoisonError::into_inner);
     if logger.as_ref().is_some_and(|logger| logger.file.is_some()) {
@@ -94,10 +95,10 @@ pub fn debug(text: impl FnOnce() -> String) {
     write(Level::Debug, text, Location::caller());
 }
 
-/// Prints what a command was asked for on stdout; whoever closed it has had enough.
+/// Prints a command's output on stdout. A closed stdout is no error.
 ///
 /// # Errors
-/// [`Error::Io`](crate::Error::Io) where stdout takes nothing, such as a full disk.
+/// [`Error::Io`](crate::Error::Io) if stdout accepts no bytes, such as on a full disk.
 pub fn print(text: &str) -> crate::Result<()> {
     let mut out = std::io::stdout().lock();
     match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {

@@ -26,7 +26,7 @@ pub fn compile(kind: Kind) -> Result<Filter> {
     of_lines(&rules::lines(kind))
 }
 
-/// Compiles the filter that allows these calls to this process, and no other.
+/// Compiles the filter that allows these calls only.
 ///
 /// # Errors
 /// [`Error::Seccomp`].

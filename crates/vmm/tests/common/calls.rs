@@ -44,7 +44,7 @@ pub struct Calls {
 }
 
 impl Calls {
-    /// Adds a call of at most six arguments; gives its number.
+    /// Adds a call of at most six arguments and returns its index.
     pub fn call<const N: usize>(&mut self, number: i64, arguments: [Argument; N]) -> usize {
         // mov rdi, rsi, rdx, r10, r8 or r9, IMMEDIATE; the same from rax
         let registers: [([u8; 2], [u8; 3]); 6] = [

@@ -181,7 +181,7 @@ pub fn open(drive: &Drive, descriptors: &Descriptors) -> Result<Opened> {
     Ok(Opened { image: Box::new(image), raw })
 }
 
-/// Refuses what has no blocks.
+/// Refuses every file type without blocks.
 fn check_kind(drive: &Drive, name: &str, file: &File) -> Result<()> {
     let kind = file.metadata().map_err(Error::io(format!("looking at {name:?}")))?.file_type();
     let what = match kind {

@@ -10,7 +10,7 @@ const CLUSTER_BITS: std::ops::RangeInclusive<u32> = 9..=21;
 /// Bits of a reference count table's entry that are the block's place (QEMU's docs/interop/qcow2.txt).
 const PLACE: u64 = !0x1ff;
 
-/// What an image may not be (QEMU's docs/interop/qcow2.txt, incompatible features), by bit.
+/// Refused incompatible features by bit (QEMU's docs/interop/qcow2.txt).
 const REFUSED: [&str; 5] = [
     "was not closed cleanly (dirty bit): `qemu-img check -r leaks IMAGE` mends it",
     "is marked corrupt: `qemu-img check -r all IMAGE` mends what can be mended",
@@ -18,11 +18,12 @@ const REFUSED: [&str; 5] = [
     "uses another compression than zlib: `qemu-img convert -O qcow2 IMAGE NEW` unpacks it",
     "has extended L2 entries: `qemu-img convert -O qcow2 -o extended_l2=off IMAGE NEW` makes one without",
 ];
-/// Longest name of a base.
+/// Longest name of a backing file.
 const MAX_NAME: u32 = 1023;
 
-/// Refuses an image that would be read as what it is not: encrypted, with features that the driver does not have, or an overlay
-/// whose base was not named. Its base, which is read as raw, may be no qcow2 image.
+/// Refuses an image that the driver would misread: an encrypted image, one with unsupported
+/// features, or an overlay without a given base. The base is read as raw, and must be no qcow2
+/// image.
 fn check_kind(header: &[u8; 72], file: &File, base: Option<&File>) -> io::Result<()> {
     let refuse =
         |what: &str| Err(io::Error::new(io::ErrorKind::Unsupported, format!("the qcow2 image {what}")));
@@ -73,8 +74,10 @@ fn check_kind(header: &[u8; 72], file: &File, base: Option<&File>) -> io::Result
     Ok(())
 }
 
-/// Refuses an image of a kind that is not taken, and one whose own first cluster is free by its reference counts: new clusters would be put over its header, and
-/// imago 0.2.6, to which a block of counts at 0 is one that is not there, looks for room for it until its stack is full.
+/// Refuses an image of an unsupported kind, and an image whose reference counts declare its first
+/// cluster free. The driver would allocate new clusters over the header of the latter. Also, imago
+/// 0.2.6 reads a refcount block at offset 0 as absent, and searches for room until its stack is
+/// full.
 ///
 /// Returns the bytes of a cluster.
 ///
