@@ -112,7 +112,8 @@ fn a_host_that_is_not_left_in_peace_loses_no_guest_no_second_and_no_wall() {
     let ran = uptime(&host) - began_up;
     let used = quiet.describe(&id)["used_seconds"].as_f64().unwrap() - began_used;
     println!("{minutes} minutes: ran {ran:.1} s, billed {used} s, {seen} rounds of attempts, none through");
-    assert!(used <= ran + 2.0 && used >= ran - REPORT_SECONDS - 10.0, "ran {ran:.1} s, used {used}");
+    // The first reading is as old as its report was; the bill ends when the stop is asked for, before the guest is down.
+    assert!(used <= ran + REPORT_SECONDS && used >= ran - REPORT_SECONDS, "ran {ran:.1} s, used {used}");
     host.ssh("cp /root/resolv.conf /etc/resolv.conf").ok();
     quiet.terminate_clean(&id);
     noisy.terminate_clean(&loud);
